@@ -1,0 +1,51 @@
+"""The text encoder and DiT of the bundled model, trained on the procedural worlds.
+
+sora-jax train --config configs/worlds_dit.py --workdir runs/dit
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            task="dit",
+            seed=0,
+            start_from="",  # a model folder to go on from, in place of fresh parameters
+            steps=4000,
+            batch=32,
+            frames=17,
+            size=128,
+            codec="runs/codec",  # a codec run, or a model folder
+            data=dict(seed=1, clips=8192, shard=512, captions=12),
+            text=dict(vocabulary_size=259, width=128, heads=4, head_width=32, feed_forward=256, layers=3, length=128),
+            dit=dict(heads=4, head_width=64, feed_forward=1024, layers=6),
+            flow=dict(shift=2.0, drop_text=0.1, known_share=0.2),
+            optimizer=dict(
+                name="muon",
+                learning_rate=2e-3,
+                warmup=100,
+                decay=0.2,
+                b1=0.9,
+                b2=0.98,
+                weight_decay=0.01,
+                clip=1.0,
+            ),
+            ema_decay=0.999,
+            sampling=dict(steps=30, guidance=4.0, shift=3.0, solver="unipc", fps=8.0),
+            prompts=(
+                "a red ball rolls behind a gray wall",
+                "a large blue cube slides to the right",
+                "a small white star falls down at night",
+                "a gray truck drives past a green pyramid",
+                "the camera pans right past a yellow star",
+                "a pink ball to the left of a blue cube",
+                "a tiny purple ball bounces over the snow",
+                "an orange star moves up on a plain gray background",
+            ),
+            mesh=dict(data=-1, fsdp=1, context=1, tensor=1),
+            log_every=50,
+            preview_every=1000,
+            checkpoint_every=500,
+        )
+    )

@@ -1,0 +1,32 @@
+"""The moving picture of the README: videos of the bundled model, first seed each, side by side.
+
+python experiments/readme_samples.py docs/samples.gif
+"""
+
+import sys
+
+import numpy as np
+
+import sora_jax
+
+PROMPTS = (
+    "a large red ball rolls to the right",
+    "a large blue cube slides behind a gray wall",
+    "a gray truck drives past a large green star",
+    "a large yellow pyramid rises",
+    "the camera zooms in on a pink ball",
+    "a large white cube falls at night",
+)
+COLUMNS = 3
+
+
+def main() -> None:
+    generator = sora_jax.load()
+    videos = generator.generate(PROMPTS, seed=[0] * len(PROMPTS))
+    frames = [video.frames for video in videos]
+    rows = [np.concatenate(frames[i : i + COLUMNS], axis=2) for i in range(0, len(frames), COLUMNS)]
+    print(sora_jax.Video(np.concatenate(rows, axis=1), videos[0].fps).save(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

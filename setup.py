@@ -1,0 +1,56 @@
+"""Metadata of sora_jax. Floors, not pins: accelerator images bring their own JAX."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    for line in (HERE / "sora_jax" / "__init__.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise ValueError("sora_jax/__init__.py has no __version__")
+
+
+setup(
+    name="sora_jax",
+    version=version(),
+    description="Text to video with a diffusion transformer over spacetime patches, in JAX and Flax",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["sora_jax", "sora_jax.*"]),
+    package_data={"sora_jax": ["bundled/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "tensorflow-datasets>=4.9.9",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "ml-collections>=1.0",
+        "array-record>=0.8",
+        "av>=14",
+        "grain>=0.2.12",
+        "numpy",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "evaluate": ["matplotlib", "scipy"],
+        "test": ["matplotlib", "pytest>=8", "ruff", "scipy"],
+    },
+    entry_points={"console_scripts": ["sora-jax = sora_jax.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)

@@ -1,0 +1,211 @@
+"""The parts of the causal video VAE: convolutions that never look ahead in time, and resampling in space and time.
+
+Every layer that looks back in time follows one protocol. It is called with `first=True` when `x` starts with
+the first frame of a video, and with `first=False` when `x` continues one; the frames it must remember between
+calls live in the Flax collection "stream". A whole clip is then simply one long first chunk: the streaming form
+and the whole-clip form are the same code.
+
+The structure is that of the Wan 2.1 and 2.2 video VAEs (arXiv:2503.20314, published as `AutoencoderKLWan`).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Initializer = Any
+Dtype = Any
+
+
+def remember(module: nn.Module, x_BTHWC: jax.Array, frames: int, first: bool, zeros: int) -> jax.Array:
+    """Puts the past before `x`, and keeps the last `frames` frames as the past of the next chunk.
+
+    The past of a first chunk is `zeros` empty frames. Nothing is kept unless "stream" is a mutable collection.
+    """
+    B, _, *rest = x_BTHWC.shape
+    past = jnp.zeros((B, zeros, *rest), x_BTHWC.dtype) if first else module.get_variable("stream", "past")
+    x_BTHWC = jnp.concatenate([past, x_BTHWC], axis=1)
+    if module.is_mutable_collection("stream"):
+        module.put_variable("stream", "past", x_BTHWC[:, -frames:])
+    return x_BTHWC
+
+
+def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: int = 1, padding=None) -> jax.Array:
+    """Convolution with `kernel` (time, rows, columns, in, out): no padding in time, by default "same" in space.
+
+    Written as one 2-D convolution per time tap: on CPU that runs 2 to 3 times faster than XLA's 3-D
+    convolution, forwards and backwards (`experiments/benchmark.py` prints both).
+    """
+    B, T, H, W, C = x_BTHWC.shape
+    kt, kh, kw, _, features = kernel.shape
+    T = max((T - kt) // stride_t + 1, 0)
+    if T == 0:
+        return jnp.zeros((B, 0, H // stride, W // stride, features), x_BTHWC.dtype)
+    y = 0
+    for t in range(kt):
+        tap = x_BTHWC[:, t : t + (T - 1) * stride_t + 1 : stride_t].reshape(B * T, H, W, C)
+        y += lax.conv_general_dilated(
+            tap,
+            kernel[t],
+            (stride, stride),
+            padding or ((kh // 2, kh // 2), (kw // 2, kw // 2)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    return y.reshape(B, T, *y.shape[1:])
+
+
+def _kernel_and_bias(module: nn.Module, shape: tuple[int, ...], init: Initializer, prefix: str = ""):
+    """Only output channels carry an axis name: activations are split by rows, kernels are small."""
+    axes = (None,) * (len(shape) - 1) + ("codec_channels",)
+    kernel = module.param(prefix + "kernel", nn.with_logical_partitioning(init, axes), shape)
+    bias = module.param(prefix + "bias", nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]), shape[-1:])
+    return kernel.astype(module.dtype), bias.astype(module.dtype)
+
+
+class CausalConv(nn.Module):
+    """Convolution over time, rows and columns; output frame t sees input frames <= t only.
+
+    Attributes:
+      features: output channels.
+      kernel: (time, rows, columns); rows and columns are zero-padded to keep their number.
+    """
+
+    features: int
+    kernel: tuple[int, int, int] = (3, 3, 3)
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array, first: bool) -> jax.Array:
+        kernel, bias = _kernel_and_bias(self, (*self.kernel, x_BTHWC.shape[-1], self.features), self.kernel_init)
+        x_BTHWC = x_BTHWC.astype(self.dtype)
+        frames = self.kernel[0] - 1
+        if frames:
+            x_BTHWC = remember(self, x_BTHWC, frames, first, zeros=frames)
+        return convolve(x_BTHWC, kernel) + bias
+
+
+class RMSNorm(nn.Module):
+    """normalize(x) * sqrt(C) * scale over the channels: (..., C) -> (..., C), computed in float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        square = jnp.sum(x32 * x32, axis=-1, keepdims=True)
+        inverse = lax.rsqrt(jnp.maximum(square, 1e-24))  # the published layer bounds the norm by 1e-12
+        return (x32 * inverse * (x.shape[-1] ** 0.5) * scale).astype(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, silu, convolution, twice, added to the input (through a 1x1x1 convolution where the width changes)."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array, first: bool) -> jax.Array:
+        h = CausalConv(self.features, dtype=self.dtype, name="conv1")(nn.silu(RMSNorm(name="norm1")(x_BTHWC)), first)
+        # The last convolution starts at zero: a fresh block of constant width is the identity.
+        conv2 = CausalConv(self.features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")
+        h = conv2(nn.silu(RMSNorm(name="norm2")(h)), first)
+        if x_BTHWC.shape[-1] != self.features:
+            x_BTHWC = CausalConv(self.features, (1, 1, 1), dtype=self.dtype, name="shortcut")(x_BTHWC, first)
+        return x_BTHWC + h
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention among the positions of one frame; frames do not see one another."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
+        B, T, H, W, C = x_BTHWC.shape
+        axes = (None, "codec_channels")
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:])
+        h = RMSNorm(name="norm")(x_BTHWC)
+        qkv = nn.Dense(3 * C, kernel_init=init, bias_init=bias_init, dtype=self.dtype, name="qkv")(h)
+        q, k, v = jnp.split(qkv.reshape(B * T, H * W, 1, 3 * C), 3, axis=-1)
+        attended = jax.nn.dot_product_attention(q, k, v).reshape(B, T, H, W, C)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        out = nn.Dense(C, kernel_init=zeros, bias_init=bias_init, dtype=self.dtype, name="out")
+        return x_BTHWC + out(attended)
+
+
+class Downsample(nn.Module):
+    """Halves rows and columns; with `time` also frames, 1 + 2k -> 1 + k, where the first frame stands alone."""
+
+    time: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array, first: bool) -> jax.Array:
+        C = x_BTHWC.shape[-1]
+        init = nn.initializers.lecun_normal()
+        kernel, bias = _kernel_and_bias(self, (1, 3, 3, C, C), init)
+        # Zeros below and to the right only, as published.
+        x_BTHWC = convolve(x_BTHWC.astype(self.dtype), kernel, stride=2, padding=((0, 1), (0, 1))) + bias
+        if not self.time:
+            return x_BTHWC
+        kernel, bias = _kernel_and_bias(self, (3, 1, 1, C, C), init, "time_")
+        head_BTHWC = x_BTHWC[:, : 1 if first else 0]
+        x_BTHWC = remember(self, x_BTHWC, 1, first, zeros=0)
+        return jnp.concatenate([head_BTHWC, convolve(x_BTHWC, kernel, stride_t=2) + bias], axis=1)
+
+
+class Upsample(nn.Module):
+    """Doubles rows and columns; with `time` also frames, 1 + k -> 1 + 2k, where the first frame stands alone."""
+
+    features: int
+    time: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTHWC: jax.Array, first: bool) -> jax.Array:
+        B, _, H, W, C = x_BTHWC.shape
+        init = nn.initializers.lecun_normal()
+        x_BTHWC = x_BTHWC.astype(self.dtype)
+        if self.time:
+            kernel, bias = _kernel_and_bias(self, (3, 1, 1, C, 2 * C), init, "time_")
+            alone = 1 if first else 0
+            head_BTHWC, x_BTHWC = x_BTHWC[:, :alone], x_BTHWC[:, alone:]
+            T = x_BTHWC.shape[1]
+            # As published, the doubling does not see the first frame: its past starts at zero after it.
+            pairs = convolve(remember(self, x_BTHWC, 2, first, zeros=2), kernel) + bias
+            pairs = pairs.reshape(B, T, H, W, 2, C).transpose(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, H, W, C)
+            x_BTHWC = jnp.concatenate([head_BTHWC, pairs], axis=1)
+        kernel, bias = _kernel_and_bias(self, (1, 3, 3, C, self.features), init)
+        return convolve(x_BTHWC.repeat(2, axis=2).repeat(2, axis=3), kernel) + bias
+
+
+def space_to_channels(x_BTHWC: jax.Array, time: int, space: int) -> jax.Array:
+    """(B, T*time, H*space, W*space, C) -> (B, T, H, W, C*time*space*space); channel order (C, time, row, column)."""
+    B, T, H, W, C = x_BTHWC.shape
+    x = x_BTHWC.reshape(B, T // time, time, H // space, space, W // space, space, C)
+    return x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, T // time, H // space, W // space, C * time * space**2)
+
+
+def channels_to_space(x_BTHWC: jax.Array, time: int, space: int) -> jax.Array:
+    """The inverse of `space_to_channels`."""
+    B, T, H, W, C = x_BTHWC.shape
+    x = x_BTHWC.reshape(B, T, H, W, C // (time * space**2), time, space, space)
+    return x.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, T * time, H * space, W * space, -1)
+
+
+def average_shortcut(x_BTHWC: jax.Array, features: int, time: int, space: int) -> jax.Array:
+    """The parameter-free downsampling of the Wan 2.2 VAE: blocks to channels, then means of channel groups."""
+    # A first chunk has 1 + 2k frames: the lone first frame is averaged with a zero frame before it, as published.
+    x_BTHWC = jnp.pad(x_BTHWC, ((0, 0), (-x_BTHWC.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    x_BTHWC = space_to_channels(x_BTHWC, time, space)
+    return x_BTHWC.reshape(*x_BTHWC.shape[:-1], features, -1).mean(axis=-1)
+
+
+def repeat_shortcut(x_BTHWC: jax.Array, features: int, time: int, space: int, first: bool) -> jax.Array:
+    """The parameter-free upsampling of the Wan 2.2 VAE: channels repeated, then spread over the block."""
+    repeats = features * time * space**2 // x_BTHWC.shape[-1]
+    x_BTHWC = channels_to_space(x_BTHWC.repeat(repeats, axis=-1), time, space)
+    return x_BTHWC[:, time - 1 :] if first else x_BTHWC

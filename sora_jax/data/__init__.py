@@ -1,0 +1,1 @@
+"""Clips with captions to learn from."""

@@ -1,0 +1,230 @@
+"""The diffusion transformer: spacetime patches of noisy latents in, velocity out.
+
+    latents -> patches -> [ self-attention, cross-attention to the text, feed-forward ] x layers -> patches -> velocity
+
+Every patch attends to every other across space and time. The noise level, one per latent frame, modulates each
+block. The structure is that of Wan 2.1 and 2.2 (arXiv:2503.20314, published as `WanTransformer3DModel`), which
+descends from DiT (arXiv:2212.09748).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sora_jax.dit.positions import rotary_angles, rotate
+from sora_jax.mesh import constrain
+
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the diffusion transformer.
+
+    Attributes:
+      latent_channels: Z of the latents, in and out.
+      heads, head_width: K, E; the width D is K * E.
+      feed_forward: M.
+      layers: number of blocks.
+      text_width: width of the text features.
+      patch: (frames, rows, columns) of latents per token.
+      frequency_width: sinusoids that describe the noise level.
+      epsilon: of the norms.
+      remat: what the backward pass keeps, a name in `REMAT_POLICIES`.
+    """
+
+    latent_channels: int
+    heads: int
+    head_width: int
+    feed_forward: int
+    layers: int
+    text_width: int
+    patch: tuple[int, int, int] = (1, 2, 2)
+    frequency_width: int = 256
+    epsilon: float = 1e-6
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}; it can be {', '.join(REMAT_POLICIES)}")
+        if self.patch[0] != 1:
+            raise ValueError("a patch spans one latent frame: the noise level is given per frame")
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.heads * self.head_width
+
+
+class Modulation(NamedTuple):
+    """What the noise level does to one branch of a block; each (B, F, 1, D) float32."""
+
+    shift: jax.Array
+    scale: jax.Array
+    gate: jax.Array | None = None
+
+
+def modulate(x_BFSD: jax.Array, modulation: Modulation) -> jax.Array:
+    """The output of a layer norm, scaled and shifted frame by frame (S tokens in each)."""
+    return x_BFSD * (1 + modulation.scale) + modulation.shift
+
+
+def layer_norm(x: jax.Array, epsilon: float) -> jax.Array:
+    """Zero mean and unit variance over the width, float32, nothing learned."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+
+
+def level_features(level: jax.Array, width: int) -> jax.Array:
+    """Sinusoids of 1000 * level: (...) -> (..., width), cosines first (as in DDPM, arXiv:2006.11239)."""
+    frequency = jnp.exp(-math.log(10000.0) * jnp.arange(width // 2) / (width // 2))
+    angle = 1000.0 * level.astype(jnp.float32)[..., None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def dense(features: int, axes: tuple, name: str, dtype=jnp.float32, init=None) -> nn.Dense:
+    """A dense layer whose kernel carries the logical names `axes`."""
+    init = init or nn.initializers.xavier_uniform()
+    return nn.Dense(
+        features,
+        kernel_init=nn.with_logical_partitioning(init, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
+        dtype=dtype,
+        name=name,
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the whole width, computed in float32."""
+
+    epsilon: float
+    axis: str = "heads"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon) * scale).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` to `context`, queries and keys RMS-normed, and turned if angles are given."""
+
+    config: DiTConfig
+    out_init: Any
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, context_BLD: jax.Array, angles_NE: jax.Array | None = None) -> jax.Array:
+        config, into = self.config, ("width", "heads")
+        q = RMSNorm(config.epsilon, name="query_norm")(dense(config.width, into, "query", self.dtype)(x_BND))
+        k = RMSNorm(config.epsilon, name="key_norm")(dense(config.width, into, "key", self.dtype)(context_BLD))
+        v = dense(config.width, into, "value", self.dtype)(context_BLD)
+        q, k, v = (y.reshape(*y.shape[:-1], config.heads, config.head_width) for y in (q, k, v))
+        if angles_NE is not None:
+            q, k = rotate(q, angles_NE), rotate(k, angles_NE)
+        out_BNKE = jax.nn.dot_product_attention(q, k, v)
+        return dense(config.width, ("heads", "width"), "out", self.dtype, self.out_init)(out_BNKE.reshape(x_BND.shape))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward. The residual stream and the modulation are float32."""
+
+    config: DiTConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BND, level_BF6D, text_BLD, angles_NE):
+        config, dtype = self.config, self.dtype
+        B, N, D = x_BND.shape
+        F = level_BF6D.shape[1]
+
+        def by_frame(x):
+            return x.reshape(B, F, N // F, D)
+
+        def by_token(x):
+            return constrain(x.reshape(B, N, D), "batch", "tokens", None)
+
+        # Gates come from zero-initialised parameters (and so do the outputs of the one branch without a gate): a
+        # fresh block is the identity.
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None))
+        table = self.param("modulation", init, (6, D))
+        parts = jnp.moveaxis(level_BF6D + table, 2, 0)[:, :, :, None]
+        attention, feed_forward = Modulation(*parts[:3]), Modulation(*parts[3:])
+
+        h = by_token(modulate(by_frame(layer_norm(x_BND, config.epsilon)), attention)).astype(dtype)
+        h = Attention(config, nn.initializers.xavier_uniform(), dtype, name="self_attention")(h, h, angles_NE)
+        x_BND += by_token(by_frame(h.astype(jnp.float32)) * attention.gate)
+
+        norm = nn.LayerNorm(
+            config.epsilon,
+            scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
+            name="cross_norm",
+        )
+        h = Attention(config, nn.initializers.zeros, dtype, name="cross_attention")(norm(x_BND).astype(dtype), text_BLD)
+        x_BND += h.astype(jnp.float32)
+
+        h = by_token(modulate(by_frame(layer_norm(x_BND, config.epsilon)), feed_forward)).astype(dtype)
+        h = dense(config.feed_forward, ("width", "feed_forward"), "up", dtype)(h)
+        h = dense(D, ("feed_forward", "width"), "down", dtype)(nn.gelu(h, approximate=True))
+        return x_BND + by_token(by_frame(h.astype(jnp.float32)) * feed_forward.gate), None
+
+
+class DiT(nn.Module):
+    """Noisy latents, the noise level of each latent frame, and text features to the velocity.
+
+    Call: (latents_BFYXZ float32, level_BF float32 in [0, 1], text_BLD) -> velocity_BFYXZ float32.
+    Y and X are multiples of the patch. The text is not masked: padding is zeros, as Wan has it.
+    """
+
+    config: DiTConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, latents_BFYXZ: jax.Array, level_BF: jax.Array, text_BLD: jax.Array) -> jax.Array:
+        config, dtype = self.config, self.dtype
+        B, F, Y, X, Z = latents_BFYXZ.shape
+        _, py, px = config.patch
+        rows, columns, D = Y // py, X // px, config.width
+
+        patches = latents_BFYXZ.reshape(B, F, rows, py, columns, px, Z).transpose(0, 1, 2, 4, 3, 5, 6)
+        x_BND = dense(D, (None, "width"), "patches_in")(patches.reshape(B, F * rows * columns, py * px * Z))
+        x_BND = constrain(x_BND, "batch", "tokens", None)
+
+        normal = nn.initializers.normal(0.02)
+        level = dense(D, (None, "width"), "level_in", init=normal)(level_features(level_BF, config.frequency_width))
+        level_BFD = dense(D, ("width", None), "level_out", init=normal)(nn.silu(level))
+        level_BF6D = dense(6 * D, ("width", None), "level_modulation", init=nn.initializers.zeros)(nn.silu(level_BFD))
+        level_BF6D = level_BF6D.reshape(B, F, 6, D)
+
+        text = dense(D, (None, "width"), "text_in", dtype)(text_BLD.astype(dtype))
+        text_BLD = dense(D, ("width", None), "text_out", dtype)(nn.gelu(text, approximate=True))
+
+        blocks = nn.scan(
+            nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            length=config.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        angles = jnp.asarray(rotary_angles(F, rows, columns, config.head_width))
+        x_BND, _ = blocks(config, dtype, name="blocks")(x_BND, level_BF6D, text_BLD, angles)
+
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None))
+        table = self.param("modulation_out", init, (2, D))
+        shift, scale = jnp.split(table + level_BFD[:, :, None], 2, axis=2)
+        x = modulate(layer_norm(x_BND, config.epsilon).reshape(B, F, -1, D), Modulation(shift, scale))
+        x = dense(py * px * Z, ("width", None), "patches_out", init=nn.initializers.zeros)(x)
+        x = x.reshape(B, F, rows, columns, py, px, Z).transpose(0, 1, 2, 4, 3, 5, 6)
+        return x.reshape(B, F, Y, X, Z)

@@ -1,0 +1,5 @@
+"""The one kind of error that a user can cause and repair."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; one line says what is wrong, where, and what would be right."""

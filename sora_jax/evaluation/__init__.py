@@ -1,0 +1,1 @@
+"""Measuring how well videos follow their prompts, by reading the frames alone."""

@@ -1,0 +1,147 @@
+"""Prompts to evaluate on: balanced over what can be asked for, and each with a scene that would fulfil it."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+
+from sora_jax.data.worlds import vocabulary
+from sora_jax.data.worlds.captions import caption
+from sora_jax.data.worlds.scenes import Scene, sample_scene
+from sora_jax.errors import InputError
+from sora_jax.training.codec_task import HELD_OUT_SEED
+
+# One round; the prompts go through it again and again, so that any number of them is balanced.
+_ROUND = (
+    ("single", "pair", "single", "wall", "camera", "single")
+    + ("pillar", "single", "pair", "truck", "single", "camera")
+)  # fmt: skip
+_PAIR_MOTIONS = ("still", "left", "right", "up", "down", "bouncing")
+_BATCH = 24
+_REST_WORDS = ("rest", "stand", "sit", "stay", "not moving", "float", "hover", "hang")
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationPrompt:
+    """A prompt, what it asks for, and a scene that shows it.
+
+    Attributes:
+        text: the prompt; it states all of the following that is not None.
+        kind: one of `vocabulary.KINDS`.
+        colors, shapes: names, one per object.
+        direction: one of `vocabulary.MOTIONS`; None for pairs, trucks and moving cameras.
+        camera: one of `vocabulary.CAMERAS` if the prompt asks for a camera motion, else None.
+        hidden: whether the object is to be hidden for a moment and to come back.
+        held_out: whether the (first) object is a combination that is kept out of training.
+        scene: a Scene of NumPy arrays, from a key that training never uses.
+    """
+
+    text: str
+    kind: str
+    colors: tuple[str, ...]
+    shapes: tuple[str, ...]
+    direction: str | None
+    camera: str | None
+    hidden: bool
+    held_out: bool
+    scene: Scene
+
+
+def evaluation_prompts(n: int = 240, seed: int = 0) -> tuple[EvaluationPrompt, ...]:
+    """`n` prompts, always the first ones of those of `seed`; a quarter asks for pairs never trained on.
+
+    Raises:
+        InputError: if `n` is below 1 or `seed` is negative.
+    """
+    if n < 1 or seed < 0:
+        raise InputError(f"evaluation needs at least 1 prompt and a seed from 0, not {n} and {seed}")
+    rng = np.random.default_rng(seed)
+    trained = [
+        pair
+        for pair in np.ndindex(len(vocabulary.COLORS), len(vocabulary.SHAPES))
+        if (vocabulary.COLORS[pair[0]], vocabulary.SHAPES[pair[1]]) not in vocabulary.HELD_OUT
+    ]
+    held_out = [(vocabulary.COLORS.index(c), vocabulary.SHAPES.index(s)) for c, s in vocabulary.HELD_OUT]
+    sides = ("left", "right")
+    decks = {
+        "single": _deck(rng, range(len(vocabulary.MOTIONS))),
+        "pair": _deck(rng, [vocabulary.MOTIONS.index(m) for m in _PAIR_MOTIONS]),
+        "screen": _deck(rng, [vocabulary.MOTIONS.index(side) for side in sides]),
+        "camera": _deck(rng, range(1, len(vocabulary.CAMERAS))),
+        "background": _deck(rng, range(len(vocabulary.BACKGROUNDS))),
+        **{f"{kind} held out": _deck(rng, (True, False, False, False)) for kind in vocabulary.KINDS},
+        True: _deck(rng, held_out),
+        False: _deck(rng, trained),
+    }
+    asked = []
+    for i in range(n):
+        kind = _ROUND[i % len(_ROUND)]
+        is_held_out = bool(next(decks[f"{kind} held out"]))
+        color, shape = next(decks[is_held_out])
+        others = [(c, s) for c, s in trained if c != color and s != shape]
+        color2, shape2 = others[rng.integers(len(others))]
+        motions = decks.get({"wall": "screen", "pillar": "screen"}.get(kind, kind))
+        asked.append(
+            {
+                "kind": vocabulary.KINDS.index(kind),
+                "color": color,
+                "shape": shape,
+                "color2": color2,
+                "shape2": shape2,
+                "motion": 0 if kind in ("camera", "truck") else next(motions),
+                "camera": next(decks["camera"]) if kind == "camera" else 0,
+                "background": next(decks["background"]),
+            }
+        )
+    fixed = {part: np.array([each[part] for each in asked], np.int32) for part in asked[0]}
+    key = jax.random.fold_in(jax.random.key(HELD_OUT_SEED), seed)
+    # In batches of one size, so that any number of prompts needs only one compilation.
+    batches = [np.minimum(start + np.arange(_BATCH), n - 1) for start in range(0, n, _BATCH)]
+    sampled = [_sample(key, i, jax.tree.map(lambda a, i=i: a[i], fixed)) for i in batches]
+    scenes = jax.tree.map(lambda *parts: np.concatenate(parts), *sampled)
+    return tuple(_prompt(jax.tree.map(lambda a, i=i: a[i], scenes), np.random.default_rng((seed, i))) for i in range(n))
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(None, 0, 0))
+def _sample(key, i, fixed):
+    return sample_scene(jax.random.fold_in(key, i), **fixed)
+
+
+def _deck(rng, cards):
+    """Deals the cards in random order, again and again."""
+    while True:
+        for i in rng.permutation(len(cards)):
+            yield cards[i]
+
+
+def _prompt(scene, rng):
+    kind = vocabulary.KINDS[scene.kind]
+    motion = vocabulary.MOTIONS[scene.motion[0]]
+    direction = motion if kind in ("single", "wall", "pillar") else None
+    text = caption(scene, rng)
+    while not _states(text.lower(), direction):
+        text = caption(scene, rng)
+    objects = range(1 + int(scene.present[1]))
+    colors = tuple(vocabulary.COLORS[scene.color[i]] for i in objects)
+    shapes = tuple(vocabulary.SHAPES[scene.shape[i]] for i in objects)
+    return EvaluationPrompt(
+        text=text,
+        kind=kind,
+        colors=colors,
+        shapes=shapes,
+        direction=direction,
+        camera=vocabulary.CAMERAS[scene.camera] if kind == "camera" else None,
+        hidden=kind in ("wall", "pillar", "truck"),
+        held_out=(colors[0], shapes[0]) in vocabulary.HELD_OUT,
+        scene=scene,
+    )
+
+
+def _states(text, direction):
+    """Captions leave out rest and the side now and then; every other motion is in the verb."""
+    if direction in ("left", "right"):
+        return re.search(rf"\b{direction}", text) is not None  # not "bright"
+    return direction != "still" or any(word in text for word in _REST_WORDS)

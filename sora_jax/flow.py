@@ -1,0 +1,56 @@
+"""Rectified flow: straight paths from data (level 0) to noise (level 1), and the velocity along them.
+
+    x_t = (1 - t) x_0 + t noise        velocity = d x_t / dt = noise - x_0
+
+(Liu et al., arXiv:2209.03003; Esser et al., arXiv:2403.03206 for the distribution of levels and the shift.)
+The level is given per latent frame, `level_BF`: a known frame has level 0 while the others are being denoised, so
+that starting from an image, extending and connecting clips are all the same task.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def shift_level(level: jax.Array, shift: float | jax.Array) -> jax.Array:
+    """Moves levels in [0, 1] towards noise: a t / (1 + (a - 1) t), which keeps 0 and 1 (arXiv:2403.03206, eq. 23)."""
+    return shift * level / (1 + (shift - 1) * level)
+
+
+def sample_level(key: jax.Array, batch: int, shift: float) -> jax.Array:
+    """Training levels: sigmoid of a standard normal, then shifted; (B,) float32 in (0, 1)."""
+    return shift_level(jax.nn.sigmoid(jax.random.normal(key, (batch,))), shift)
+
+
+def sample_known(key: jax.Array, batch: int, frames: int, share: float) -> jax.Array:
+    """Which latent frames are given clean in training: (B, F) bool, never all of a clip.
+
+    A `share` of the clips gets one of: the first frame, the last, both, a prefix, a random subset.
+    """
+    if frames < 2:
+        return jnp.zeros((batch, frames), bool)
+    chosen, pattern, length, subset = jax.random.split(key, 4)
+    frame_F = jnp.arange(frames)
+    length_B1 = jax.random.randint(length, (batch, 1), 1, frames)  # at most frames - 1
+    first_F, last_F = frame_F == 0, frame_F == frames - 1
+    patterns_5BF = jnp.stack(
+        [jnp.broadcast_to(p, (batch, frames)) for p in (first_F, last_F, first_F | last_F)]
+        + [frame_F < length_B1, jax.random.uniform(subset, (batch, frames)) < 0.5]
+    )
+    known_BF = patterns_5BF[jax.random.randint(pattern, (batch,), 0, 5), jnp.arange(batch)]
+    known_BF &= ~known_BF.all(axis=1, keepdims=True)
+    return known_BF & (jax.random.uniform(chosen, (batch, 1)) < share)
+
+
+def add_noise(x0_BFYXZ: jax.Array, noise_BFYXZ: jax.Array, level_BF: jax.Array) -> jax.Array:
+    """x_t at each frame's level."""
+    t = level_BF[:, :, None, None, None]
+    return (1 - t) * x0_BFYXZ + t * noise_BFYXZ
+
+
+def velocity_loss(
+    predicted_BFYXZ: jax.Array, x0_BFYXZ: jax.Array, noise_BFYXZ: jax.Array, known_BF: jax.Array
+) -> jax.Array:
+    """Mean squared error of the velocity over the frames that are not known; scalar float32."""
+    error_BF = jnp.mean((predicted_BFYXZ - (noise_BFYXZ - x0_BFYXZ)) ** 2, axis=(2, 3, 4))
+    unknown_BF = 1.0 - known_BF
+    return jnp.sum(error_BF * unknown_BF) / jnp.maximum(jnp.sum(unknown_BF), 1.0)

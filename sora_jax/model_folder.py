@@ -1,0 +1,324 @@
+"""A model as a folder: `model.json` with the configs, and one safetensors file of parameters per part.
+
+    model.json          format version, configs of the parts, sampling defaults, known words
+    text.safetensors    parameters of the text encoder; each key is the parameter's path joined by "."
+    codec.safetensors   parameters of the video codec
+    dit.safetensors     parameters of the diffusion transformer
+
+Reading is strict: every tensor must be expected and every expected tensor present, in the stated precision
+and shape. A folder that was read and is written again is identical byte for byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import secrets
+import shutil
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+from flax.core import meta
+
+from sora_jax.codec import Codec, CodecConfig
+from sora_jax.dit import DiT, DiTConfig
+from sora_jax.errors import InputError
+from sora_jax.sampler import SOLVERS
+from sora_jax.text import T5Encoder, TextConfig
+
+FORMAT_VERSION = 1
+PARTS = ("text", "codec", "dit")
+_STORED_AS = {"float32": "F32", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What `generate` does unless told otherwise.
+
+    Attributes:
+        steps: steps of the solver, >= 1.
+        guidance: strength of classifier-free guidance; 1 means none.
+        shift: time shift of the noise levels, > 0; larger spends more steps at high noise.
+        solver: a solver of `sora_jax.sampler`.
+        frames: frames per video.
+        size: (height, width) in pixels.
+        fps: frames per second.
+    """
+
+    steps: int = 30
+    guidance: float = 4.0
+    shift: float = 3.0
+    solver: str = "unipc"
+    frames: int = 17
+    size: tuple[int, int] = (128, 128)
+    fps: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver {self.solver!r} does not exist; there are {', '.join(SOLVERS)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything about a model but its parameters.
+
+    Attributes:
+        text, codec, dit: configs of the three parts.
+        sampling: defaults of `generate`.
+        vocabulary: lower-case words the model was trained on; empty if it is not limited to a list.
+        description: one line on what the model can show.
+        dtype: precision of the parameters in the folder; in memory they are always float32.
+    """
+
+    text: TextConfig
+    codec: CodecConfig
+    dit: DiTConfig
+    sampling: SamplingConfig = SamplingConfig()
+    vocabulary: tuple[str, ...] = ()
+    description: str = ""
+    dtype: Literal["float32", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for part, here, there in (
+            ("text", self.dit.text_width, self.text.width),
+            ("codec", self.dit.latent_channels, self.codec.latent_channels),
+        ):
+            if here != there:
+                raise ValueError(f"dit expects {here} channels from {part}, which has {there}")
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """Names and shapes of all parameters: {"text": ..., "codec": ..., "dit": ...} of ShapeDtypeStruct."""
+    codec = config.codec
+    frames, side = 1 + codec.stride_time, codec.stride_space * max(config.dit.patch)
+    ids_BL = jnp.zeros((1, config.text.length), jnp.int32)
+    inputs = {
+        "text": (T5Encoder(config.text), ids_BL),
+        "codec": (Codec(codec), jnp.zeros((1, frames, side, side, 3))),
+        "dit": (
+            DiT(config.dit),
+            jnp.zeros((1, *codec.latent_shape(frames, side, side))),
+            jnp.zeros((1, 2)),
+            jnp.zeros((*ids_BL.shape, config.text.width)),
+        ),
+    }
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        return {part: meta.unbox(module.init(key, *x)["params"]) for part, (module, *x) in inputs.items()}
+
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def write_model_folder(
+    path: str | os.PathLike, config: ModelConfig, params: dict[str, Any], dtype: str | None = None
+) -> Path:
+    """Writes the model to the folder `path`, which appears complete or not at all.
+
+    Args:
+        path: the folder; its parent must exist.
+        config: the configs.
+        params: {"text": tree, "codec": tree, "dit": tree} of arrays, exactly as `abstract_params` lists them.
+        dtype: "float32" or "float16"; by default `config.dtype`.
+
+    Raises:
+        InputError: if parameters do not fit the config or the precision, if `path` is something else than a
+            model folder (an older model is replaced), or if it cannot be written.
+    """
+    path = Path(path)
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    if config.dtype not in _STORED_AS:
+        raise InputError(f"a model folder holds float32 or float16, not {config.dtype}")
+    if path.exists() and not (path / "model.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"cannot write the model to {path}: something other than a model folder is there")
+    expected = abstract_params(config)
+    tensors = {part: _stored(part, params[part], expected[part], config.dtype) for part in PARTS}
+    # Never beside half of an older model: all files go into a hidden folder, which then takes the name.
+    token = secrets.token_hex(8)
+    hidden, older = (path.absolute().parent / f".{token}.{role}" for role in ("new", "old"))
+    try:
+        hidden.mkdir()
+        for part in PARTS:
+            (hidden / f"{part}.safetensors").write_bytes(safetensors.numpy.save(tensors[part]))
+        text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=1)
+        (hidden / "model.json").write_text(text + "\n", encoding="utf-8")
+        if path.exists():
+            os.rename(path, older)
+        os.rename(hidden, path)
+    except OSError as error:
+        if older.exists() and not path.exists():
+            os.rename(older, path)
+        raise InputError(f"cannot write the model to {path}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(older, ignore_errors=True)
+    return path
+
+
+def read_model_folder(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads a model folder.
+
+    Returns:
+        The config, and {"text": tree, "codec": tree, "dit": tree} of float32 NumPy arrays.
+
+    Raises:
+        InputError: naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"there is no model folder {path}")
+    config = _read_json(path / "model.json", ModelConfig)
+    try:
+        expected = abstract_params(config)
+    except Exception as error:  # any module may object to a config in its own way
+        raise InputError(f"{path / 'model.json'} describes no possible model: {_one_line(error)}") from error
+    return config, {
+        part: _read_part(path / f"{part}.safetensors", expected[part], _STORED_AS[config.dtype]) for part in PARTS
+    }
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {_one_line(error)}") from error
+    version = values.pop("format_version", None) if isinstance(values, dict) else None
+    if type(version) is not int or version < 1:
+        raise InputError(f"{path} is no model description: it has no format_version")
+    if version > FORMAT_VERSION:
+        raise InputError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}; upgrade it")
+    return _parse(kind, values, "", path)
+
+
+def _parse(kind: Any, value: Any, name: str, path: Path) -> Any:
+    """The JSON `value` of the field `name` as the annotated type `kind`."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        kinds = typing.get_type_hints(kind)
+        prefix = f"{name}." if name else ""
+        for key in value.keys() - kinds.keys():
+            close = difflib.get_close_matches(key, kinds, 1)
+            raise InputError(f"{path}: unknown field {prefix}{key}{f'; is it {close[0]}?' if close else ''}")
+        for key in kinds.keys() - value.keys():
+            raise InputError(f"{path}: the field {prefix}{key} is missing")
+        values = {key: _parse(kinds[key], value[key], prefix + key, path) for key in kinds}
+        try:
+            return kind(**values)
+        except ValueError as error:
+            raise InputError(f"{path}: {f'{name}: ' if name else ''}{_one_line(error)}") from error
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        kinds = options[:1] * len(value) if options[1:] == (...,) else options
+        if len(kinds) == len(value):
+            return tuple(
+                _parse(each, v, f"{name}[{i}]", path) for i, (each, v) in enumerate(zip(kinds, value, strict=True))
+            )
+    elif origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _parse(next(option for option in options if option is not type(None)), value, name, path)
+    elif origin is Literal:
+        if value in options:
+            return value
+    elif kind is float and type(value) in (int, float) or kind is type(value):
+        return value
+    shown = json.dumps(value)
+    expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind).replace("typing.", "")
+    raise InputError(f"{path}: {name or 'the top level'} must be {expected}, not {shown[:40]}")
+
+
+def _stored(part: str, params: Any, expected: Any, dtype: str) -> dict[str, np.ndarray]:
+    """Flattened tensors in the precision of the folder, checked against the expected names and shapes."""
+    tensors = {name: np.asarray(value) for name, value in _flatten(meta.unbox(params)).items()}
+    _check_shapes(f"the {part} parameters", {k: v.shape for k, v in tensors.items()}, _flatten(expected))
+    for name, value in tensors.items():
+        with np.errstate(over="ignore"):
+            tensors[name] = np.ascontiguousarray(value.astype(dtype))
+        if not np.isfinite(tensors[name]).all():
+            raise InputError(f"the {part} parameter {name} has values that {dtype} cannot hold")
+    return tensors
+
+
+def _read_part(path: Path, expected: Any, stored_as: str) -> Any:
+    expected = _flatten(expected)
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            _check_shapes(str(path), {k: tuple(v.get_shape()) for k, v in slices.items()}, expected)
+            for name, value in slices.items():
+                if value.get_dtype() != stored_as:
+                    raise InputError(f"{path}: tensor {name} is {value.get_dtype()}, model.json says {stored_as}")
+            tensors = {name: file.get_tensor(name).astype(np.float32) for name in expected}
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or _one_line(error)}") from error
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path} is damaged: {_one_line(error)}") from error
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{path} is damaged: tensor {name} is not finite")
+    return traverse_util.unflatten_dict(tensors, sep=".")
+
+
+def _check_shapes(where: str, shapes: dict[str, tuple[int, ...]], expected: dict[str, Any]) -> None:
+    for names, problem in (
+        (expected.keys() - shapes.keys(), "is missing"),
+        (shapes.keys() - expected.keys(), "is not part of this model"),
+    ):
+        if names:
+            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise InputError(f"{where}: tensor {min(names)} {problem}{others}")
+    for name, shape in shapes.items():
+        if tuple(shape) != expected[name].shape:
+            raise InputError(f"{where}: tensor {name} is {list(shape)}, it must be {list(expected[name].shape)}")
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep=".")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def write_codec(path: Path, config: CodecConfig, params: Any) -> None:
+    """Writes a codec alone (`codec.json`, `codec.safetensors`, float32) as a new folder, complete or not at all."""
+    tensors = _stored("codec", params, _abstract_codec_params(config), "float32")
+    hidden = path.absolute().parent / f".{secrets.token_hex(8)}.new"
+    try:
+        hidden.mkdir()
+        (hidden / "codec.safetensors").write_bytes(safetensors.numpy.save(tensors))
+        text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=1)
+        (hidden / "codec.json").write_text(text + "\n", encoding="utf-8")
+        os.rename(hidden, path)
+    except OSError as error:
+        raise InputError(f"cannot write the codec to {path}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def read_codec(path: str | os.PathLike) -> tuple[CodecConfig, Any]:
+    """The codec of a folder made by `write_codec`, or of a whole model folder, as float32 NumPy arrays."""
+    path = Path(path)
+    if (path / "model.json").is_file():
+        config, params = read_model_folder(path)
+        return config.codec, params["codec"]
+    config = _read_json(path / "codec.json", CodecConfig)
+    return config, _read_part(path / "codec.safetensors", _abstract_codec_params(config), "F32")
+
+
+def _abstract_codec_params(config: CodecConfig) -> Any:
+    side = config.stride_space
+    video = jax.ShapeDtypeStruct((1, 1 + config.stride_time, side, side, 3), jnp.float32)
+    return meta.unbox(jax.eval_shape(Codec(config).init, jax.random.key(0), video)["params"])

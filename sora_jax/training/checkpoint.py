@@ -1,0 +1,62 @@
+"""Checkpoints by orbax: each host writes its own shards; a half-written checkpoint is never taken for a whole one."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sora_jax.errors import InputError
+from sora_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one work directory; the newest `keep` stay."""
+
+    def __init__(self, workdir: Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Writes in the background; `close` waits for it."""
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest checkpoint, placed as the shardings of `abstract` say.
+
+        Raises:
+          InputError: the checkpoint belongs to a model of another shape.
+        """
+        step = self.latest()
+        try:
+            state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"checkpoint {step} in {self._manager.directory} does not fit this configuration: "
+                + str(error).splitlines()[0]
+            ) from error
+        wanted, found = jax.tree.map(lambda x: x.shape, abstract), jax.tree.map(lambda x: x.shape, state)
+        if wanted != found:
+            raise InputError(f"checkpoint {step} in {self._manager.directory} does not fit this configuration")
+        return state
+
+    def restore_any(self) -> dict:
+        """The newest checkpoint as a tree of NumPy arrays, without knowing the model.
+
+        Raises:
+          InputError: there is no checkpoint.
+        """
+        step = self.latest()
+        if step is None:
+            raise InputError(f"there is no checkpoint in {self._manager.directory}")
+        state = self._manager.restore(step, args=ocp.args.StandardRestore())
+        return jax.tree.map(np.asarray, state)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

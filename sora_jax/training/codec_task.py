@@ -1,0 +1,97 @@
+"""Training the codec: reconstruct windows of worlds from noisy latents."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from ml_collections import ConfigDict
+
+from sora_jax.codec import Codec, CodecConfig
+from sora_jax.codec.vae import psnr
+from sora_jax.data.worlds.render import render, render_at
+from sora_jax.data.worlds.scenes import sample_scene
+from sora_jax.model_folder import read_codec
+
+HELD_OUT_SEED = 2**31  # training seeds are small: held-out clips come from keys that training never uses
+
+
+def codec_config(config: ConfigDict) -> CodecConfig:
+    """The codec described by `config.codec`."""
+    return CodecConfig(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.codec.items()})
+
+
+def render_windows(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
+    """Windows of `config.frames` frames and `config.crop` pixels out of clips: (B, T, H, W, 3) float32 in [-1, 1].
+
+    A window is as good a lesson as a clip and costs a fraction of it, so that more steps fit into an hour.
+    """
+    size = (config.size, config.size)
+
+    def one(key):
+        scene_key, time_key, place_key = jax.random.split(key, 3)
+        first = jax.random.randint(time_key, (), 0, config.clip_frames - config.frames + 1)
+        u_T = (first + jnp.arange(config.frames)) / max(config.clip_frames - 1, 1)
+        video_THWC = render_at(sample_scene(scene_key), u_T, size)[0] * 2 - 1
+        y, x = jax.random.randint(place_key, (2,), 0, config.size - config.crop + 1)
+        return jax.lax.dynamic_slice(video_THWC, (0, y, x, 0), (config.frames, config.crop, config.crop, 3))
+
+    return jax.vmap(one)(jax.random.split(key, batch))
+
+
+def render_clips(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
+    """Whole clips, (B, T, H, W, 3) float32 in [-1, 1]."""
+    size = (config.size, config.size)
+    return jax.vmap(lambda key: render(sample_scene(key), config.clip_frames, size)[0] * 2 - 1)(
+        jax.random.split(key, batch)
+    )
+
+
+class CodecTask:
+    """Reconstruction (absolute and squared error) plus a small Kullback-Leibler term on the posterior."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.codec = Codec(codec_config(config))
+        self._windows = jax.jit(lambda key: render_windows(key, config.batch, config))
+        self._clips = jax.jit(lambda key: render_clips(key, 8, config))
+
+    def initialize(self, key: jax.Array):
+        """Fresh parameters, boxed with their axis names."""
+        video = jnp.zeros((1, 1 + self.codec.config.stride_time, self.config.size, self.config.size, 3))
+        return self.codec.init(key, video)["params"]
+
+    def pretrained(self, path: str):
+        """The parameters of the codec in a model folder, for a run that goes on from them."""
+        return read_codec(path)[1]
+
+    def batches(self, start: int) -> Iterator[jax.Array]:
+        """One batch for each step from `start` on."""
+        key = jax.random.key(self.config.seed)
+        step = start
+        while True:
+            yield self._windows(jax.random.fold_in(key, step))
+            step += 1
+
+    def loss(self, params, video_BTHWC: jax.Array, key: jax.Array):
+        def autoencode(codec):
+            mean, log_variance = codec.posterior(video_BTHWC)
+            noise = jax.random.normal(key, mean.shape)
+            return codec.reconstruct(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance
+
+        video, mean, log_variance = self.codec.apply({"params": params}, method=autoencode)
+        absolute = jnp.mean(jnp.abs(video - video_BTHWC))
+        squared = jnp.mean((video - video_BTHWC) ** 2)
+        kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
+        weights = self.config.loss
+        loss = weights.absolute * absolute + weights.squared * squared + weights.kl * kl
+        return loss, {"absolute": absolute, "psnr": psnr(video, video_BTHWC), "kl": kl}
+
+    def preview(self, params, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Held-out PSNR, and held-out clips above their reconstructions, uint8 (T, H, W, 3)."""
+        video = self._clips(jax.random.key(HELD_OUT_SEED))
+        rebuilt = jax.jit(self.codec.apply)({"params": meta.unbox(params)}, video)
+        pair = jnp.concatenate([jnp.concatenate(list(v), axis=2) for v in (video[:4], rebuilt[:4])], axis=1)
+        frames = np.asarray(jnp.round((pair + 1) * 127.5), np.uint8)
+        return {"held_out_psnr": float(psnr(video, rebuilt))}, {"reconstruction": frames}

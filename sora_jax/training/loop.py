@@ -1,0 +1,192 @@
+"""The training loop: restore, step, log, preview, save. The same for every task, on whatever devices there are."""
+
+import json
+import math
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.core import meta
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from sora_jax import mesh as mesh_lib
+from sora_jax.errors import InputError
+from sora_jax.model_folder import read_codec, write_model_folder
+from sora_jax.training import state as state_lib
+from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.video import Video
+
+
+def make_task(config: ConfigDict, workdir: Path):
+    """The task that `config.task` names."""
+    if config.task == "codec":
+        from sora_jax.training.codec_task import CodecTask
+
+        return CodecTask(config)
+    if config.task == "dit":
+        from sora_jax.training.dit_task import DiTTask
+
+        return DiTTask(config, workdir)
+    raise InputError(f"config.task is {config.task!r}; it can be 'codec' or 'dit'")
+
+
+def initial_state(task, optimizer, config: ConfigDict, mesh) -> tuple:
+    """Abstract state with its shardings, and a function that makes the state already sharded."""
+
+    def create():
+        return state_lib.create(task.initialize(jax.random.key(config.seed)), optimizer)
+
+    boxed = jax.eval_shape(create)
+    placed = mesh_lib.shardings(boxed, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        meta.unbox(boxed),
+        placed,
+    )
+
+    def make():
+        if not config.start_from:
+            return jax.jit(lambda: meta.unbox(create()), out_shardings=placed)()
+        params = task.pretrained(config.start_from)
+        shapes, found = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (abstract.params, params))
+        if shapes != found:
+            raise InputError(f"the model in {config.start_from} does not fit this configuration")
+        params = jax.device_put(params, placed.params)
+        return jax.jit(lambda params: state_lib.create(params, optimizer), out_shardings=placed)(params)
+
+    return abstract, make
+
+
+def train(config: ConfigDict, workdir: str | Path) -> None:
+    """Trains until `config.steps`, from the newest checkpoint in `workdir` if there is one.
+
+    A run that was interrupted and started again equals one that was not: parameters, optimizer, EMA, randomness and
+    data all follow from the checkpoint. SIGTERM saves and returns. A new run starts from fresh parameters, or from
+    those of the model folder `config.start_from`.
+
+    Raises:
+      InputError: the configuration does not fit the work directory, or the loss is no longer finite.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh = mesh_lib.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        task = make_task(config, workdir)
+        optimizer = state_lib.make_optimizer(config.optimizer, config.steps)
+        abstract, make = initial_state(task, optimizer, config, mesh)
+        checkpoints = Checkpoints(workdir)
+        state = make() if checkpoints.latest() is None else checkpoints.restore(abstract)
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
+        try:
+            _run(config, workdir, task, optimizer, checkpoints, state)
+        finally:
+            checkpoints.close()
+
+
+def _run(config, workdir, task, optimizer, checkpoints, state) -> None:
+    from tensorboardX import SummaryWriter
+
+    step = state_lib.make_step(task.loss, optimizer, config.seed, config.ema_decay)
+    writer = SummaryWriter(str(workdir / "tensorboard"))
+    start = int(state.step)
+    bar = tqdm(total=config.steps, initial=start, unit="step", desc=f"train {config.task}", smoothing=0.05)
+    stopping = []
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
+    window, window_start = [], time.perf_counter()
+    pending = None  # metrics of the step before: reading them does not hold up the step that is running
+
+    def check(number, metrics) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(values["loss"]):
+            raise InputError(
+                f"the loss is {values['loss']} at step {number}; the last good checkpoint, step "
+                f"{checkpoints.latest()}, is kept in {workdir / 'checkpoints'}: try a lower learning rate"
+            )
+        window.append(values)
+
+    try:
+        for number, batch in zip(range(start, config.steps), task.batches(start), strict=False):
+            state, metrics = step(state, batch)
+            if pending:
+                check(*pending)
+            pending = (number, metrics)
+            bar.update()
+            done = number + 1
+            if done % config.log_every == 0 and window:
+                seconds, window_start = time.perf_counter() - window_start, time.perf_counter()
+                means = {name: float(np.mean([v[name] for v in window])) for name in window[0]}
+                means["clips_per_second"] = config.log_every * config.batch / seconds
+                for name, value in means.items():
+                    writer.add_scalar(name, value, done)
+                with open(workdir / "metrics.jsonl", "a") as log:
+                    log.write(json.dumps({"step": done, **means}) + "\n")
+                bar.set_postfix({k: f"{means[k]:.4g}" for k in ("loss", "clips_per_second")}, refresh=False)
+                window.clear()
+            last = done == config.steps
+            if done % config.preview_every == 0 or last:
+                _preview(writer, workdir, *task.preview(state.ema, done), done)
+            if done % config.checkpoint_every == 0 or last or stopping:
+                check(*pending)
+                pending = None
+                checkpoints.save(state)
+            if stopping:
+                tqdm.write(f"{stopping[0]}: saved step {done} in {workdir}")
+                return
+    except KeyboardInterrupt:
+        # The state of an interrupted step has been donated; what counts is the last finished checkpoint.
+        tqdm.write(f"interrupted; step {checkpoints.latest()} is saved in {workdir}")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
+        bar.close()
+        writer.close()
+
+
+def _preview(writer, workdir: Path, scalars: dict[str, float], videos: dict[str, np.ndarray], step: int) -> None:
+    """Numbers and pictures of the averaged weights, to TensorBoard and to the work directory."""
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, step)
+    with open(workdir / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": step, **scalars}) + "\n")
+    for name, frames in videos.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "preview.gif"
+            Video(frames, fps=8).save(path)
+            image = Summary.Image(
+                height=frames.shape[1],
+                width=frames.shape[2],
+                colorspace=3,
+                encoded_image_string=path.read_bytes(),
+            )
+        # TensorBoard plays an animated GIF given as an image.
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+
+def export(workdir: str | Path, out: str | Path) -> Path:
+    """Writes the averaged weights of a finished or running DiT run as a model folder, in float16.
+
+    Raises:
+      InputError: `workdir` holds no DiT run with a checkpoint, or `out` cannot be written.
+    """
+    workdir = Path(workdir)
+    try:
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{workdir} is not the work directory of a training run: it has no config.json") from error
+    if config.task != "dit":
+        raise InputError(f"{workdir} trains a {config.task}; a model folder is made from a run of task 'dit'")
+    from sora_jax.training.dit_task import model_config
+
+    codec_config, codec_params = read_codec(workdir / "codec")
+    checkpoints = Checkpoints(workdir)
+    try:
+        params = checkpoints.restore_any()["ema"]
+    finally:
+        checkpoints.close()
+    return write_model_folder(out, model_config(config, codec_config), {**params, "codec": codec_params}, "float16")

@@ -1,0 +1,63 @@
+"""The prompts of the evaluation are balanced, reproducible, and say what is compared."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from sora_jax.data.worlds import vocabulary
+from sora_jax.errors import InputError
+from sora_jax.evaluation.prompts import evaluation_prompts
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return evaluation_prompts(240)
+
+
+def test_kinds_motions_and_cameras_are_balanced(prompts):
+    kinds = Counter(prompt.kind for prompt in prompts)
+    assert set(kinds) == set(vocabulary.KINDS) and min(kinds.values()) >= 20
+    singles = Counter(prompt.direction for prompt in prompts if prompt.kind == "single")
+    assert set(singles) == set(vocabulary.MOTIONS) and len(set(singles.values())) == 1
+    cameras = Counter(prompt.camera for prompt in prompts if prompt.kind == "camera")
+    assert set(cameras) == set(vocabulary.CAMERAS) - {"fixed"} and len(set(cameras.values())) == 1
+
+
+def test_a_quarter_asks_for_held_out_combinations(prompts):
+    assert np.mean([prompt.held_out for prompt in prompts]) == pytest.approx(0.25, abs=0.03)
+    for prompt in prompts:
+        assert prompt.held_out == ((prompt.colors[0], prompt.shapes[0]) in vocabulary.HELD_OUT)
+        assert not set(zip(prompt.colors[1:], prompt.shapes[1:], strict=True)) & set(vocabulary.HELD_OUT)
+
+
+def test_the_text_states_everything_that_is_compared(prompts):
+    for prompt in prompts:
+        text = prompt.text.lower()
+        assert not vocabulary.unknown_words(text)
+        for part, names in (("color", prompt.colors), ("shape", prompt.shapes)):
+            for name in names:
+                assert any(word in text for word in vocabulary.GRAMMAR[f"{part} {name}"]), text
+        if prompt.direction in ("left", "right"):
+            assert prompt.direction in text.replace("bright", ""), text
+        if prompt.camera:
+            assert any(word in text for word in ("camera", "zoom", "pan")), text
+
+
+def test_the_scene_is_what_the_prompt_asks_for(prompts):
+    for prompt in prompts:
+        scene = prompt.scene
+        assert vocabulary.KINDS[scene.kind] == prompt.kind
+        assert tuple(vocabulary.COLORS[c] for c in scene.color[scene.present]) == prompt.colors
+        assert tuple(vocabulary.SHAPES[s] for s in scene.shape[scene.present]) == prompt.shapes
+        assert vocabulary.CAMERAS[scene.camera] == (prompt.camera or "fixed")
+        assert prompt.hidden == bool(scene.occluder)
+        if prompt.direction:
+            assert vocabulary.MOTIONS[scene.motion[0]] == prompt.direction
+
+
+def test_the_seed_decides(prompts):
+    assert [p.text for p in evaluation_prompts(24)] == [p.text for p in prompts[:24]]
+    assert [p.text for p in evaluation_prompts(24, seed=1)] != [p.text for p in prompts[:24]]
+    with pytest.raises(InputError, match="at least 1 prompt"):
+        evaluation_prompts(0)

@@ -1,0 +1,167 @@
+"""The report: its numbers, its files, and that it is there completely or not at all."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from sora_jax.errors import InputError
+from sora_jax.evaluation import report as report_module
+from sora_jax.evaluation.prompts import evaluation_prompts
+from sora_jax.evaluation.reader import Reading, SeenObject
+from sora_jax.evaluation.report import QUESTIONS, codec_psnr, evaluate, score, wilson
+from sora_jax.generate import Generator
+from sora_jax.model_folder import SamplingConfig
+from sora_jax.video import Video, read_video
+
+COUNT = 13  # more than a batch, and not a multiple of it
+
+
+class FakeGenerator(Generator):
+    """Answers each prompt with the render of its scene, after `change`."""
+
+    def __init__(self, config, params, change=lambda frames: frames):
+        sampling = SamplingConfig(steps=2, frames=9, size=(64, 64))
+        super().__init__(dataclasses.replace(config, sampling=sampling, vocabulary=()), params)
+        self.scenes = {prompt.text: prompt.scene for prompt in evaluation_prompts(COUNT)}
+        self.change = change
+        self.calls = []
+
+    def generate(self, prompts, *, seed, **options):
+        self.calls.append((prompts, seed, options))
+        filled = [self.scenes[prompts[min(i, len(prompts) - 1)]] for i in range(8)]
+        clips = report_module._draw(jax.tree.map(lambda *a: np.stack(a), *filled), 9, (64, 64))
+        frames = np.round(np.asarray(clips) * 255).astype(np.uint8)
+        return [Video(self.change(clip)) for clip in frames[: len(prompts)]]
+
+
+@pytest.fixture(scope="module")
+def fake(tiny_config, tiny_params):
+    return FakeGenerator(tiny_config, tiny_params)
+
+
+@pytest.fixture(scope="module")
+def perfect(fake, tmp_path_factory):
+    """The folder and the result of evaluating a generator that makes no mistake."""
+    out = tmp_path_factory.mktemp("reports") / "new" / "report"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_module, "codec_psnr", lambda *_: 30.0)
+        result = evaluate(None, out, COUNT, steps=3, guidance=2.0, generator=fake)
+    return out, result
+
+
+def rows(result):
+    return {row["question"]: row for row in result["rows"]}
+
+
+def test_a_perfect_generator_reaches_the_ceiling(perfect, fake):
+    _, result = perfect
+    for question in QUESTIONS:
+        row = rows(result)[question]
+        assert row["generated"] == row["ceiling"], question
+    assert rows(result)["color"]["generated"]["n"] == sum(p.kind != "pair" for p in evaluation_prompts(COUNT))
+    texts = [text for prompts, _, _ in fake.calls for text in prompts]
+    seeds = [seed for _, seeds, _ in fake.calls for seed in seeds]
+    assert texts == [prompt.text for prompt in evaluation_prompts(COUNT)] and seeds == list(range(COUNT))
+    assert all(options["steps"] == 3 and options["guidance"] == 2.0 for _, _, options in fake.calls)
+
+
+def test_the_files_are_complete(perfect):
+    out, result = perfect
+    assert json.loads((out / "report.json").read_text()) == result
+    names = {path.name for path in out.iterdir()}
+    assert names == {"report.json", "report.md", "figures.png", "samples.png", "samples"}
+    for picture in ("figures.png", "samples.png"):
+        assert read_video(out / picture).frames.std() > 5
+    videos = sorted((out / "samples").iterdir())
+    assert len(videos) == 12 and len(read_video(videos[0]).frames) == 9
+    table = (out / "report.md").read_text()
+    for row in result["rows"]:
+        assert row["label"] in table
+    assert "32 dB PSNR" in table and "13 prompts, seed 0, 3 steps, guidance 2" in table
+    assert len(result["prompts"]) == COUNT
+
+
+def test_wrong_colors_cost_the_color_alone(tiny_config, tiny_params, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "codec_psnr", lambda *_: 30.0)
+    swapped = FakeGenerator(tiny_config, tiny_params, lambda frames: frames[..., [1, 2, 0]])
+    answers = rows(evaluate(None, tmp_path, COUNT, generator=swapped))
+    assert answers["color"]["generated"]["value"] < 0.3 < 0.9 < answers["color"]["ceiling"]["value"]
+    assert answers["direction"]["generated"]["right"] == answers["direction"]["ceiling"]["right"]
+
+
+def test_a_model_folder_is_evaluated(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "_PSNR_CLIPS", 2)
+    (tmp_path / "notes.txt").write_text("kept")
+    with pytest.warns(UserWarning, match="does not know"):
+        result = evaluate(tiny_folder, tmp_path, 3)
+    assert 0 < rows(result)["codec"]["generated"]["value"] < 30  # its parameters are random
+    assert result["model"] == str(tiny_folder) and result["size"] == [32, 64]
+    assert (tmp_path / "report.json").is_file() and (tmp_path / "notes.txt").read_text() == "kept"
+    # Nothing was asked of a kind that does not occur.
+    assert rows(result)["camera"]["generated"]["value"] is None
+
+
+def test_an_interrupted_run_leaves_nothing_behind(fake, tmp_path, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report_module, "codec_psnr", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(None, tmp_path, 2, generator=fake)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_told_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the report"):
+        evaluate(None, tmp_path / "file", 1, generator=object())
+    with pytest.raises(InputError, match="no model folder"):
+        evaluate(tmp_path / "nowhere", tmp_path / "report", 1)
+    assert not (tmp_path / "report").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"pip install 'sora_jax\[evaluate\]'"):
+        evaluate(None, tmp_path, 1)
+
+
+def test_psnr_is_that_of_the_mean_squared_error(fake, monkeypatch):
+    class Off:
+        def __init__(self, config):
+            pass
+
+        def apply(self, variables, video_BTHWC):
+            return video_BTHWC + 0.2  # 0.1 in frames from 0 to 1
+
+    monkeypatch.setattr(report_module, "Codec", Off)
+    assert codec_psnr(fake, 2) == pytest.approx(20, abs=1e-3)
+
+
+def test_scores_of_made_up_readings():
+    prompts = {prompt.kind: prompt for prompt in evaluation_prompts(COUNT)}
+
+    def seen(color, shape, direction="still", back=False):
+        return SeenObject(color, shape, direction, back, np.zeros((1, 2)), np.ones(1))
+
+    wall = prompts["wall"]
+    right = score(wall, Reading((seen(*wall.colors, *wall.shapes, wall.direction, True),), "fixed"))
+    assert all(right.values()) and {"color", "shape", "direction", "hidden"} <= set(right)
+    nothing = score(wall, Reading((), "fixed"))
+    assert not any(nothing[question] for question in ("color", "shape", "direction", "hidden", "count"))
+
+    pair = prompts["pair"]
+    both = [seen(*names) for names in zip(pair.colors, pair.shapes, strict=True)]
+    assert score(pair, Reading((both[1], both[0]), "fixed"))["pair"]
+    assert not score(pair, Reading((both[0],), "fixed"))["pair"]
+    assert not score(pair, Reading((*both, both[0]), "fixed"))["pair"]
+    crossed = [seen(*names) for names in zip(pair.colors, pair.shapes[::-1], strict=True)]
+    assert not score(pair, Reading(tuple(crossed), "fixed"))["pair"]
+    assert not score(prompts["camera"], Reading((), "fixed"))["camera"]
+
+
+def test_wilson_intervals():
+    assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
+    assert wilson(10, 10)[1] == pytest.approx(1) and wilson(0, 10)[0] == pytest.approx(0)
+    assert wilson(0, 0) == (0, 1)

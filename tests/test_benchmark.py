@@ -1,0 +1,65 @@
+"""The benchmark counts operations as one would by hand."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sora_jax.codec.layers import convolve
+from sora_jax.dit import DiT, DiTConfig
+
+
+@pytest.fixture(scope="module")
+def operations():
+    path = Path(__file__).parents[1] / "experiments" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.operations
+
+
+def test_products_in_loops_and_compiled_functions_count(operations):
+    a, b = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
+    assert operations(jnp.matmul, a, b) == 2 * 2 * 3 * 4 * 5
+    square = jnp.ones((4, 4))
+    loop = jax.jit(lambda x: jax.lax.scan(lambda x, _: (x @ square, None), x, length=7)[0])
+    assert operations(loop, square) == 7 * 2 * 4**3
+    # Forwards once and backwards once: the gradient to the constant is not asked for.
+    gradient = jax.grad(lambda x: jnp.sum(jax.checkpoint(lambda x: x @ square)(x) ** 2))
+    assert operations(gradient, square) == 2 * 2 * 4**3
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_and_their_gradients(operations, stride):
+    x, kernel = jnp.ones((1, 5, 8, 8, 3)), jnp.ones((3, 3, 3, 3, 6))
+
+    def run(x, kernel):
+        return convolve(x, kernel, 1, stride)
+
+    forward = 2 * 3 * (8 // stride) ** 2 * 6 * (27 * 3)
+    assert operations(run, x, kernel) == forward
+    gradients = jax.grad(lambda *args: jnp.sum(run(*args)), argnums=(0, 1))
+    assert operations(gradients, x, kernel) == 3 * forward
+
+
+def test_a_transformer_counts_as_its_formula(operations):
+    config = DiTConfig(4, heads=2, head_width=12, feed_forward=32, layers=3, text_width=8, frequency_width=16)
+    B, F, Y, X, L, D, M = 2, 3, 4, 6, 5, 24, 32
+    model = DiT(config)
+    inputs = jnp.ones((B, F, Y, X, 4)), jnp.ones((B, F)), jnp.ones((B, L, 8))
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    N, patch = F * Y * X // 4, 16
+    block = N * 4 * D * D + 2 * N * N * D  # self-attention: four projections, scores and mixture
+    block += 2 * N * D * D + 2 * L * D * D + 2 * N * L * D  # cross-attention
+    block += 2 * N * D * M
+    ends = 2 * N * patch * D + F * (16 * D + D * D + 6 * D * D) + L * (8 * D + D * D)
+    assert operations(model.apply, params, *inputs) == 2 * B * (config.layers * block + ends)
+
+
+def test_the_compiler_counts_the_same(operations):
+    a = jnp.ones((32, 48))
+    b = jnp.ones((48, 16))
+    analysis = jax.jit(jnp.matmul).lower(a, b).compile().cost_analysis()
+    assert analysis["flops"] == pytest.approx(operations(jnp.matmul, a, b), rel=0.05)

@@ -1,0 +1,241 @@
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import sora_jax
+from sora_jax import generate as generate_module
+from sora_jax import video as video_module
+from sora_jax.cli import _Target, load_config, main
+from sora_jax.errors import InputError
+from sora_jax.generate import Generator
+from sora_jax.video import read_video
+
+
+@pytest.fixture(autouse=True)
+def own_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate_module, "_keep_compiled_programs", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def tiny_generator(tiny_config, tiny_params):
+    return Generator(tiny_config, tiny_params)
+
+
+@pytest.fixture
+def generate(tiny_folder, tiny_generator, monkeypatch):
+    # One generator for all tests compiles once.
+    monkeypatch.setattr(generate_module, "load", lambda path: tiny_generator)
+    return lambda *arguments: main(["generate", *arguments, "--model", str(tiny_folder), "--steps", "1"])
+
+
+def one_line(capsys):
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("sora-jax: error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0] and "Traceback" not in "".join(lines)
+    return errors[0]
+
+
+def test_the_command_makes_a_video(tiny_folder, tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(sora_jax.__file__))
+    command = [sys.executable, "-m", "sora_jax", "generate", "A red zebra", "--model", str(tiny_folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "a-red-zebra.mp4\n"), done.stderr
+    assert "does not know: zebra" in done.stderr and "2/2" in done.stderr
+    assert len(read_video("a-red-zebra.mp4").frames) == 5
+    assert any("decode" in name for name in os.listdir(tmp_path / "cache" / "sora_jax"))
+
+
+def test_older_files_are_kept_unless_named(generate, capsys):
+    assert generate("a red ball") == generate("a red ball") == 0
+    assert capsys.readouterr().out.split() == ["a-red-ball.mp4", "a-red-ball-2.mp4"]
+    assert read_video("a-red-ball.mp4").frames.tobytes() == read_video("a-red-ball-2.mp4").frames.tobytes()
+    before = os.stat("a-red-ball.mp4").st_ino
+    assert generate("red", "-o", "a-red-ball.mp4", "--fps", "12") == 0
+    assert os.stat("a-red-ball.mp4").st_ino != before and read_video("a-red-ball.mp4").fps == 12
+
+
+def test_several_seeds_and_prompts(generate, capsys, tmp_path):
+    assert generate("a red ball", "--num", "2", "--seed", "7", "-o", "out") == 0
+    assert sorted(os.listdir("out")) == ["a-red-ball-seed-7.mp4", "a-red-ball-seed-8.mp4"]
+    (tmp_path / "prompts.txt").write_text("# prompts\n\na red ball\n  red  \n")
+    assert generate("--prompts", "prompts.txt") == 0
+    assert capsys.readouterr().out.split()[-2:] == ["a-red-ball.mp4", "red.mp4"]
+
+
+def test_names_come_from_prompts(tmp_path):
+    (tmp_path / "a-red-ball.png").touch()
+    assert str(_Target(None, several=False, frames=1).path("A red ball!")) == "a-red-ball-2.png"
+    assert str(_Target("out", several=True, frames=5).path("../?/..")) == "out/video.mp4"
+    assert len(_Target(None, several=False, frames=5).path("é" * 300).name.encode()) < 255
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([""], "prompt is empty"),
+        ([], "give one prompt"),
+        (["red", "--prompts", "x"], "give one prompt"),
+        (["--prompts", "none.txt"], "cannot read none.txt"),
+        (["red", "--frames", "16"], "nearest are 13 and 17"),
+        (["red", "--size", "100x64"], "nearest are 96 and 128"),
+        (["red", "--size", "wide"], "HEIGHTxWIDTH"),
+        (["red", "--steps", "0"], "at least 1"),
+        (["red", "--guidance", "nan"], "must be a number"),
+        (["red", "--fps", "0"], "above 0"),
+        (["red", "--seed", "-1"], "from 0 to 4294967295"),
+        (["red", "--seed", "4294967295", "--num", "2"], "largest seed"),
+        (["red", "--colour", "blue"], "unrecognized arguments"),
+        (["red", "-o", "red.avi"], "must end in"),
+        (["red", "-o", "none/red.mp4"], "no folder none"),
+        (["red", "-o", "red.png"], "holds one frame"),
+        (["red", "--num", "2", "-o", "red.mp4"], "folder"),
+        (["red", "--num", "2", "-o", "none/out"], "cannot make the folder"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_sampling(generate, capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setattr(generate_module.Generator, "run", lambda *_, **__: pytest.fail("sampling has started"))
+    assert generate(*arguments) == 2
+    assert message in one_line(capsys)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["train"], ["generate", "red", "--model"]])
+def test_wrong_use_ends_in_one_line(capsys, arguments):
+    assert main(arguments) == 2
+    assert "--help" in one_line(capsys)
+
+
+def test_damaged_models_end_in_one_line(tiny_folder, tmp_path, capsys):
+    assert main(["generate", "red", "--model", "none"]) == 2
+    assert "no model folder none" in one_line(capsys)
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    with open(folder / "dit.safetensors", "r+b") as file:
+        file.truncate(100)
+    assert main(["generate", "red", "--model", "model"]) == 2
+    assert "dit.safetensors is damaged" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "failure, code", [(OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_a_failure_while_writing_leaves_nothing(generate, capsys, monkeypatch, tmp_path, failure, code):
+    def fail_half_way(video, path):
+        path.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setitem(video_module._ENCODERS, ".mp4", fail_half_way)
+    assert generate("a red ball", "-o", "ball.mp4") == code
+    message = one_line(capsys)
+    assert code == 130 or "No space left on device" in message
+    assert not os.listdir(tmp_path)
+
+
+def test_ctrl_c_while_sampling(generate, capsys, monkeypatch, tmp_path):
+    def interrupt(array):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_module, "_wait", interrupt)
+    assert generate("a red ball") == 130
+    assert "interrupted" in one_line(capsys)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_too_little_memory_ends_in_one_line(generate, capsys, monkeypatch, failure):
+    def fail(array):
+        raise failure
+
+    monkeypatch.setattr(generate_module, "_wait", fail)
+    assert generate("a red ball") == 2
+    assert "not enough memory" in one_line(capsys)
+
+
+def test_version_and_help(capsys):
+    for arguments in (["--version"], ["--help"], ["generate", "--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+    assert sora_jax.__version__ in capsys.readouterr().out
+
+
+def test_import_is_cheap():
+    code = "import sys, sora_jax, sora_jax.cli; print([m for m in ('jax', 'numpy', 'av') if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(sora_jax.__file__))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    optimizer = ConfigDict({"learning_rate": 1e-3, "name": "adam"})
+    return ConfigDict({"steps": 10, "ema": True, "size": (128, 128), "optimizer": optimizer})
+"""
+
+
+def test_config_overrides_have_the_type_of_the_field(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    words = ["--config.steps=20", "--config.optimizer.learning_rate", "1e-4", "--config.ema=false"]
+    words += ["--config.size=(64,32)", "--config.optimizer.name=7"]
+    config = load_config("config.py", words)
+    assert (config.steps, config.ema, config.size) == (20, False, (64, 32))
+    assert (config.optimizer.learning_rate, config.optimizer.name) == (1e-4, "7")
+    assert load_config("config.py", ["--config.optimizer.learning_rate=1"]).optimizer.learning_rate == 1.0
+    with pytest.raises((AttributeError, KeyError)):
+        config.new_field = 3
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config.stepz=3"], "no field stepz; the top level: did you mean steps?"),
+        (["--config.optimizer.learning=3"], "did you mean learning_rate?"),
+        (["--config.steps.more=3"], "no field steps.more"),
+        (["--config.steps=many"], "--config.steps must be int, not 'many'"),
+        (["--config.steps=1.5"], "--config.steps must be int"),
+        (["--config.ema=1"], "--config.ema must be bool"),
+        (["--config.optimizer=3"], "is a group of fields"),
+        (["--config.steps"], "needs a value"),
+        (["--steps=3"], "unrecognized argument"),
+    ],
+)
+def test_wrong_overrides_are_named(tmp_path, words, message):
+    (tmp_path / "config.py").write_text(CONFIG)
+    with pytest.raises(InputError) as caught:
+        load_config("config.py", words)
+    assert message in str(caught.value)
+
+
+def test_wrong_config_files_end_in_one_line(tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    for name, message in {"none.py": "no config file none.py", "broken.py": "ZeroDivisionError"}.items():
+        assert main(["train", "--config", name, "--workdir", "run"]) == 2
+        assert message in one_line(capsys)
+
+
+def test_the_other_commands_pass_on_what_they_are_given(tmp_path, monkeypatch, capsys):
+    from sora_jax.evaluation import report
+    from sora_jax.training import loop
+
+    calls = []
+    monkeypatch.setattr(loop, "train", lambda config, workdir: calls.append((config.steps, workdir)))
+    monkeypatch.setattr(loop, "export", lambda workdir, out: calls.append((workdir, out)) or out)
+    monkeypatch.setattr(report, "evaluate", lambda *args, **options: calls.append((args, options)))
+    (tmp_path / "config.py").write_text(CONFIG)
+    assert main(["train", "--config", "config.py", "--workdir", "run", "--config.steps=7"]) == 0
+    assert main(["export", "--workdir", "run", "model"]) == 0
+    assert main(["evaluate", "--model", "model", "-o", "out", "--num", "3", "--steps", "4"]) == 0
+    assert calls == [
+        (7, "run"),
+        ("run", "model"),
+        (("model", "out", 3, 0), {"steps": 4, "guidance": None}),
+    ]
+    assert capsys.readouterr().out.split() == ["model", os.path.join("out", "report.md")]

@@ -1,0 +1,100 @@
+"""The straight path from data to noise, its velocity, and what training draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax import flow
+
+SHAPE = (2, 3, 2, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+
+
+def test_level_0_is_data_and_level_1_is_noise(pair):
+    x0, noise = pair
+    np.testing.assert_array_equal(flow.add_noise(x0, noise, jnp.zeros((2, 3))), x0)
+    np.testing.assert_array_equal(flow.add_noise(x0, noise, jnp.ones((2, 3))), noise)
+
+
+def test_each_frame_has_its_own_level(pair):
+    x0, noise = pair
+    level = jnp.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])
+    x = flow.add_noise(x0, noise, level)
+    np.testing.assert_array_equal(x[0, 0], x0[0, 0])
+    np.testing.assert_array_equal(x[0, 1], noise[0, 1])
+    np.testing.assert_allclose(x[1, 1], 0.75 * x0[1, 1] + 0.25 * noise[1, 1], rtol=1e-6)
+
+
+def test_what_the_loss_wants_is_the_derivative_of_the_path(pair):
+    x0, noise = pair
+    level = jnp.full((2, 3), 0.3)
+    _, velocity = jax.jvp(lambda t: flow.add_noise(x0, noise, t), (level,), (jnp.ones_like(level),))
+    assert flow.velocity_loss(velocity, x0, noise, jnp.zeros((2, 3), bool)) < 1e-12
+
+
+def test_loss_is_the_mean_over_unknown_frames_and_blind_to_known_ones(pair):
+    x0, noise = pair
+    predicted = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+    known = np.array([[True, False, False], [False, False, True]])
+    loss, gradient = jax.value_and_grad(flow.velocity_loss)(predicted, x0, noise, known)
+    assert not np.asarray(gradient)[known].any()
+    assert np.asarray(gradient)[~known].all()
+    assert loss == pytest.approx(np.mean((predicted - (noise - x0))[~known] ** 2), rel=1e-5)
+
+
+def test_loss_of_nothing_unknown_is_zero_not_nan(pair):
+    assert flow.velocity_loss(pair[0], *pair, jnp.ones((2, 3), bool)) == 0.0
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shift_keeps_the_ends_and_the_order(shift):
+    level = np.linspace(0, 1, 101)
+    shifted = flow.shift_level(level, shift)
+    assert shifted[0] == 0.0 and shifted[-1] == 1.0
+    assert (np.diff(shifted) > 0).all()
+    # Equation 23 of arXiv:2403.03206: odds of noise are multiplied by the shift.
+    odds = level[1:-1] / (1 - level[1:-1])
+    np.testing.assert_allclose(shifted[1:-1] / (1 - shifted[1:-1]), shift * odds, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_levels_are_logit_normal_around_the_shift(shift):
+    level = np.asarray(flow.sample_level(jax.random.key(0), 20_000, shift))
+    assert level.min() > 0 and level.max() < 1
+    logit = np.log(level / (1 - level))
+    # Four standard errors of mean and deviation.
+    assert logit.mean() == pytest.approx(np.log(shift), abs=4 / 20_000**0.5)
+    assert logit.std() == pytest.approx(1.0, abs=4 / 40_000**0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("frames", [2, 5])
+def test_known_frames_are_never_all_and_as_frequent_as_asked(share, frames):
+    clips = 20_000
+    known = np.asarray(flow.sample_known(jax.random.key(1), clips, frames, share))
+    assert known.shape == (clips, frames) and known.dtype == bool
+    assert not known.all(axis=1).any()
+    # Of the five patterns, a random subset may be empty or full; of two frames, "both ends" is always full.
+    useful = 1 - 2 * 0.5**frames / 5 - (1 / 5 if frames == 2 else 0)
+    rate = known.any(axis=1).mean()
+    assert rate == pytest.approx(share * useful, abs=4 * 0.5 / clips**0.5)
+    if share == 0.0:
+        assert not known.any()
+
+
+def test_known_frames_come_in_all_patterns():
+    known = np.asarray(flow.sample_known(jax.random.key(2), 4000, 4, 1.0))
+    rows, counts = np.unique(known, axis=0, return_counts=True)
+    patterns = {tuple(map(int, row)): int(count) for row, count in zip(rows, counts, strict=True)}
+    assert len(patterns) == 15  # every subset but the full one
+    for common in [(1, 0, 0, 0), (0, 0, 0, 1), (1, 0, 0, 1), (1, 1, 0, 0), (1, 1, 1, 0)]:
+        assert patterns[common] > 2 * patterns[0, 1, 1, 0]
+
+
+def test_an_image_has_no_known_frames():
+    assert not flow.sample_known(jax.random.key(0), 100, 1, 1.0).any()

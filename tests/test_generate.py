@@ -1,0 +1,91 @@
+import warnings
+
+import numpy as np
+import pytest
+
+from sora_jax import generate as generate_module
+from sora_jax.errors import InputError
+from sora_jax.generate import Generator
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_config, tiny_params):
+    return Generator(tiny_config, tiny_params)
+
+
+def test_shapes_defaults_and_seeds(generator):
+    video = generator.generate("a red ball", seed=3, progress=False)
+    assert video.frames.shape == (5, 32, 64, 3) and video.fps == 8
+    again = generator.generate("a red ball", seed=3, progress=False)
+    assert np.array_equal(video.frames, again.frames)
+    other = generator.generate("a red ball", seed=4, progress=False)
+    assert not np.array_equal(video.frames, other.frames)
+
+
+def test_a_batch_gives_each_seed_its_own_noise(generator, monkeypatch):
+    pixels = 5 * 32 * 64
+    monkeypatch.setattr(generate_module, "_PIXELS_PER_BATCH", 2 * pixels)
+    batch = generator.generate("a red ball", seed=[3, 4, 2**32 - 1], progress=False)
+    for seed, video in zip([3, 4, 2**32 - 1], batch, strict=True):
+        alone = generator.generate("a red ball", seed=seed, progress=False)
+        assert np.abs(alone.frames.astype(int) - video.frames).max() <= 1
+
+
+def test_noise_can_be_given(generator):
+    noise = np.random.default_rng(0).normal(size=(2, 2, 4, 4)).astype(np.float32)
+    shape = generator.config.codec.latent_shape(5, 32, 64)
+    noise = np.resize(noise, shape)
+    first = generator.generate("a red ball", seed=1, noise=noise, progress=False)
+    second = generator.generate("a red ball", seed=2, noise=noise[None], progress=False)
+    assert np.array_equal(first.frames, second.frames)
+    with pytest.raises(InputError, match="noise must be"):
+        generator.generate("a red ball", noise=noise[:, :1])
+
+
+def test_prompt_guidance_and_negative_prompt_count(generator):
+    def frames(prompt="a red ball", **options):
+        return generator.generate(prompt, progress=False, **options).frames
+
+    plain = frames()
+    assert not np.array_equal(plain, frames("red"))
+    assert not np.array_equal(plain, frames(guidance=9.0))
+    assert not np.array_equal(plain, frames(negative_prompt="red"))
+    assert np.array_equal(frames(guidance=0.0), frames("red", guidance=0.0))
+
+
+def test_the_bar_counts_every_step(generator, capsys):
+    generator.generate(["red", "ball"], steps=3)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_unknown_words_are_told(generator):
+    with pytest.warns(UserWarning, match="does not know: zebra\nit knows: red balls"):
+        generator.generate("a red zebra", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generator.generate("A red ball.", progress=False)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": []}, "do not make pairs"),
+        ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "2 prompts and 3 seeds"),
+        ({"frames": 16}, "frames must be 1 + a multiple of 4; 16 is not, nearest are 13 and 17"),
+        ({"frames": 0}, "frames must be at least 1"),
+        ({"frames": 5.5}, "frames must be a whole number"),
+        ({"size": (100, 64)}, "height must be a multiple of 32; 100 is not, nearest are 96 and 128"),
+        ({"size": (64, 10)}, "width must be a multiple of 32; 10 is not, nearest is 32"),
+        ({"size": 64}, "size must be (height, width)"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed must be from 0 to 4294967295"),
+        ({"fps": 0}, "fps must be above 0"),
+    ],
+)
+def test_impossible_requests_name_what_is_possible(generator, options, message):
+    with pytest.raises(InputError) as caught:
+        generator.generate(**{"prompt": "a red ball", **options})
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,95 @@
+"""Rules of the house: which way imports point, what is never imported, and that the package opens quickly."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sora_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+CODE = [*MODULES, *(path for part in ("configs", "experiments", "tests") for path in (ROOT / part).rglob("*.py"))]
+
+# A room may import from lower floors and from itself. Same floor means: they do not know one another.
+FLOORS = [
+    ("errors",),
+    ("mesh", "flow", "video"),
+    ("text", "codec", "dit", "sampler"),
+    ("data",),
+    ("model_folder",),
+    ("training", "generate"),
+    ("evaluation",),
+    ("cli",),
+    ("__main__",),
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+NEVER = {"torch", "tensorflow", "diffusers", "pickle"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    """Full names of everything a file imports, at any depth; `from a import b` counts as a.b."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in MODULES} - {"__init__"} <= FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    if path == PACKAGE / "__init__.py":
+        assert not [name for name in imports(path) if name.startswith("sora_jax")]  # names are imported on first use
+        return
+    here = room(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "sora_jax" or len(parts) == 1:
+            continue
+        there = parts[1]
+        assert there == here or FLOOR[there] < FLOOR[here], f"{here} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_imports_another_framework_or_pickle(path):
+    assert not {name.split(".")[0] for name in imports(path)} & NEVER
+
+
+def test_importing_the_package_is_cheap():
+    script = "import sys, sora_jax; print([m for m in ('jax', 'flax', 'numpy', 'av') if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_no_file_names_a_place_on_somebodys_machine():
+    place = re.compile(r"/(work|root|home|Users|opt)/\w")
+    texts = [*CODE, *ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / "setup.py"]
+    found = [f"{path.relative_to(ROOT)}: {hit[0]}" for path in texts if (hit := place.search(path.read_text()))]
+    assert not found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_a_config_says_what_it_is_and_can_be_made(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.__doc__ and module.__doc__.strip()
+    config = module.get_config()
+    assert config.task in ("codec", "dit")
+    assert module.get_config() is not config

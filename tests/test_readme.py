@@ -1,0 +1,62 @@
+"""What the README says works: its training commands on a tiny model, its Python on the real one."""
+
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+from tiny import TINY_CODEC, TINY_DIT
+
+from sora_jax.cli import main
+from sora_jax.video import read_video
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", README, flags=re.M)]
+
+EXTRA = {
+    "configs/worlds_codec.py": [*TINY_CODEC, "--config.steps=2"],
+    "configs/worlds_dit.py": [*TINY_DIT, "--config.steps=2"],
+    "evaluate": ["--num", "10"],
+}
+
+
+def python_block(word: str) -> str:
+    [block] = [block for block in BLOCKS if word in block and "import" in block]
+    return block
+
+
+@pytest.fixture
+def in_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+
+
+def test_commands_from_training_to_evaluation(in_new_folder):
+    commands = [line for block in BLOCKS for line in block.splitlines() if line.startswith("sora-jax ")]
+    assert [command.split()[1] for command in commands] == ["train", "train", "export", "generate", "evaluate"]
+    for command in commands:
+        words = shlex.split(command)[1:]
+        extra = [word for key, values in EXTRA.items() if key in words for word in values]
+        assert main([*words, *extra]) == 0, command
+    assert len(list(Path().glob("a-blue-star-rises*.mp4"))) == 1
+    assert "colour right" in Path("report/report.md").read_text()
+
+
+def test_python_of_the_first_section(in_new_folder):
+    names = {}
+    exec(python_block("sora_jax.load()"), names)
+    assert read_video("ball.mp4").frames.shape == names["video"].frames.shape
+
+
+def test_python_that_writes_a_data_set(in_new_folder):
+    exec(python_block("Builder"), {})
+    assert list(Path("data").rglob("*.array_record*"))
+
+
+def test_the_two_commands_are_what_ci_runs():
+    gate = (ROOT / ".ci" / "run").read_text()
+    for part in ("python3 -m venv .venv", "-e .", '-e ".[test]"', ".venv/bin/pytest"):
+        assert part in README and part in gate
+    assert 'sora-jax generate "a red ball rolls behind a gray wall"' in README and "a red ball rolls behind" in gate

@@ -1,0 +1,176 @@
+"""Training on tiny models: what is interrupted goes on exactly, what fails says so, what is exported generates."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from tiny import TINY_CODEC, TINY_DIT
+
+from sora_jax.cli import load_config, main
+from sora_jax.errors import InputError
+from sora_jax.generate import load
+from sora_jax.model_folder import read_model_folder
+from sora_jax.training import loop
+from sora_jax.training.checkpoint import Checkpoints
+
+
+def codec_config(*overrides):
+    return load_config("configs/worlds_codec.py", [*TINY_CODEC, *overrides])
+
+
+def dit_config(codec, *overrides):
+    return load_config("configs/worlds_dit.py", [*TINY_DIT, f"--config.codec={codec}", *overrides])
+
+
+def final_state(workdir):
+    checkpoints = Checkpoints(workdir)
+    state = checkpoints.restore_any()
+    checkpoints.close()
+    return state
+
+
+def assert_same(a, b):
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(a) == len(b) > 10
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def codec_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "codec"
+    loop.train(codec_config("--config.steps=4"), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def dit_run(codec_run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "dit"
+    loop.train(dit_config(codec_run, "--config.steps=4"), workdir)
+    return workdir
+
+
+class Stop(Exception):
+    """Stands for the machine going down."""
+
+
+def stop_after(monkeypatch, task, steps):
+    """Makes the task's batches end with an exception, after `steps` of them in one run."""
+    batches = task.batches
+
+    def cut(self, start):
+        for number, batch in enumerate(batches(self, start)):
+            if number == steps:
+                raise Stop
+            yield batch
+
+    monkeypatch.setattr(task, "batches", cut)
+
+
+def test_interrupted_codec_run_equals_uninterrupted(codec_run, tmp_path, monkeypatch):
+    from sora_jax.training.codec_task import CodecTask
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, CodecTask, 3)
+        with pytest.raises(Stop):
+            loop.train(codec_config("--config.steps=4"), tmp_path / "run")
+    loop.train(codec_config("--config.steps=4"), tmp_path / "run")
+    assert_same(final_state(codec_run), final_state(tmp_path / "run"))
+
+
+def test_interrupted_dit_run_equals_uninterrupted(dit_run, codec_run, tmp_path, monkeypatch):
+    from sora_jax.training.dit_task import DiTTask
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, DiTTask, 3)
+        with pytest.raises(Stop):
+            loop.train(dit_config(codec_run, "--config.steps=4"), tmp_path / "run")
+    loop.train(dit_config(codec_run, "--config.steps=4"), tmp_path / "run")
+    assert_same(final_state(dit_run), final_state(tmp_path / "run"))
+
+
+def test_training_lowers_the_loss_and_logs_it(tmp_path):
+    config = codec_config("--config.steps=40", "--config.checkpoint_every=40", "--config.log_every=10")
+    loop.train(config, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
+    assert any("held_out_psnr" in record for record in records)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_sigterm_saves_and_returns(tmp_path, monkeypatch):
+    from sora_jax.training.codec_task import CodecTask
+
+    batches = CodecTask.batches
+
+    def terminate(self, start):
+        for number, batch in enumerate(batches(self, start)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(CodecTask, "batches", terminate)
+    loop.train(codec_config("--config.steps=1000", "--config.checkpoint_every=1000"), tmp_path)
+    assert Checkpoints(tmp_path).latest() == 3
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    from sora_jax.training.codec_task import CodecTask
+
+    batches = CodecTask.batches
+
+    def spoiled(self, start):
+        for number, batch in enumerate(batches(self, start)):
+            yield batch * np.nan if number == 3 else batch
+
+    monkeypatch.setattr(CodecTask, "batches", spoiled)
+    with pytest.raises(InputError, match="loss is nan at step 3.*step 2"):
+        loop.train(codec_config("--config.steps=6"), tmp_path)
+    state = final_state(tmp_path)
+    assert state["step"] == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_checkpoint_of_another_shape_is_refused(codec_run):
+    with pytest.raises(InputError, match="does not fit this configuration"):
+        loop.train(codec_config("--config.steps=8", "--config.codec.width=8"), codec_run)
+
+
+def test_export_writes_a_model_that_generates(dit_run, tmp_path, capsys):
+    assert main(["export", "--workdir", str(dit_run), str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "model")
+    video = load(tmp_path / "model").generate("a red ball", progress=False)
+    assert video.frames.shape == (9, 32, 32, 3)
+    codec = json.loads((tmp_path / "model" / "model.json").read_text())["codec"]
+    assert len(codec["latents_std"]) == 4 and min(codec["latents_std"]) > 0
+
+
+def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
+    model = loop.export(dit_run, tmp_path / "model")
+    loop.train(dit_config(model, "--config.steps=1", f"--config.start_from={model}"), tmp_path / "run")
+    # The first step of the warm-up has learning rate zero: the parameters are still those of the folder.
+    params = final_state(tmp_path / "run")["params"]
+    for name, value in traverse_util.flatten_dict(read_model_folder(model)[1]["dit"]).items():
+        np.testing.assert_array_equal(traverse_util.flatten_dict(params["dit"])[name], value)
+    with pytest.raises(InputError, match="does not fit"):
+        loop.train(dit_config(codec_run, f"--config.start_from={model}", "--config.dit.layers=3"), tmp_path / "other")
+
+
+def test_export_needs_a_dit_run(codec_run, tmp_path, capsys):
+    assert main(["export", "--workdir", str(codec_run), str(tmp_path / "model")]) == 2
+    assert main(["export", "--workdir", str(tmp_path), str(tmp_path / "model")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "trains a codec" in errors[0] and "no config.json" in errors[1]
+    assert not (tmp_path / "model").exists()
+
+
+def test_unknown_field_is_one_line(tmp_path, capsys):
+    arguments = ["train", "--config", "configs/worlds_codec.py", "--workdir", str(tmp_path / "run")]
+    assert main([*arguments, "--config.optimizer.learning_rat=1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "learning_rate" in error
+    assert not (tmp_path / "run").exists()
