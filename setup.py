@@ -27,7 +27,7 @@ setup(
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
-        "optax>=0.2.5",
+        "optax>=0.2.7",
         "orbax-checkpoint>=0.11",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",  # tensorflow-datasets needs it and does not say so

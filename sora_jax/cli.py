@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _fail("not enough memory; try a smaller --size or fewer --frames", 2)
+        return _fail("not enough memory; try a smaller size, fewer frames or a smaller batch", 2)
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
     return 0
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     add = evaluate.add_argument
     add("--model", metavar="DIR", help="a model folder (default: the bundled model)")
-    add("-o", "--output", required=True, metavar="DIR", help="folder for the report")
+    add("-o", "--out", dest="output", required=True, metavar="DIR", help="folder for the report")
     add("--num", type=_whole(1), default=240, help="number of prompts (default: 240)")
     add("--seed", type=_whole(0, 2**32 - 1), default=0, help="seed of prompts and noise (default: 0)")
     add("--steps", type=_whole(1), help="steps of the sampler (default: the model's)")

@@ -25,7 +25,7 @@ from sora_jax.dit import DiT
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, read_model_folder
 from sora_jax.text import T5Encoder, tokenize
-from sora_jax.video import Video
+from sora_jax.video import Video, check_fps
 
 BUNDLED = Path(__file__).parent / "bundled"
 _PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
@@ -159,8 +159,7 @@ class Generator:
         _check_multiple("frames", request.frames, self.config.codec.stride_time, 1)
         for name, side, patch in zip(("height", "width"), request.size, self.config.dit.patch[1:], strict=True):
             _check_multiple(name, side, self.config.codec.stride_space * patch, 0)
-        if not 0 < request.fps <= 1000:
-            raise InputError(f"fps must be above 0 and at most 1000, not {request.fps}")
+        check_fps(request.fps)
         if noise is None:
             return request
         shape = (len(prompts), *self.config.codec.latent_shape(request.frames, *request.size))

@@ -26,7 +26,6 @@ RULES = (
     ("width", "fsdp"),
     ("heads", "tensor"),
     ("feed_forward", "tensor"),
-    ("vocabulary", "tensor"),
     ("codec_channels", "tensor"),
 )
 

@@ -46,8 +46,7 @@ class Video:
         frames = np.asarray(self.frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise InputError(f"a video needs uint8 frames [T, H, W, 3], not {frames.dtype} {list(frames.shape)}")
-        if not 0 < self.fps < 1001:
-            raise InputError(f"fps must be above 0 and at most 1000, not {self.fps}")
+        check_fps(self.fps)
         object.__setattr__(self, "frames", frames)
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -76,6 +75,12 @@ class Video:
         if suffix == ".png":
             return f'<img src="data:image/png;base64,{data}">'
         return f'<video controls autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+
+
+def check_fps(fps: float) -> None:
+    """Raises InputError unless files can hold this speed, in frames per second."""
+    if not 0.001 <= fps <= 1000:
+        raise InputError(f"fps must be from 0.001 to 1000, not {fps}")
 
 
 def check_output(path: str | os.PathLike, frames: int) -> None:

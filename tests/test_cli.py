@@ -232,7 +232,7 @@ def test_the_other_commands_pass_on_what_they_are_given(tmp_path, monkeypatch, c
     (tmp_path / "config.py").write_text(CONFIG)
     assert main(["train", "--config", "config.py", "--workdir", "run", "--config.steps=7"]) == 0
     assert main(["export", "--workdir", "run", "model"]) == 0
-    assert main(["evaluate", "--model", "model", "-o", "out", "--num", "3", "--steps", "4"]) == 0
+    assert main(["evaluate", "--model", "model", "--out", "out", "--num", "3", "--steps", "4"]) == 0
     assert calls == [
         (7, "run"),
         ("run", "model"),

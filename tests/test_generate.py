@@ -82,7 +82,7 @@ def test_unknown_words_are_told(generator):
         ({"guidance": float("nan")}, "guidance must be a finite number"),
         ({"seed": -1}, "seed must be from 0 to 4294967295"),
         ({"seed": 2**32}, "seed must be from 0 to 4294967295"),
-        ({"fps": 0}, "fps must be above 0"),
+        ({"fps": 0}, "fps must be from 0.001"),
     ],
 )
 def test_impossible_requests_name_what_is_possible(generator, options, message):

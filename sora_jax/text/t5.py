@@ -118,7 +118,7 @@ class T5Encoder(nn.Module):
     @nn.compact
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
         config = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocabulary", "width"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "width"))
         table = self.param("embedding", init, (config.vocabulary_size, config.width))
         mask_BL = ids_BL != PAD
         shared = PositionBias(config, name="positions")(ids_BL.shape[1]) if config.shared_positions else None

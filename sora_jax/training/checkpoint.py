@@ -15,7 +15,9 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -53,8 +55,13 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             raise InputError(f"there is no checkpoint in {self._manager.directory}")
-        state = self._manager.restore(step, args=ocp.args.StandardRestore())
-        return jax.tree.map(np.asarray, state)
+        # It may have been written by other devices than are here: all of it goes to the first of these.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            self._manager.item_metadata(step).tree,
+        )
+        return jax.tree.map(np.asarray, self._manager.restore(step, args=ocp.args.StandardRestore(target)))
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -12,14 +12,23 @@ from sora_jax.codec import Codec, CodecConfig
 from sora_jax.codec.vae import psnr
 from sora_jax.data.worlds.render import render, render_at
 from sora_jax.data.worlds.scenes import sample_scene
+from sora_jax.errors import InputError
 from sora_jax.model_folder import read_codec
 
 HELD_OUT_SEED = 2**31  # training seeds are small: held-out clips come from keys that training never uses
 
 
 def codec_config(config: ConfigDict) -> CodecConfig:
-    """The codec described by `config.codec`."""
-    return CodecConfig(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in config.codec.items()})
+    """The codec described by `config.codec`.
+
+    Raises:
+      InputError: it describes no possible codec.
+    """
+    fields = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.codec.items()}
+    try:
+        return CodecConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.codec: {error}") from error
 
 
 def render_windows(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
@@ -54,6 +63,15 @@ class CodecTask:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.codec = Codec(codec_config(config))
+        stride_time, stride_space = self.codec.config.stride_time, self.codec.config.stride_space
+        for name in ("frames", "clip_frames"):
+            if config[name] % stride_time != 1 % stride_time:
+                raise InputError(f"config.{name} is {config[name]}; it must be 1 + a multiple of {stride_time}")
+        for name in ("crop", "size"):
+            if config[name] % stride_space or config[name] < 1:
+                raise InputError(f"config.{name} is {config[name]}; it must be a multiple of {stride_space}")
+        if config.frames > config.clip_frames or config.crop > config.size:
+            raise InputError("a window (config.frames, config.crop) must fit into a clip (clip_frames, size)")
         self._windows = jax.jit(lambda key: render_windows(key, config.batch, config))
         self._clips = jax.jit(lambda key: render_clips(key, 8, config))
 
@@ -88,7 +106,7 @@ class CodecTask:
         loss = weights.absolute * absolute + weights.squared * squared + weights.kl * kl
         return loss, {"absolute": absolute, "psnr": psnr(video, video_BTHWC), "kl": kl}
 
-    def preview(self, params, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out PSNR, and held-out clips above their reconstructions, uint8 (T, H, W, 3)."""
         video = self._clips(jax.random.key(HELD_OUT_SEED))
         rebuilt = jax.jit(self.codec.apply)({"params": meta.unbox(params)}, video)

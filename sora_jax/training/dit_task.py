@@ -19,10 +19,12 @@ from sora_jax.data.worlds.captions import caption
 from sora_jax.data.worlds.render import render
 from sora_jax.data.worlds.scenes import sample_scene
 from sora_jax.dit import DiT, DiTConfig
+from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, SamplingConfig, read_codec, read_model_folder, write_codec
 from sora_jax.text import T5Encoder, TextConfig, tokenize
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.codec_task import HELD_OUT_SEED
+from sora_jax.training.codec_task import codec_config as codec_config_of
 
 _RENDER_BATCH = 8
 
@@ -46,10 +48,14 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
 
 
 def _from_codec_run(source: Path) -> tuple[CodecConfig, dict]:
-    fields = json.loads((source / "config.json").read_text())["codec"]
-    config = CodecConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-    params = Checkpoints(source).restore_any()["ema"]
-    return config, params
+    config = ConfigDict(json.loads((source / "config.json").read_text()))
+    if config.task != "codec":
+        raise InputError(f"config.codec is {source}, which trains a {config.task}; it must be a codec run or a model")
+    checkpoints = Checkpoints(source)
+    try:
+        return codec_config_of(config), checkpoints.restore_any()["ema"]
+    finally:
+        checkpoints.close()
 
 
 def _with_statistics(codec_config: CodecConfig, params, config: ConfigDict) -> CodecConfig:
@@ -80,15 +86,32 @@ def _encoder(codec_config: CodecConfig, config: ConfigDict):
 
 
 def model_config(config: ConfigDict, codec_config: CodecConfig) -> ModelConfig:
-    """The whole model that a run makes."""
-    return ModelConfig(
-        text=TextConfig(**config.text),
-        codec=codec_config,
-        dit=DiTConfig(latent_channels=codec_config.latent_channels, text_width=config.text.width, **config.dit),
-        sampling=SamplingConfig(frames=config.frames, size=(config.size, config.size), **config.sampling),
-        vocabulary=tuple(sorted(vocabulary.known_words())),
-        description=vocabulary.DESCRIPTION,
-    )
+    """The whole model that a run makes.
+
+    Raises:
+      InputError: the configuration describes no possible model.
+    """
+    if config.sampling.solver not in sampler.SOLVERS:
+        raise InputError(
+            f"config.sampling.solver is {config.sampling.solver!r}; it can be {', '.join(sampler.SOLVERS)}"
+        )
+    try:
+        model = ModelConfig(
+            text=TextConfig(**config.text),
+            codec=codec_config,
+            dit=DiTConfig(latent_channels=codec_config.latent_channels, text_width=config.text.width, **config.dit),
+            sampling=SamplingConfig(frames=config.frames, size=(config.size, config.size), **config.sampling),
+            vocabulary=tuple(sorted(vocabulary.known_words())),
+            description=vocabulary.DESCRIPTION,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config: {error}") from error
+    side = codec_config.stride_space * max(model.dit.patch)
+    if config.frames % codec_config.stride_time != 1 % codec_config.stride_time:
+        raise InputError(f"config.frames is {config.frames}; it must be 1 + a multiple of {codec_config.stride_time}")
+    if config.size % side:
+        raise InputError(f"config.size is {config.size}; it must be a multiple of {side}")
+    return model
 
 
 class DiTTask:
@@ -159,7 +182,7 @@ class DiTTask:
         text_BLD = self.text.apply({"params": params["text"]}, ids_BL)
         return self.dit.apply({"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD)
 
-    def preview(self, params, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Loss on held-out clips at fixed levels and noise, and samples of the configured prompts side by side."""
         if self._held_out is None:
             latents, scenes = _encoder(self.codec_config, self.config)(self.codec_params, 0, seed=HELD_OUT_SEED)
@@ -182,12 +205,14 @@ class DiTTask:
                 return self.dit.apply({"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD)
 
             levels = sampler.noise_levels(settings.steps, settings.shift)
-            latents = sampler.sample(sampler.guided(velocity, settings.guidance), noise_BFYXZ, levels)
+            guided = sampler.guided(velocity, settings.guidance)
+            latents = sampler.sample(guided, noise_BFYXZ, levels, settings.solver)
             return Codec(self.codec_config).apply({"params": codec_params}, latents, method="decode")
 
         ids_BL = tokenize([*prompts, *[""] * len(prompts)], self.text_config.length)
         noise = jax.random.normal(jax.random.key(0), (len(prompts), *self.latent_shape))
         video = run(params, self.codec_params, ids_BL, noise)
         frames = np.asarray(jnp.round((video + 1) * 127.5), np.uint8)
-        rows = [np.concatenate(list(frames[i : i + 4]), axis=2) for i in range(0, len(prompts) - 3, 4)]
+        frames = np.pad(frames, [(0, -len(prompts) % 4), *[(0, 0)] * 4])
+        rows = [np.concatenate(list(frames[i : i + 4]), axis=2) for i in range(0, len(frames), 4)]
         return np.concatenate(rows, axis=1)

@@ -72,27 +72,59 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       InputError: the configuration does not fit the work directory, or the loss is no longer finite.
     """
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     mesh = mesh_lib.make_mesh(**config.mesh)
+    _check(config, workdir, mesh)
+    workdir.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
         task = make_task(config, workdir)
+        _write_config(config, workdir)
         optimizer = state_lib.make_optimizer(config.optimizer, config.steps)
         abstract, make = initial_state(task, optimizer, config, mesh)
         checkpoints = Checkpoints(workdir)
-        state = make() if checkpoints.latest() is None else checkpoints.restore(abstract)
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
         try:
-            _run(config, workdir, task, optimizer, checkpoints, state)
+            state = make() if checkpoints.latest() is None else checkpoints.restore(abstract)
+            _run(config, workdir, task, optimizer, checkpoints, state, mesh_lib.batch_sharding(mesh))
         finally:
             checkpoints.close()
 
 
-def _run(config, workdir, task, optimizer, checkpoints, state) -> None:
+# What a work directory's data and weights were made with, and a later start may not change.
+_LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames", "data")}
+
+
+def _check(config: ConfigDict, workdir: Path, mesh) -> None:
+    """Raises InputError, before any work, for numbers that cannot be and for another run's work directory."""
+    for name in ("steps", "batch", "frames", "size", "log_every", "preview_every", "checkpoint_every"):
+        if config[name] < 1:
+            raise InputError(f"config.{name} is {config[name]}; it must be at least 1")
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch % shares:
+        raise InputError(f"config.batch is {config.batch}; it must be a multiple of {shares}, which share it")
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())
+    now = json.loads(config.to_json_best_effort())
+    for name in _LASTING.get(config.task, ("task",)):
+        if before.get(name) != now[name]:
+            raise InputError(
+                f"{workdir} was started with another config.{name}: {before.get(name)}; use a new --workdir"
+            )
+
+
+def _write_config(config: ConfigDict, workdir: Path) -> None:
+    hidden = workdir / ".config.json"
+    hidden.write_text(config.to_json_best_effort(indent=1) + "\n")
+    hidden.replace(workdir / "config.json")
+
+
+def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -> None:
     from tensorboardX import SummaryWriter
 
     step = state_lib.make_step(task.loss, optimizer, config.seed, config.ema_decay)
-    writer = SummaryWriter(str(workdir / "tensorboard"))
     start = int(state.step)
+    # What was logged after the checkpoint is logged again.
+    writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
     bar = tqdm(total=config.steps, initial=start, unit="step", desc=f"train {config.task}", smoothing=0.05)
     stopping = []
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
@@ -110,7 +142,7 @@ def _run(config, workdir, task, optimizer, checkpoints, state) -> None:
 
     try:
         for number, batch in zip(range(start, config.steps), task.batches(start), strict=False):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, jax.device_put(batch, batch_sharding))
             if pending:
                 check(*pending)
             pending = (number, metrics)
@@ -119,7 +151,7 @@ def _run(config, workdir, task, optimizer, checkpoints, state) -> None:
             if done % config.log_every == 0 and window:
                 seconds, window_start = time.perf_counter() - window_start, time.perf_counter()
                 means = {name: float(np.mean([v[name] for v in window])) for name in window[0]}
-                means["clips_per_second"] = config.log_every * config.batch / seconds
+                means["clips_per_second"] = len(window) * config.batch / seconds
                 for name, value in means.items():
                     writer.add_scalar(name, value, done)
                 with open(workdir / "metrics.jsonl", "a") as log:
@@ -127,15 +159,17 @@ def _run(config, workdir, task, optimizer, checkpoints, state) -> None:
                 bar.set_postfix({k: f"{means[k]:.4g}" for k in ("loss", "clips_per_second")}, refresh=False)
                 window.clear()
             last = done == config.steps
-            if done % config.preview_every == 0 or last:
-                _preview(writer, workdir, *task.preview(state.ema, done), done)
             if done % config.checkpoint_every == 0 or last or stopping:
                 check(*pending)
                 pending = None
                 checkpoints.save(state)
+            if (done % config.preview_every == 0 or last) and not stopping:
+                _preview(writer, workdir, *task.preview(state.ema), done)
             if stopping:
                 tqdm.write(f"{stopping[0]}: saved step {done} in {workdir}")
                 return
+        if start >= config.steps:
+            tqdm.write(f"{workdir} is at step {start} already; config.steps is {config.steps}")
     except KeyboardInterrupt:
         # The state of an interrupted step has been donated; what counts is the last finished checkpoint.
         tqdm.write(f"interrupted; step {checkpoints.latest()} is saved in {workdir}")

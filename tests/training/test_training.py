@@ -135,8 +135,8 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
     assert state["step"] == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
 
 
-def test_checkpoint_of_another_shape_is_refused(codec_run):
-    with pytest.raises(InputError, match="does not fit this configuration"):
+def test_another_model_in_the_same_folder_is_refused(codec_run):
+    with pytest.raises(InputError, match="another config.codec"):
         loop.train(codec_config("--config.steps=8", "--config.codec.width=8"), codec_run)
 
 
