@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -133,6 +134,12 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
         loop.train(codec_config("--config.steps=6"), tmp_path)
     state = final_state(tmp_path)
     assert state["step"] == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_checkpoint_of_another_shape_is_refused(codec_run, tmp_path):
+    shutil.copytree(codec_run / "checkpoints", tmp_path / "checkpoints")  # without the config that would tell first
+    with pytest.raises(InputError, match="does not fit this configuration"):
+        loop.train(codec_config("--config.steps=8", "--config.codec.width=8"), tmp_path)
 
 
 def test_another_model_in_the_same_folder_is_refused(codec_run):
