@@ -14,6 +14,8 @@ def version() -> str:
     raise ValueError("sora_jax/__init__.py has no __version__")
 
 
+WAN = ["ftfy", "tokenizers>=0.20"]
+
 setup(
     name="sora_jax",
     version=version(),
@@ -44,7 +46,9 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "evaluate": ["matplotlib", "scipy"],
-        "test": ["matplotlib", "pytest>=8", "ruff", "scipy"],
+        "wan": WAN,
+        "test": ["matplotlib", "pytest>=8", "ruff", "scipy", *WAN],
+        "parity": ["diffusers>=0.35", "torch", "transformers>=4.56", *WAN],
     },
     entry_points={"console_scripts": ["sora-jax = sora_jax.cli:main"]},
     classifiers=[

@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
             start_from="",  # a model folder to go on from, in place of fresh parameters
             steps=3700,
             batch=3,
-            clip_frames=17,  # scenes are drawn as clips of this length ...
+            # Clips are drawn, or read from the TFDS data set in `dir`, whose split `held_out` training does not see.
+            data=dict(dir="", held_out="held_out"),
+            clip_frames=17,  # clips have this length ...
             size=128,
             frames=17,  # ... of which training sees windows of this length
             crop=64,  # ... and this many rows and columns
@@ -39,7 +41,7 @@ def get_config() -> ConfigDict:
                 patch=4,
                 residual=True,
             ),
-            loss=dict(absolute=1.0, squared=4.0, kl=2e-4),
+            loss=dict(absolute=0.1, squared=4.0, kl=2e-4),
             optimizer=dict(
                 name="muon",
                 learning_rate=3e-3,

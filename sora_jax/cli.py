@@ -139,7 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--fps", type=_number(0), help="frames per second of the file (default: the model's)")
     add("--steps", type=_whole(1), help="steps of the sampler (default: the model's)")
     add("--guidance", type=_number(), help="weight of the prompt; 1 is no guidance (default: the model's)")
+    add("--guidance-low", type=_number(), help="the same at low noise levels, for models with two transformers")
     add("--negative-prompt", default="", metavar="TEXT", help="what the video should not show")
+    add("--image", metavar="FILE", help="the picture that the video starts with, for models that take one")
+    add("--last-image", metavar="FILE", help="the picture that the video ends with, likewise")
     add("--model", metavar="DIR", help="a model folder (default: the bundled model)")
 
     train = commands.add_parser("train", help="train a model from a config file", allow_abbrev=False)
@@ -188,12 +191,14 @@ def _generate(options: argparse.Namespace) -> None:
         size=options.size,
         steps=options.steps,
         guidance=options.guidance,
+        guidance_low=options.guidance_low,
         fps=options.fps,
+        image=options.image,
+        last_image=options.last_image,
     )
     target = _Target(options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames)
     target.check(prompts[0])
-    note = generator.note_on_words(" ".join([*prompts, options.negative_prompt]))
-    if note:
+    for note in generator.notes(request):
         print(note, file=sys.stderr)
     with contextlib.closing(generator.run(request, progress=True)) as videos:
         for (prompt, seed), video in zip(jobs, videos, strict=True):

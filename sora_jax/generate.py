@@ -1,7 +1,8 @@
-"""From a prompt to a video: check, read the prompt, draw noise, remove it step by step, decode."""
+"""From a prompt, and perhaps pictures, to a video: check, read, draw noise, remove it step by step, decode."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import os
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +25,17 @@ from sora_jax.codec import Codec
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, read_model_folder
-from sora_jax.text import T5Encoder, tokenize
-from sora_jax.video import Video, check_fps
+from sora_jax.text import ByteTokenizer, FileTokenizer, T5Encoder
+from sora_jax.video import Video, check_fps, read_video
+from sora_jax.vision import VisionEncoder, preprocess
 
 BUNDLED = Path(__file__).parent / "bundled"
 _PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
 
 
 def load(path: str | os.PathLike | None = None) -> Generator:
-    """The generator of a model folder; without a path, of the model that comes with the package.
+    """The generator of a model folder, ours or one in the diffusers layout; without a path, of the model that comes
+    with the package.
 
     Compiled programs are kept in the user's cache folder, unless JAX already has a compilation cache.
 
@@ -40,7 +43,14 @@ def load(path: str | os.PathLike | None = None) -> Generator:
         InputError: if the folder is not a readable model.
     """
     _keep_compiled_programs()
-    return Generator(*read_model_folder(BUNDLED if path is None else path))
+    path = Path(BUNDLED if path is None else path)
+    if (path / "model_index.json").is_file():
+        from sora_jax.interop.diffusers import read_pipeline_folder
+
+        return Generator(*read_pipeline_folder(path))
+    config, params = read_model_folder(path)
+    tokenizer = FileTokenizer(path / "tokenizer.json") if config.text.tokenizer == "file" else ByteTokenizer()
+    return Generator(config, params, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,26 @@ class Request:
     size: tuple[int, int]
     steps: int
     guidance: float
+    guidance_low: float
     fps: float
     noise: np.ndarray | None = None
+    image: np.ndarray | None = None
+    last_image: np.ndarray | None = None
+
+
+class Given(NamedTuple):
+    """What the images of a request give the transformer; each part is None where the model or the request has none.
+
+    Attributes:
+        latents_1FYXZ, known_1F: latent frames that stay as they are, and which those are.
+        condition_1FYXC: channels beside the latents.
+        image_1LD: features of the images.
+    """
+
+    latents_1FYXZ: jax.Array | None = None
+    known_1F: jax.Array | None = None
+    condition_1FYXC: jax.Array | None = None
+    image_1LD: jax.Array | None = None
 
 
 class Generator:
@@ -63,16 +91,22 @@ class Generator:
 
     Attributes:
         config: ModelConfig.
-        params: {"text": ..., "codec": ..., "dit": ...}, float32.
+        params: {"text": ..., "codec": ..., "dit": ...} and perhaps "dit_low", float32.
+        tokenizer: prompts to ids.
     """
 
-    def __init__(self, config: ModelConfig, params: dict[str, Any]):
+    def __init__(
+        self, config: ModelConfig, params: dict[str, Any], tokenizer: ByteTokenizer | FileTokenizer | None = None
+    ):
         self.config = config
+        self.tokenizer = tokenizer or ByteTokenizer()
         self.params = jax.device_put(params)
         self._bar: tqdm | None = None
         self._encode_text = jax.jit(self._encode_text_fn)
         self._denoise = jax.jit(self._denoise_fn)
         self._decode = jax.jit(self._decode_fn)
+        self._encode_video = jax.jit(self._encode_video_fn)
+        self._see = jax.jit(self._see_fn)
 
     def generate(
         self,
@@ -83,9 +117,12 @@ class Generator:
         size: tuple[int, int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_low: float | None = None,
         negative_prompt: str = "",
         fps: float | None = None,
         noise: np.ndarray | None = None,
+        image: str | os.PathLike | np.ndarray | None = None,
+        last_image: str | os.PathLike | np.ndarray | None = None,
         progress: bool = True,
     ) -> Video | list[Video]:
         """Makes a video of a prompt, or a list of videos if `prompt` or `seed` is a list.
@@ -97,9 +134,12 @@ class Generator:
             size: (height, width) in pixels, multiples of what codec and transformer fold together.
             steps: steps of the solver, >= 1.
             guidance: the velocity is `without + guidance * (with - without)` the prompt (arXiv:2207.12598).
+            guidance_low: the guidance of a second transformer for low noise levels, where the model has one.
             negative_prompt: takes the place of the empty prompt in "without".
             fps: frames per second of the result; it changes the speed, not the frames.
             noise: initial latents, float [B, F, Y, X, Z] or [F, Y, X, Z], in place of the seed's.
+            image, last_image: pictures that the video starts and ends with, uint8 [H, W, 3] or files, for models that
+                can; they are stretched to the size of the video.
             progress: show a bar on stderr.
 
         Raises:
@@ -112,12 +152,14 @@ class Generator:
             size=size,
             steps=steps,
             guidance=guidance,
+            guidance_low=guidance_low,
             negative_prompt=negative_prompt,
             fps=fps,
             noise=noise,
+            image=image,
+            last_image=last_image,
         )
-        note = self.note_on_words(" ".join([*request.prompts, negative_prompt]))
-        if note:
+        for note in self.notes(request):
             warnings.warn(note, stacklevel=2)
         videos = list(self.run(request, progress=progress))
         return videos[0] if isinstance(prompt, str) and np.ndim(seed) == 0 else videos
@@ -131,9 +173,12 @@ class Generator:
         size: tuple[int, int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_low: float | None = None,
         negative_prompt: str = "",
         fps: float | None = None,
         noise: np.ndarray | None = None,
+        image: str | os.PathLike | np.ndarray | None = None,
+        last_image: str | os.PathLike | np.ndarray | None = None,
     ) -> Request:
         """Checks the arguments of `generate` and fills in the model's defaults; raises InputError."""
         defaults = self.config.sampling
@@ -146,6 +191,11 @@ class Generator:
         for text in prompts:
             if not isinstance(text, str) or not text.strip():
                 raise InputError("the prompt is empty; describe what the video shows, e.g. 'a red ball rolls left'")
+        guidance = _number("guidance", defaults.guidance if guidance is None else guidance)
+        if guidance_low is not None and self.config.boundary is None:
+            raise InputError("guidance_low is for models with a second transformer; this one has none")
+        if guidance_low is None:
+            guidance_low = guidance if defaults.guidance_low is None else defaults.guidance_low
         request = Request(
             prompts=tuple(prompts),
             seeds=tuple(_whole("seed", value, 0, 2**32 - 1) for value in seeds),
@@ -153,26 +203,49 @@ class Generator:
             frames=_whole("frames", defaults.frames if frames is None else frames, 1),
             size=tuple(_whole("size", side, 1) for side in _pair(defaults.size if size is None else size)),
             steps=_whole("steps", defaults.steps if steps is None else steps, 1),
-            guidance=_number("guidance", defaults.guidance if guidance is None else guidance),
+            guidance=guidance,
+            guidance_low=_number("guidance_low", guidance_low),
             fps=_number("fps", defaults.fps if fps is None else fps),
         )
         _check_multiple("frames", request.frames, self.config.codec.stride_time, 1)
         for name, side, patch in zip(("height", "width"), request.size, self.config.dit.patch[1:], strict=True):
             _check_multiple(name, side, self.config.codec.stride_space * patch, 0)
         check_fps(request.fps)
+        request = dataclasses.replace(request, **self._images(image, last_image, request))
         if noise is None:
             return request
         shape = (len(prompts), *self.config.codec.latent_shape(request.frames, *request.size))
         noise = np.asarray(noise, np.float32)
         if noise.shape not in (shape, shape[1:]) or (noise.ndim == 4 and len(prompts) > 1):
             raise InputError(f"noise must be {list(shape)}, not {list(noise.shape)}")
-        return Request(**{**vars(request), "noise": noise.reshape(shape)})
+        return dataclasses.replace(request, noise=noise.reshape(shape))
+
+    def _images(self, image: Any, last_image: Any, request: Request) -> dict[str, np.ndarray | None]:
+        """Checks the images and brings them to the size of the video."""
+        dit = self.config.dit
+        if (image is not None or last_image is not None) and not (self.config.known_frames or dit.condition_channels):
+            raise InputError("this model makes videos from text alone: it takes no image")
+        if image is None and dit.condition_channels:
+            raise InputError("this model makes a video from an image: give --image FILE, or image= in Python")
+        if last_image is not None and request.frames < 2 * self.config.codec.stride_time:
+            raise InputError(f"{request.frames} frames are too few for a first and a last image")
+        if dit.image_positions and last_image is None:
+            raise InputError("this model goes from a first to a last image: give --last-image FILE too")
+        fitted = {}
+        for name, picture in (("image", image), ("last_image", last_image)):
+            if picture is not None and not isinstance(picture, np.ndarray):
+                picture = read_video(picture).frames[0]
+            if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
+                raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
+            fitted[name] = picture
+        return fitted
 
     def run(self, request: Request, progress: bool = True) -> Iterator[Video]:
         """Yields the videos of a checked request, in order, sampling in batches of bounded size."""
         pixels = request.frames * math.prod(request.size)
         batch = max(1, min(len(request.prompts), _PIXELS_PER_BATCH // pixels))
         starts = range(0, len(request.prompts), batch)
+        given = self._given(request)
         bar = tqdm(total=len(starts) * request.steps, desc="sampling", unit="step", disable=not progress)
         # The compiled scan reports to whatever bar is there: a program that held one bar would serve only once.
         self._bar = bar
@@ -180,41 +253,99 @@ class Generator:
             for start in starts:
                 # The last batch is filled up with repeats: cheaper than compiling for another size.
                 chosen = [min(start + i, len(request.prompts) - 1) for i in range(batch)]
-                latents_BFYXZ = self._sample(request, chosen)
+                latents_BFYXZ = self._sample(request, chosen, given)
                 for latents_FYXZ in latents_BFYXZ[: len(request.prompts) - start]:
                     # One video at a time: decoding needs far more memory than sampling.
                     frames = _wait(self._decode(self.params["codec"], latents_FYXZ[None]))
                     yield Video(np.asarray(frames[0]), request.fps)
 
-    def _sample(self, request: Request, chosen: list[int]) -> jax.Array:
+    def _sample(self, request: Request, chosen: list[int], given: Given) -> jax.Array:
         prompts = [request.prompts[i] for i in chosen]
-        ids_2BL = tokenize([*prompts, *[request.negative_prompt] * len(prompts)], self.config.text.length)
+        ids_2BL = self.tokenizer([*prompts, *[request.negative_prompt] * len(prompts)], self.config.text.length)
         text_2BLD = self._encode_text(self.params["text"], ids_2BL)
         if request.noise is None:
             shape = self.config.codec.latent_shape(request.frames, *request.size)
             noise_BFYXZ = _draw_noise(np.array(request.seeds, np.uint32)[chosen], shape)
         else:
             noise_BFYXZ = request.noise[chosen]
-        levels_S = sampler.noise_levels(request.steps, self.config.sampling.shift)
-        guidance = jnp.float32(request.guidance)
-        latents = _wait(self._denoise(self.params["dit"], noise_BFYXZ, text_2BLD, levels_S, guidance))
+        sampling = self.config.sampling
+        schedule = sampler.noise_schedule(request.steps, sampling.shift, sampling.schedule)
+        guidance_2 = np.float32([request.guidance, request.guidance_low])
+        dits = [self.params[part] for part in self.config.parts if part.startswith("dit")]
+        latents = _wait(self._denoise(dits, noise_BFYXZ, text_2BLD, schedule, guidance_2, given))
         jax.effects_barrier()  # the last steps reach the bar before it closes
         return latents
+
+    def _given(self, request: Request) -> Given:
+        config = self.config
+        if request.image is None and request.last_image is None:
+            return Given()
+        stride, T = config.codec.stride_time, request.frames
+        pictures = {
+            frame: _stretch(picture, request.size)
+            for frame, picture in ((0, request.image), (T - 1, request.last_image))
+            if picture is not None
+        }
+        if not config.dit.condition_channels:
+            # An image is a latent frame of its own at the start, and a group of equal frames at the end.
+            F, Y, X, Z = config.codec.latent_shape(T, *request.size)
+            latents_FYXZ, known_F = np.zeros((F, Y, X, Z), np.float32), np.zeros(F, bool)
+            for frame, picture in pictures.items():
+                still_THWC = np.stack([picture] * (1 + (stride if frame else 0)))
+                place = 0 if frame == 0 else F - 1
+                latents_FYXZ[place] = self._encode_video(self.params["codec"], still_THWC[None])[0, -1]
+                known_F[place] = True
+            return Given(latents_FYXZ[None], known_F[None])
+        video_THWC = np.zeros((T, *request.size, 3), np.float32)
+        mask_T = np.zeros(T, np.float32)
+        for frame, picture in pictures.items():
+            video_THWC[frame], mask_T[frame] = picture, 1.0
+        latents_1FYXZ = self._encode_video(self.params["codec"], video_THWC[None])
+        # The mask of a latent frame is that of its group of frames; the first frame fills a group alone.
+        mask_FC = np.concatenate([np.repeat(mask_T[:1], stride), mask_T[1:]]).reshape(-1, stride)
+        mask_1FYXC = jnp.broadcast_to(mask_FC[:, None, None], (*latents_1FYXZ.shape[1:4], stride))[None]
+        features = None
+        if config.vision is not None:
+            seen = [request.image] if request.last_image is None else [request.image, request.last_image]
+            seen_BHWC = np.stack([preprocess(picture, config.vision.image_size) for picture in seen])
+            features = self._see(self.params["vision"], seen_BHWC)
+            features = features.reshape(1, -1, features.shape[-1])
+        return Given(condition_1FYXC=jnp.concatenate([mask_1FYXC, latents_1FYXZ], axis=-1), image_1LD=features)
+
+    def _encode_video_fn(self, params, video_BTHWC):
+        return Codec(self.config.codec).apply({"params": params}, video_BTHWC, method="encode")
+
+    def _see_fn(self, params, image_BHWC):
+        return VisionEncoder(self.config.vision).apply({"params": params}, image_BHWC)
 
     def _encode_text_fn(self, params, ids_BL):
         return T5Encoder(self.config.text).apply({"params": params}, ids_BL)
 
-    def _denoise_fn(self, params, noise_BFYXZ, text_BLD, levels_S, guidance):
-        def velocity(x_BFYXZ, level_BF):
-            return DiT(self.config.dit).apply({"params": params}, x_BFYXZ, level_BF, text_BLD)
+    def _denoise_fn(self, dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given):
+        def repeat(x, batch):
+            return None if x is None else jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
-        return sampler.sample(
-            sampler.guided(velocity, guidance),
-            noise_BFYXZ,
-            levels_S,
-            solver=self.config.sampling.solver,
-            progress=self._step_done,
-        )
+        def with_dit(params, guidance):
+            def velocity(x_BFYXZ, level_BF):
+                condition, image = (repeat(x, len(x_BFYXZ)) for x in (given.condition_1FYXC, given.image_1LD))
+                return DiT(self.config.dit).apply({"params": params}, x_BFYXZ, level_BF, text_BLD, condition, image)
+
+            return sampler.guided(velocity, guidance)
+
+        velocity = with_dit(dits[0], guidance_2[0])
+        if self.config.boundary is not None:
+            low = with_dit(dits[1], guidance_2[1])
+            # Levels are told in thousandths: half of one keeps rounding out of the comparison.
+            boundary, high = self.config.boundary - 5e-4, velocity
+
+            def velocity(x_BFYXZ, level_BF):
+                return jax.lax.cond(jnp.max(level_BF) >= boundary, high, low, x_BFYXZ, level_BF)
+
+        known = None
+        if given.known_1F is not None:
+            known = tuple(repeat(x, len(noise_BFYXZ)) for x in (given.latents_1FYXZ, given.known_1F))
+        solver = self.config.sampling.solver
+        return sampler.sample(velocity, noise_BFYXZ, schedule, solver, known, progress=self._step_done)
 
     def _step_done(self, _) -> None:
         if self._bar is not None:
@@ -230,13 +361,25 @@ class Generator:
         words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
         return [word for word in words if known and word not in known]
 
-    def note_on_words(self, text: str) -> str:
-        """What to tell someone whose prompt has unknown words, in two lines; empty if there are none."""
-        unknown = self.unknown_words(text)
-        if not unknown:
-            return ""
-        known = self.config.description or " ".join(self.config.vocabulary)
-        return f"note: this model does not know: {', '.join(unknown)}\nit knows: {known}"
+    def notes(self, request: Request) -> list[str]:
+        """What someone should be told about the prompts of a request: unknown words, and text that is not read."""
+        texts = [*dict.fromkeys(request.prompts), request.negative_prompt]
+        notes = []
+        if unknown := self.unknown_words(" ".join(texts)):
+            known = self.config.description or " ".join(self.config.vocabulary)
+            notes.append(f"note: this model does not know: {', '.join(unknown)}\nit knows: {known}")
+        for text in texts:
+            if rest := self.tokenizer.unread(text, self.config.text.length):
+                notes.append(f"note: the prompt is too long for this model, which does not read its end: ...{rest}")
+        return notes
+
+
+def _stretch(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """To another size, as published pipelines do it (Lanczos); uint8 to float32 in [-1, 1]."""
+    if picture_HWC.shape[:2] != tuple(size):
+        resized = jax.image.resize(picture_HWC.astype(np.float32), (*size, 3), "lanczos3")
+        picture_HWC = np.clip(np.round(resized), 0, 255)
+    return np.float32(picture_HWC) / 127.5 - 1
 
 
 def _wait(array: jax.Array) -> jax.Array:

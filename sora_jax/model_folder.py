@@ -4,6 +4,9 @@
     text.safetensors    parameters of the text encoder; each key is the parameter's path joined by "."
     codec.safetensors   parameters of the video codec
     dit.safetensors     parameters of the diffusion transformer
+    dit_low.safetensors the same for low noise levels, if the model has a second transformer
+    vision.safetensors  parameters of the image encoder, if the model has one
+    tokenizer.json      how the text encoder reads text, unless it reads bytes
 
 Reading is strict: every tensor must be expected and every expected tensor present, in the stated precision
 and shape. A folder that was read and is written again is identical byte for byte.
@@ -34,11 +37,11 @@ from flax.core import meta
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError
-from sora_jax.sampler import SOLVERS
+from sora_jax.sampler import SCHEDULES, SOLVERS
 from sora_jax.text import T5Encoder, TextConfig
+from sora_jax.vision import VisionConfig, VisionEncoder
 
 FORMAT_VERSION = 1
-PARTS = ("text", "codec", "dit")
 _STORED_AS = {"float32": "F32", "float16": "F16"}
 
 
@@ -50,7 +53,8 @@ class SamplingConfig:
         steps: steps of the solver, >= 1.
         guidance: strength of classifier-free guidance; 1 means none.
         shift: time shift of the noise levels, > 0; larger spends more steps at high noise.
-        solver: a solver of `sora_jax.sampler`.
+        solver, schedule: of `sora_jax.sampler`.
+        guidance_low: the guidance of the transformer for low noise levels, where there is one; None is `guidance`.
         frames: frames per video.
         size: (height, width) in pixels.
         fps: frames per second.
@@ -63,10 +67,14 @@ class SamplingConfig:
     frames: int = 17
     size: tuple[int, int] = (128, 128)
     fps: float = 8.0
+    schedule: str = "linear"
+    guidance_low: float | None = None
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} does not exist; there are {', '.join(SOLVERS)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} does not exist; there are {', '.join(SCHEDULES)}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,10 @@ class ModelConfig:
         vocabulary: lower-case words the model was trained on; empty if it is not limited to a list.
         description: one line on what the model can show.
         dtype: precision of the parameters in the folder; in memory they are always float32.
+        boundary: the noise level from which on upwards "dit" is used and below which "dit_low", a second transformer
+            of the same sizes (Wan 2.2 A14B); None if there is one for all levels.
+        known_frames: whether the transformer has learned that frames at level 0 are given.
+        vision: the image encoder, for transformers that attend to an image.
     """
 
     text: TextConfig
@@ -88,6 +100,15 @@ class ModelConfig:
     vocabulary: tuple[str, ...] = ()
     description: str = ""
     dtype: Literal["float32", "float16"] = "float32"
+    boundary: float | None = None
+    known_frames: bool = False
+    vision: VisionConfig | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that have parameters."""
+        optional = {"dit_low": self.boundary is not None, "vision": self.vision is not None}
+        return ("text", "codec", "dit", *(part for part, there in optional.items() if there))
 
     def __post_init__(self) -> None:
         for part, here, there in (
@@ -96,6 +117,10 @@ class ModelConfig:
         ):
             if here != there:
                 raise ValueError(f"dit expects {here} channels from {part}, which has {there}")
+        if self.dit.image_width != (self.vision.width if self.vision else 0):
+            raise ValueError(f"dit expects {self.dit.image_width} channels from vision, which has another width")
+        if self.dit.condition_channels not in (0, self.codec.stride_time + self.codec.latent_channels):
+            raise ValueError("the condition of dit is a mask of stride_time channels, and latents")
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
@@ -103,16 +128,27 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
     codec = config.codec
     frames, side = 1 + codec.stride_time, codec.stride_space * max(config.dit.patch)
     ids_BL = jnp.zeros((1, config.text.length), jnp.int32)
+    latent_shape = codec.latent_shape(frames, side, side)
+    condition = jnp.zeros((1, *latent_shape[:3], config.dit.condition_channels))
+    image_tokens = config.dit.image_positions or 1
     inputs = {
         "text": (T5Encoder(config.text), ids_BL),
         "codec": (Codec(codec), jnp.zeros((1, frames, side, side, 3))),
         "dit": (
             DiT(config.dit),
-            jnp.zeros((1, *codec.latent_shape(frames, side, side))),
+            jnp.zeros((1, *latent_shape)),
             jnp.zeros((1, 2)),
             jnp.zeros((*ids_BL.shape, config.text.width)),
+            condition,
+            jnp.zeros((1, image_tokens, config.dit.image_width)),
         ),
     }
+    if config.vision is not None:
+        side = config.vision.image_size
+        inputs["vision"] = (VisionEncoder(config.vision), jnp.zeros((1, side, side, 3)))
+
+    if config.boundary is not None:
+        inputs["dit_low"] = inputs["dit"]
 
     def init(key: jax.Array) -> dict[str, Any]:
         return {part: meta.unbox(module.init(key, *x)["params"]) for part, (module, *x) in inputs.items()}
@@ -121,7 +157,11 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_model_folder(
-    path: str | os.PathLike, config: ModelConfig, params: dict[str, Any], dtype: str | None = None
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: dict[str, Any],
+    dtype: str | None = None,
+    tokenizer: bytes | None = None,
 ) -> Path:
     """Writes the model to the folder `path`, which appears complete or not at all.
 
@@ -130,6 +170,7 @@ def write_model_folder(
         config: the configs.
         params: {"text": tree, "codec": tree, "dit": tree} of arrays, exactly as `abstract_params` lists them.
         dtype: "float32" or "float16"; by default `config.dtype`.
+        tokenizer: what tokenizer.json holds, if `config.text.tokenizer` is "file".
 
     Raises:
         InputError: if parameters do not fit the config or the precision, if `path` is something else than a
@@ -142,14 +183,16 @@ def write_model_folder(
     if path.exists() and not (path / "model.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"cannot write the model to {path}: something other than a model folder is there")
     expected = abstract_params(config)
-    tensors = {part: _stored(part, params[part], expected[part], config.dtype) for part in PARTS}
+    tensors = {part: _stored(part, params[part], expected[part], config.dtype) for part in config.parts}
     # Never beside half of an older model: all files go into a hidden folder, which then takes the name.
     token = secrets.token_hex(8)
     hidden, older = (path.absolute().parent / f".{token}.{role}" for role in ("new", "old"))
     try:
         hidden.mkdir()
-        for part in PARTS:
+        for part in config.parts:
             (hidden / f"{part}.safetensors").write_bytes(safetensors.numpy.save(tensors[part]))
+        if config.text.tokenizer == "file":
+            (hidden / "tokenizer.json").write_bytes(tokenizer)
         text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=1)
         (hidden / "model.json").write_text(text + "\n", encoding="utf-8")
         if path.exists():
@@ -184,7 +227,8 @@ def read_model_folder(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, A
     except Exception as error:  # any module may object to a config in its own way
         raise InputError(f"{path / 'model.json'} describes no possible model: {_one_line(error)}") from error
     return config, {
-        part: _read_part(path / f"{part}.safetensors", expected[part], _STORED_AS[config.dtype]) for part in PARTS
+        part: _read_part(path / f"{part}.safetensors", expected[part], _STORED_AS[config.dtype])
+        for part in config.parts
     }
 
 
@@ -211,9 +255,10 @@ def _parse(kind: Any, value: Any, name: str, path: Path) -> Any:
         for key in value.keys() - kinds.keys():
             close = difflib.get_close_matches(key, kinds, 1)
             raise InputError(f"{path}: unknown field {prefix}{key}{f'; is it {close[0]}?' if close else ''}")
-        for key in kinds.keys() - value.keys():
-            raise InputError(f"{path}: the field {prefix}{key} is missing")
-        values = {key: _parse(kinds[key], value[key], prefix + key, path) for key in kinds}
+        for field in dataclasses.fields(kind):
+            if field.name not in value and field.default is dataclasses.MISSING:
+                raise InputError(f"{path}: the field {prefix}{field.name} is missing")
+        values = {key: _parse(kinds[key], value[key], prefix + key, path) for key in kinds if key in value}
         try:
             return kind(**values)
         except ValueError as error:

@@ -17,9 +17,46 @@ from sora_jax.flow import shift_level
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_BFYXZ, level_BF) -> velocity_BFYXZ
 
 
-def noise_levels(steps: int, shift: float) -> np.ndarray:
-    """The levels that sampling visits, (steps + 1,) float32 from 1 down to 0."""
-    return shift_level(np.linspace(1.0, 0.0, steps + 1), shift).astype(np.float32)
+class Schedule(NamedTuple):
+    """The levels that sampling visits, from noise to data.
+
+    Attributes:
+      levels: (steps + 1,) float32, decreasing to 0: where the solver stands before and after each step.
+      told: (steps,) float32: the level that the velocity function is given at each step.
+    """
+
+    levels: np.ndarray
+    told: np.ndarray
+
+
+def noise_schedule(steps: int, shift: float, name: str = "linear") -> Schedule:
+    """The schedule `name` with the time shift `shift`.
+
+      linear: from 1 to 0 in equal steps, then shifted.
+      wan-unipc: as Wan's pipelines have it with UniPC: starting just below 1, and told in whole thousandths.
+      wan-euler: as they have it with flow-matching Euler, where the smallest level is shifted twice.
+
+    Raises:
+      InputError: no such schedule.
+    """
+    if name == "linear":
+        levels = shift_level(np.linspace(1.0, 0.0, steps + 1), shift)
+        told = levels[:-1]
+    elif name == "wan-unipc":
+        levels = shift_level(np.linspace(1.0, 1e-3, steps + 1)[:-1], shift)
+        levels[0] = min(levels[0], 1 - 1e-6)
+        told = np.floor(levels * 1000) / 1000
+        levels = np.append(levels, 0.0)
+    elif name == "wan-euler":
+        levels = shift_level(np.linspace(1.0, shift_level(1e-3, shift), steps), shift)
+        told = levels
+        levels = np.append(levels, 0.0)
+    else:
+        raise InputError(f"schedule {name!r} does not exist; there are {', '.join(SCHEDULES)}")
+    return Schedule(levels.astype(np.float32), told.astype(np.float32))
+
+
+SCHEDULES = ("linear", "wan-unipc", "wan-euler")
 
 
 def guided(velocity: Velocity, guidance: jax.Array | float) -> Velocity:
@@ -112,17 +149,17 @@ SOLVERS = {
 def sample(
     velocity: Velocity,
     noise_BFYXZ: jax.Array,
-    levels: jax.Array,
+    schedule: Schedule,
     solver: str = "unipc",
     known: tuple[jax.Array, jax.Array] | None = None,
     progress: Callable[[Any], None] | None = None,
 ) -> jax.Array:
-    """Denoises from `levels[0]` to `levels[-1]`: one scan, one call of `velocity` per step.
+    """Denoises along the schedule: one scan, one call of `velocity` per step.
 
     Args:
       velocity: (x_BFYXZ, level_BF) -> velocity_BFYXZ.
       noise_BFYXZ: latents at the first level, float32.
-      levels: (steps + 1,) decreasing, as `noise_levels` gives them.
+      schedule: as `noise_schedule` gives it; its levels may be traced.
       solver: a name in `SOLVERS`.
       known: latents_BFYXZ and a bool mask_BF of the frames to take from them; those stay exactly, at level 0.
       progress: called on the host from inside the scan, with the number of the step whose velocity is there.
@@ -134,7 +171,7 @@ def sample(
     if solver not in SOLVERS:
         raise InputError(f"solver {solver!r} does not exist; there are {', '.join(SOLVERS)}")
     initialize, update, finalize = SOLVERS[solver]
-    levels = jnp.asarray(levels, jnp.float32)
+    levels, told = (jnp.asarray(part, jnp.float32) for part in schedule)
     B, F = noise_BFYXZ.shape[:2]
     known_BF = jnp.zeros((B, F), bool) if known is None else known[1]
 
@@ -142,7 +179,7 @@ def sample(
         return x if known is None else jnp.where(known_BF[:, :, None, None, None], known[0], x)
 
     def step(state, number):
-        level_BF = jnp.where(known_BF, 0.0, levels[number])
+        level_BF = jnp.where(known_BF, 0.0, told[number])
         velocity_BFYXZ = velocity(fill(finalize(state)), level_BF)
         if progress is not None:
             # One element of the velocity goes along, so that the call waits for it.

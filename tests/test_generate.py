@@ -58,9 +58,12 @@ def test_the_bar_counts_every_step(generator, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
-def test_unknown_words_are_told(generator):
+def test_unknown_words_and_long_prompts_are_told(generator):
     with pytest.warns(UserWarning, match="does not know: zebra\nit knows: red balls"):
         generator.generate("a red zebra", progress=False)
+    long = "a red ball " * 40
+    with pytest.warns(UserWarning, match="does not read its end: .*ball$"):
+        generator.generate(long, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generator.generate("A red ball.", progress=False)

@@ -101,7 +101,7 @@ def test_newer_format_is_named(folder):
     "edit, message",
     [
         (lambda v: v.pop("format_version"), "no format_version"),
-        (lambda v: v["sampling"].pop("steps"), "sampling.steps is missing"),
+        (lambda v: v["dit"].pop("layers"), "dit.layers is missing"),
         (lambda v: v["sampling"].update(stepz=3), "unknown field sampling.stepz; is it steps?"),
         (lambda v: v["sampling"].update(steps="many"), "sampling.steps must be int"),
         (lambda v: v["sampling"].update(size=[128]), "sampling.size must be tuple"),

@@ -36,23 +36,33 @@ def noise():
     return np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
 
 
+def plain(levels):
+    """A schedule that tells the velocity function the very levels that the solver visits."""
+    return sampler.Schedule(levels, levels[:-1])
+
+
+def linear(steps, shift):
+    return sampler.noise_schedule(steps, shift).levels
+
+
 def error(solver, levels, noise):
     """Largest error at the last level, starting on the exact path at the first."""
     start = gaussian_path(noise, levels[0])
-    end = sampler.sample(velocity, start.astype(np.float32), levels, solver)
+    end = sampler.sample(velocity, start.astype(np.float32), plain(levels), solver)
     return float(np.abs(end - gaussian_path(noise, levels[-1])).max())
 
 
 def test_noise_levels():
-    levels = sampler.noise_levels(10, 3.0)
+    levels, told = sampler.noise_schedule(10, 3.0)
+    np.testing.assert_array_equal(told, levels[:-1])
     assert levels.shape == (11,) and levels.dtype == np.float32
     assert levels[0] == 1.0 and levels[-1] == 0.0 and (np.diff(levels) < 0).all()
-    np.testing.assert_allclose(sampler.noise_levels(4, 1.0), [1, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_allclose(linear(4, 1.0), [1, 0.75, 0.5, 0.25, 0])
     assert levels[5] == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
 
 
 def test_euler_is_of_order_1(noise):
-    errors = [error("euler", sampler.noise_levels(steps, 1.0), noise) for steps in (16, 32, 64)]
+    errors = [error("euler", linear(steps, 1.0), noise) for steps in (16, 32, 64)]
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     assert 0.8 < orders[-1] < 1.2
 
@@ -66,18 +76,18 @@ def test_unipc_is_of_order_2_away_from_the_ends(noise):
 
 @pytest.mark.parametrize("steps", [8, 16, 32])
 def test_unipc_is_far_better_than_euler_at_equal_steps(noise, steps):
-    levels = sampler.noise_levels(steps, 1.0)
+    levels = linear(steps, 1.0)
     assert error("unipc", levels, noise) < error("euler", levels, noise) / 4
     # With the shift that sampling uses, a few steps leave a long last one, of order 1 in both solvers, and most of
     # the error is made there.
-    levels = sampler.noise_levels(steps, 3.0)
+    levels = linear(steps, 3.0)
     assert error("unipc", levels, noise) < error("euler", levels, noise)
 
 
 @pytest.mark.parametrize("solver", list(sampler.SOLVERS))
 @pytest.mark.parametrize("steps", [1, 2])
 def test_few_steps_are_finite_and_one_step_is_the_mean(noise, solver, steps):
-    end = sampler.sample(velocity, noise, sampler.noise_levels(steps, 3.0), solver)
+    end = sampler.sample(velocity, noise, sampler.noise_schedule(steps, 3.0), solver)
     assert np.isfinite(end).all()
     if steps == 1:  # from pure noise the best prediction of the data is its mean
         np.testing.assert_allclose(end, MEAN, atol=1e-4)
@@ -138,9 +148,9 @@ def literal_unipc(x: float, levels: list[float]) -> list[float]:
     return path
 
 
-@pytest.mark.parametrize("levels", [sampler.noise_levels(7, 3.0), np.linspace(0.95, 0.05, 6, dtype=np.float32)])
+@pytest.mark.parametrize("levels", [linear(7, 3.0), np.linspace(0.95, 0.05, 6, dtype=np.float32)])
 def test_unipc_equals_a_literal_statement_of_the_algorithm(noise, levels):
-    end = sampler.sample(velocity, noise, levels, "unipc")
+    end = sampler.sample(velocity, noise, plain(levels), "unipc")
     expected = [literal_unipc(float(x), [float(t) for t in levels])[-1] for x in noise.ravel()]
     np.testing.assert_allclose(np.ravel(end), expected, atol=2e-5)
 
@@ -165,10 +175,10 @@ def test_new_levels_and_guidance_compile_nothing_anew(noise):
 
     @jax.jit
     def run(noise, levels, guidance):
-        return sampler.sample(sampler.guided(both, guidance), noise, levels)
+        return sampler.sample(sampler.guided(both, guidance), noise, plain(levels))
 
-    first = run(noise, sampler.noise_levels(4, 1.0), jnp.float32(1.0))
-    second = run(noise, sampler.noise_levels(4, 5.0), jnp.float32(2.5))
+    first = run(noise, linear(4, 1.0), jnp.float32(1.0))
+    second = run(noise, linear(4, 5.0), jnp.float32(2.5))
     assert run._cache_size() == 1
     assert np.abs(first - second).max() > 1e-3
 
@@ -177,13 +187,13 @@ def test_new_levels_and_guidance_compile_nothing_anew(noise):
 def test_known_frames_stay_and_are_seen_clean(noise, solver):
     latents = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
     mask = np.array([[True, False, False], [False, True, True]])
-    levels, seen = sampler.noise_levels(3, 3.0), []
+    levels, seen = linear(3, 3.0), []
 
     def watched(x, level):
         jax.debug.callback(lambda x, level: seen.append((np.array(x), np.array(level))), x, level, ordered=True)
         return velocity(x, level)
 
-    end = sampler.sample(watched, noise, levels, solver, known=(latents, mask))
+    end = sampler.sample(watched, noise, plain(levels), solver, known=(latents, mask))
     jax.effects_barrier()
     assert len(seen) == 3
     for number, (x, level) in enumerate(seen):
@@ -191,17 +201,17 @@ def test_known_frames_stay_and_are_seen_clean(noise, solver):
         np.testing.assert_array_equal(level, np.where(mask, 0.0, levels[number]))
     np.testing.assert_array_equal(end[mask], latents[mask])
     # The other frames are what they would have been: this velocity does not mix frames.
-    without = sampler.sample(velocity, noise, levels, solver)
+    without = sampler.sample(velocity, noise, plain(levels), solver)
     np.testing.assert_allclose(end[~mask], without[~mask], atol=1e-5)
 
 
 def test_progress_hears_of_every_step_once(noise):
     heard = []
-    sampler.sample(velocity, noise, sampler.noise_levels(5, 1.0), progress=lambda step: heard.append(int(step)))
+    sampler.sample(velocity, noise, sampler.noise_schedule(5, 1.0), progress=lambda step: heard.append(int(step)))
     jax.effects_barrier()
     assert sorted(heard) == [0, 1, 2, 3, 4]
 
 
 def test_unknown_solver(noise):
     with pytest.raises(InputError, match="'heun' does not exist; there are euler, unipc"):
-        sampler.sample(velocity, noise, sampler.noise_levels(2, 1.0), "heun")
+        sampler.sample(velocity, noise, sampler.noise_schedule(2, 1.0), "heun")

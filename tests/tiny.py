@@ -33,6 +33,7 @@ TINY_DIT = [
     "--config.dit.head_width=12",
     "--config.dit.feed_forward=16",
     "--config.dit.layers=2",
+    "--config.align.layer=1",
     "--config.sampling.steps=2",
     "--config.log_every=2",
     "--config.preview_every=100",

@@ -3,6 +3,7 @@
 Encoding costs far more than the rest of reading a clip, and a DiT sees each clip many times.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,19 +13,28 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from sora_jax.data import loading
+from sora_jax.errors import InputError
 from sora_jax.text import tokenize
 
-Clips = Callable[[int, int], tuple[np.ndarray, list[list[str]]]]  # (start, count) -> latents_BFYXZ, captions of each
+Encode = Callable[[int, int], Iterator[dict]]  # (start, count) -> {"latents", "captions"[, "layout"]} of each clip
 
 
-def write_shards(folder: Path, clips: int, shard: int, make: Clips, progress: Callable[[int], None]) -> list[Path]:
+def write_shards(
+    folder: Path, clips: int, shard: int, encode: Encode, progress: Callable[[int], None], about: dict
+) -> list[Path]:
     """Writes `clips` clips in files of `shard`, skipping those that are there; a file appears when it is complete.
 
     Args:
-      make: gives clips start to start + count: latents (B, F, Y, X, Z), kept in float16, and captions for each.
+      encode: gives clips start to start + count: latents (F, Y, X, Z) and perhaps the layout (F, Y, X, C), both kept
+        in float16, and captions, one on each line.
       progress: called with the number of clips that have become available.
+      about: what the clips were made from, kept beside them.
+
+    Raises:
+      InputError: the folder holds clips made from something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _check_about(folder / "about.json", about)
     paths = []
     for start in range(0, clips, shard):
         count = min(shard, clips - start)
@@ -32,9 +42,10 @@ def write_shards(folder: Path, clips: int, shard: int, make: Clips, progress: Ca
         if not path.exists():
             unfinished = path.with_suffix(".unfinished")
             writer = ArrayRecordWriter(str(unfinished), "group_size:1")
-            for latents_FYXZ, captions in zip(*make(start, count), strict=True):
-                text = np.frombuffer("\n".join(captions).encode(), np.uint8)
-                writer.write(safetensors.numpy.save({"latents": latents_FYXZ.astype(np.float16), "captions": text}))
+            for clip in encode(start, count):
+                arrays = {name: clip[name].astype(np.float16) for name in ("latents", "layout") if name in clip}
+                arrays["captions"] = np.frombuffer(clip["captions"].encode(), np.uint8)
+                writer.write(safetensors.numpy.save(arrays))
             writer.close()
             unfinished.rename(path)
         progress(count)
@@ -42,8 +53,23 @@ def write_shards(folder: Path, clips: int, shard: int, make: Clips, progress: Ca
     return paths
 
 
+def _check_about(path: Path, about: dict) -> None:
+    about = json.loads(json.dumps(about))
+    if not path.exists():
+        hidden = path.with_name(".about.json")
+        hidden.write_text(json.dumps(about, indent=1) + "\n")
+        hidden.replace(path)
+    before = json.loads(path.read_text())
+    for name, value in about.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{path.parent} holds clips made with {name} {before.get(name)!r}, not {value!r}; use a new --workdir"
+            )
+
+
 def batches(paths: Sequence[Path], batch: int, text_length: int, seed: int, start: int) -> Iterator[dict]:
-    """Shuffled batches from number `start` on: {"latents" (B, F, Y, X, Z) float16, "ids" (B, L) int32}.
+    """Shuffled batches from number `start` on: {"latents" (B, F, Y, X, Z) float16, "ids" (B, L) int32}, and "layout"
+    (B, F, Y, X, C) float16 if the clips have one.
 
     A function of `seed` and the number of the batch, with one of its captions for each clip; every process of a
     multi-host run gets its own slice.
@@ -51,9 +77,9 @@ def batches(paths: Sequence[Path], batch: int, text_length: int, seed: int, star
 
     def read(record: bytes, rng: np.random.Generator) -> dict:
         clip = safetensors.numpy.load(record)
-        captions = clip["captions"].tobytes().decode().split("\n")
+        captions = clip.pop("captions").tobytes().decode().split("\n")
         ids_L = tokenize([captions[rng.integers(len(captions))]], text_length)[0]
-        return {"latents": clip["latents"], "ids": ids_L}
+        return {**clip, "ids": ids_L}
 
     source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
     return loading.batches(source, read, batch, seed, start)

@@ -39,6 +39,10 @@ class DiTConfig:
       frequency_width: sinusoids that describe the noise level.
       epsilon: of the norms.
       remat: what the backward pass keeps, a name in `REMAT_POLICIES`.
+      condition_channels: channels beside the latents that say which frames are given and what they show (Wan's
+        image-to-video); they are read and not written.
+      image_width: width of the features of an image that are attended to beside the text; 0 if there are none.
+      image_positions: a learned position for each of so many image features (first and last frame); 0 for none.
     """
 
     latent_channels: int
@@ -51,6 +55,9 @@ class DiTConfig:
     frequency_width: int = 256
     epsilon: float = 1e-6
     remat: str = "none"
+    condition_channels: int = 0
+    image_width: int = 0
+    image_positions: int = 0
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
@@ -103,6 +110,16 @@ def dense(features: int, axes: tuple, name: str, dtype=jnp.float32, init=None) -
     )
 
 
+def affine_norm(epsilon: float, name: str) -> nn.LayerNorm:
+    """A layer norm with a learned scale and bias."""
+    return nn.LayerNorm(
+        epsilon,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
+        name=name,
+    )
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the whole width, computed in float32."""
 
@@ -117,22 +134,39 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` to `context`, queries and keys RMS-normed, and turned if angles are given."""
+    """Multi-head attention of `x` to `context`, queries and keys RMS-normed, and turned if angles are given.
+
+    An `image` is a second context with keys and values of its own; what the queries find in both is added.
+    """
 
     config: DiTConfig
     out_init: Any
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array, context_BLD: jax.Array, angles_NE: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x_BND: jax.Array,
+        context_BLD: jax.Array,
+        angles_NE: jax.Array | None = None,
+        image_BLD: jax.Array | None = None,
+    ) -> jax.Array:
         config, into = self.config, ("width", "heads")
-        q = RMSNorm(config.epsilon, name="query_norm")(dense(config.width, into, "query", self.dtype)(x_BND))
-        k = RMSNorm(config.epsilon, name="key_norm")(dense(config.width, into, "key", self.dtype)(context_BLD))
-        v = dense(config.width, into, "value", self.dtype)(context_BLD)
-        q, k, v = (y.reshape(*y.shape[:-1], config.heads, config.head_width) for y in (q, k, v))
+
+        def heads(y):
+            return y.reshape(*y.shape[:-1], config.heads, config.head_width)
+
+        def keys_and_values(context, key, value):
+            k = RMSNorm(config.epsilon, name=f"{key}_norm")(dense(config.width, into, key, self.dtype)(context))
+            return heads(k), heads(dense(config.width, into, value, self.dtype)(context))
+
+        q = heads(RMSNorm(config.epsilon, name="query_norm")(dense(config.width, into, "query", self.dtype)(x_BND)))
+        k, v = keys_and_values(context_BLD, "key", "value")
         if angles_NE is not None:
             q, k = rotate(q, angles_NE), rotate(k, angles_NE)
         out_BNKE = jax.nn.dot_product_attention(q, k, v)
+        if image_BLD is not None:
+            out_BNKE += jax.nn.dot_product_attention(q, *keys_and_values(image_BLD, "image_key", "image_value"))
         return dense(config.width, ("heads", "width"), "out", self.dtype, self.out_init)(out_BNKE.reshape(x_BND.shape))
 
 
@@ -143,7 +177,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BND, level_BF6D, text_BLD, angles_NE):
+    def __call__(self, x_BND, level_BF6D, text_BLD, angles_NE, image_BLD=None):
         config, dtype = self.config, self.dtype
         B, N, D = x_BND.shape
         F = level_BF6D.shape[1]
@@ -165,40 +199,68 @@ class Block(nn.Module):
         h = Attention(config, nn.initializers.xavier_uniform(), dtype, name="self_attention")(h, h, angles_NE)
         x_BND += by_token(by_frame(h.astype(jnp.float32)) * attention.gate)
 
-        norm = nn.LayerNorm(
-            config.epsilon,
-            scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
-            name="cross_norm",
-        )
-        h = Attention(config, nn.initializers.zeros, dtype, name="cross_attention")(norm(x_BND).astype(dtype), text_BLD)
+        cross_attention = Attention(config, nn.initializers.zeros, dtype, name="cross_attention")
+        h = affine_norm(config.epsilon, "cross_norm")(x_BND).astype(dtype)
+        h = cross_attention(h, text_BLD, image_BLD=image_BLD)
         x_BND += h.astype(jnp.float32)
 
         h = by_token(modulate(by_frame(layer_norm(x_BND, config.epsilon)), feed_forward)).astype(dtype)
         h = dense(config.feed_forward, ("width", "feed_forward"), "up", dtype)(h)
         h = dense(D, ("feed_forward", "width"), "down", dtype)(nn.gelu(h, approximate=True))
-        return x_BND + by_token(by_frame(h.astype(jnp.float32)) * feed_forward.gate), None
+        x_BND += by_token(by_frame(h.astype(jnp.float32)) * feed_forward.gate)
+        self.sow("intermediates", "tokens", x_BND)  # kept only for those who ask
+        return x_BND, None
+
+
+class ImageEmbedding(nn.Module):
+    """Features of one or two images to the width of the DiT: (B, L, image_width) -> (B, L, D)."""
+
+    config: DiTConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image_BLD: jax.Array) -> jax.Array:
+        config = self.config
+        if config.image_positions:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None))
+            image_BLD += self.param("positions", init, (config.image_positions, config.image_width))
+
+        norm_in = affine_norm(1e-5, "norm_in")(image_BLD)
+        h = dense(config.image_width, (None, None), "up", self.dtype)(norm_in.astype(self.dtype))
+        h = dense(config.width, (None, "width"), "down", self.dtype)(nn.gelu(h, approximate=False))
+        return affine_norm(1e-5, "norm_out")(h.astype(jnp.float32)).astype(self.dtype)
 
 
 class DiT(nn.Module):
     """Noisy latents, the noise level of each latent frame, and text features to the velocity.
 
-    Call: (latents_BFYXZ float32, level_BF float32 in [0, 1], text_BLD) -> velocity_BFYXZ float32.
-    Y and X are multiples of the patch. The text is not masked: padding is zeros, as Wan has it.
+    Call: (latents_BFYXZ float32, level_BF float32 in [0, 1], text_BLD) -> velocity_BFYXZ float32. Configurations that
+    ask for them also take condition_BFYXC, C being `condition_channels`, and image_BLD, D being `image_width`.
+    Y and X are multiples of the patch. The text is not masked: padding is zeros, as Wan has it. Applied with
+    `mutable=["intermediates"]` it also gives the tokens after each block, (layers, B, N, D).
     """
 
     config: DiTConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, latents_BFYXZ: jax.Array, level_BF: jax.Array, text_BLD: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        latents_BFYXZ: jax.Array,
+        level_BF: jax.Array,
+        text_BLD: jax.Array,
+        condition_BFYXC: jax.Array | None = None,
+        image_BLD: jax.Array | None = None,
+    ) -> jax.Array:
         config, dtype = self.config, self.dtype
         B, F, Y, X, Z = latents_BFYXZ.shape
         _, py, px = config.patch
         rows, columns, D = Y // py, X // px, config.width
 
-        patches = latents_BFYXZ.reshape(B, F, rows, py, columns, px, Z).transpose(0, 1, 2, 4, 3, 5, 6)
-        x_BND = dense(D, (None, "width"), "patches_in")(patches.reshape(B, F * rows * columns, py * px * Z))
+        if config.condition_channels:
+            latents_BFYXZ = jnp.concatenate([latents_BFYXZ, condition_BFYXC], axis=-1)
+        patches = latents_BFYXZ.reshape(B, F, rows, py, columns, px, -1).transpose(0, 1, 2, 4, 3, 5, 6)
+        x_BND = dense(D, (None, "width"), "patches_in")(patches.reshape(B, F * rows * columns, -1))
         x_BND = constrain(x_BND, "batch", "tokens", None)
 
         normal = nn.initializers.normal(0.02)
@@ -209,17 +271,18 @@ class DiT(nn.Module):
 
         text = dense(D, (None, "width"), "text_in", dtype)(text_BLD.astype(dtype))
         text_BLD = dense(D, ("width", None), "text_out", dtype)(nn.gelu(text, approximate=True))
+        image_BLD = ImageEmbedding(config, dtype, name="image")(image_BLD) if config.image_width else None
 
         blocks = nn.scan(
             nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast,) * 4,
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         angles = jnp.asarray(rotary_angles(F, rows, columns, config.head_width))
-        x_BND, _ = blocks(config, dtype, name="blocks")(x_BND, level_BF6D, text_BLD, angles)
+        x_BND, _ = blocks(config, dtype, name="blocks")(x_BND, level_BF6D, text_BLD, angles, image_BLD)
 
         init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None))
         table = self.param("modulation_out", init, (2, D))

@@ -27,6 +27,7 @@ class TextConfig:
       length: L, tokens per prompt; shorter ones are padded.
       buckets, max_distance: relative positions; half the buckets look back, half ahead.
       shared_positions: one table of position biases for all blocks (T5), or one per block (UMT5).
+      tokenizer: "bytes", or "file": the tokenizer.json beside the parameters.
     """
 
     vocabulary_size: int
@@ -39,6 +40,11 @@ class TextConfig:
     buckets: int = 32
     max_distance: int = 128
     shared_positions: bool = False
+    tokenizer: str = "bytes"
+
+    def __post_init__(self):
+        if self.tokenizer not in ("bytes", "file"):
+            raise ValueError(f"tokenizer is {self.tokenizer!r}; it can be 'bytes' or 'file'")
 
 
 def position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:

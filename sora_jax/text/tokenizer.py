@@ -1,9 +1,16 @@
-"""UTF-8 bytes as tokens, numbered as in ByT5 (arXiv:2105.13626): 0 pads, 1 ends the text, byte b is b + 3."""
+"""Prompts to token ids. A tokenizer is called as `tokenizer(prompts, length)` and gives ids (B, L) int32, padded
+with `PAD`; what does not fit is cut and the end token always stands; `tokenizer.unread` tells what was cut off.
+"""
 
+import html
+import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+
+from sora_jax.errors import InputError
 
 PAD, END, _OFFSET = 0, 1, 3
 VOCABULARY_SIZE = 256 + _OFFSET
@@ -14,10 +21,60 @@ def clean(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).lower().split()).rstrip(" .")
 
 
-def tokenize(prompts: Sequence[str], length: int) -> np.ndarray:
-    """Prompts to ids, (B, L) int32 with L = `length`; what does not fit is cut, the end token always stands."""
-    ids_BL = np.full((len(prompts), length), PAD, np.int32)
-    for row, prompt in enumerate(prompts):
-        text = [byte + _OFFSET for byte in clean(prompt).encode()][: length - 1] + [END]
-        ids_BL[row, : len(text)] = text
-    return ids_BL
+class ByteTokenizer:
+    """UTF-8 bytes, numbered as in ByT5 (arXiv:2105.13626): 0 pads, 1 ends the text, byte b is b + 3."""
+
+    def __call__(self, prompts: Sequence[str], length: int) -> np.ndarray:
+        ids_BL = np.full((len(prompts), length), PAD, np.int32)
+        for row, prompt in enumerate(prompts):
+            text = [byte + _OFFSET for byte in clean(prompt).encode()][: length - 1] + [END]
+            ids_BL[row, : len(text)] = text
+        return ids_BL
+
+    def unread(self, prompt: str, length: int) -> str:
+        return clean(prompt).encode()[length - 1 :].decode(errors="ignore")
+
+
+tokenize = ByteTokenizer()
+
+
+class FileTokenizer:
+    """The tokenizer that a `tokenizer.json` describes, after the cleaning that Wan's prompts get.
+
+    Raises:
+      InputError: the file cannot be read, or the extra `wan` is not installed.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import ftfy
+            import tokenizers
+        except ImportError as error:
+            raise InputError(f"reading {path} needs {error.name}: pip install 'sora_jax[wan]'") from error
+        self._fix = ftfy.fix_text
+        try:
+            self.json = path.read_bytes()
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.json)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        except Exception as error:  # the library raises plain exceptions
+            raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+
+    def __call__(self, prompts: Sequence[str], length: int) -> np.ndarray:
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(length)
+        ids_BL = np.full((len(prompts), length), PAD, np.int32)
+        for row, encoding in enumerate(self._tokenizer.encode_batch([self._clean(prompt) for prompt in prompts])):
+            ids_BL[row, : len(encoding.ids)] = encoding.ids
+        return ids_BL
+
+    def unread(self, prompt: str, length: int) -> str:
+        prompt = self._clean(prompt)
+        self._tokenizer.no_truncation()
+        encoding = self._tokenizer.encode(prompt)
+        # The last token ends the text; the one in its place is the first that is not read.
+        return prompt[encoding.offsets[length - 1][0] :].strip() if len(encoding.ids) > length else ""
+
+    def _clean(self, prompt: str) -> str:
+        """As in the published pipeline: repaired Unicode, no HTML entities, single spaces."""
+        return re.sub(r"\s+", " ", html.unescape(html.unescape(self._fix(prompt)))).strip()

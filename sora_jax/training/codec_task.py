@@ -1,5 +1,7 @@
-"""Training the codec: reconstruct windows of worlds from noisy latents."""
+"""Training the codec: reconstruct windows of clips from noisy latents."""
 
+import functools
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -10,6 +12,8 @@ from ml_collections import ConfigDict
 
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.codec.vae import psnr
+from sora_jax.data import clips as clips_lib
+from sora_jax.data import loading
 from sora_jax.data.worlds.render import render, render_at
 from sora_jax.data.worlds.scenes import sample_scene
 from sora_jax.errors import InputError
@@ -34,17 +38,24 @@ def codec_config(config: ConfigDict) -> CodecConfig:
 def render_windows(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
     """Windows of `config.frames` frames and `config.crop` pixels out of clips: (B, T, H, W, 3) float32 in [-1, 1].
 
-    A window is as good a lesson as a clip and costs a fraction of it, so that more steps fit into an hour.
+    A window is as good a lesson as a clip and costs a fraction of it, so that more steps fit into an hour. Half of
+    them are centred on an object in a random frame: silhouettes are what is hard, and most of a frame has none.
     """
     size = (config.size, config.size)
+    room = config.size - config.crop
 
     def one(key):
-        scene_key, time_key, place_key = jax.random.split(key, 3)
+        scene_key, time_key, place_key, which_key = jax.random.split(key, 4)
         first = jax.random.randint(time_key, (), 0, config.clip_frames - config.frames + 1)
         u_T = (first + jnp.arange(config.frames)) / max(config.clip_frames - 1, 1)
-        video_THWC = render_at(sample_scene(scene_key), u_T, size)[0] * 2 - 1
-        y, x = jax.random.randint(place_key, (2,), 0, config.size - config.crop + 1)
-        return jax.lax.dynamic_slice(video_THWC, (0, y, x, 0), (config.frames, config.crop, config.crop, 3))
+        video_THWC, truth = render_at(sample_scene(scene_key), u_T, size)
+        anywhere_2 = jax.random.randint(place_key, (2,), 0, room + 1)
+        on_object, second, frame = jax.random.randint(which_key, (3,), 0, jnp.array([2, 2, config.frames]))
+        center_2 = truth.center_T2[second & truth.present[1], frame] * config.size
+        around_2 = jnp.clip(center_2 - config.crop / 2, 0, room).astype(jnp.int32)
+        x, y = jnp.where(on_object, around_2, anywhere_2)
+        window_THWC = jax.lax.dynamic_slice(video_THWC, (0, y, x, 0), (config.frames, config.crop, config.crop, 3))
+        return window_THWC * 2 - 1
 
     return jax.vmap(one)(jax.random.split(key, batch))
 
@@ -55,6 +66,14 @@ def render_clips(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
     return jax.vmap(lambda key: render(sample_scene(key), config.clip_frames, size)[0] * 2 - 1)(
         jax.random.split(key, batch)
     )
+
+
+def cut_window(clip: dict, rng: np.random.Generator, config: ConfigDict) -> dict:
+    """{"video": a window of a stored clip, somewhere}, uint8 (T, H, W, 3)."""
+    video_THWC = clip["video"]
+    sides = (config.frames, config.crop, config.crop)
+    corner = [rng.integers(0, whole - side + 1) for whole, side in zip(video_THWC.shape, sides, strict=False)]
+    return {"video": video_THWC[tuple(slice(start, start + side) for start, side in zip(corner, sides, strict=True))]}
 
 
 class CodecTask:
@@ -72,8 +91,10 @@ class CodecTask:
                 raise InputError(f"config.{name} is {config[name]}; it must be a multiple of {stride_space}")
         if config.frames > config.clip_frames or config.crop > config.size:
             raise InputError("a window (config.frames, config.crop) must fit into a clip (clip_frames, size)")
-        self._windows = jax.jit(lambda key: render_windows(key, config.batch, config))
-        self._clips = jax.jit(lambda key: render_clips(key, 8, config))
+        self._stored = None
+        if config.data.dir:
+            self._stored = clips_lib.stored(config.data.dir, "train")
+            clips_lib.check_video(config.data.dir, self._stored, config.clip_frames, config.size)
 
     def initialize(self, key: jax.Array):
         """Fresh parameters, boxed with their axis names."""
@@ -84,13 +105,24 @@ class CodecTask:
         """The parameters of the codec in a model folder, for a run that goes on from them."""
         return read_codec(path)[1]
 
-    def batches(self, start: int) -> Iterator[jax.Array]:
-        """One batch for each step from `start` on."""
-        key = jax.random.key(self.config.seed)
-        step = start
-        while True:
-            yield self._windows(jax.random.fold_in(key, step))
-            step += 1
+    def batches(self, start: int) -> Iterator[np.ndarray | jax.Array]:
+        """One batch of windows for each step from `start` on."""
+        config = self.config
+        if self._stored is not None:
+            cut = functools.partial(cut_window, config=config)
+            for batch in loading.batches(self._stored, cut, config.batch, config.seed, start):
+                yield batch["video"].astype(np.float32) / 127.5 - 1
+        draw = jax.jit(lambda key: render_windows(key, config.batch, config))
+        for step in itertools.count(start):
+            yield draw(jax.random.fold_in(jax.random.key(config.seed), step))
+
+    def _held_out(self) -> jax.Array:
+        """Eight whole clips that training does not see, (B, T, H, W, 3) float32 in [-1, 1]."""
+        config = self.config
+        if self._stored is None:
+            return jax.jit(lambda key: render_clips(key, 8, config))(jax.random.key(HELD_OUT_SEED))
+        source = clips_lib.stored(config.data.dir, config.data.held_out)
+        return np.stack([source[i]["video"] for i in range(min(8, len(source)))]).astype(np.float32) / 127.5 - 1
 
     def loss(self, params, video_BTHWC: jax.Array, key: jax.Array):
         def autoencode(codec):
@@ -108,7 +140,7 @@ class CodecTask:
 
     def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out PSNR, and held-out clips above their reconstructions, uint8 (T, H, W, 3)."""
-        video = self._clips(jax.random.key(HELD_OUT_SEED))
+        video = self._held_out()
         rebuilt = jax.jit(self.codec.apply)({"params": meta.unbox(params)}, video)
         pair = jnp.concatenate([jnp.concatenate(list(v), axis=2) for v in (video[:4], rebuilt[:4])], axis=1)
         frames = np.asarray(jnp.round((pair + 1) * 127.5), np.uint8)

@@ -1,10 +1,13 @@
 """Training the DiT, together with its text encoder, on latents of the frozen codec."""
 
 import dataclasses
+import functools
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,20 +16,24 @@ from tqdm import tqdm
 
 from sora_jax import flow, sampler
 from sora_jax.codec import Codec, CodecConfig
+from sora_jax.data import clips as clips_lib
 from sora_jax.data import latents as latents_lib
 from sora_jax.data.worlds import vocabulary
-from sora_jax.data.worlds.captions import caption
-from sora_jax.data.worlds.render import render
-from sora_jax.data.worlds.scenes import sample_scene
+from sora_jax.data.worlds.drawing import HELD_OUT, draw_clips
+from sora_jax.data.worlds.layout import CHANNELS, layout
+from sora_jax.data.worlds.render import Truth
+from sora_jax.data.worlds.scenes import Scene
 from sora_jax.dit import DiT, DiTConfig
+from sora_jax.dit.model import dense
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, SamplingConfig, read_codec, read_model_folder, write_codec
 from sora_jax.text import T5Encoder, TextConfig, tokenize
 from sora_jax.training.checkpoint import Checkpoints
-from sora_jax.training.codec_task import HELD_OUT_SEED
 from sora_jax.training.codec_task import codec_config as codec_config_of
 
-_RENDER_BATCH = 8
+_ENCODE_BATCH = 8
+_STATISTICS_CLIPS = 256
+_HELD_OUT_CLIPS = 16
 
 
 def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
@@ -60,29 +67,58 @@ def _from_codec_run(source: Path) -> tuple[CodecConfig, dict]:
 
 def _with_statistics(codec_config: CodecConfig, params, config: ConfigDict) -> CodecConfig:
     """Mean and standard deviation of each latent channel over a few hundred clips."""
-    encode = _encoder(codec_config, config)
-    latents = np.concatenate([encode(params, start)[0] for start in range(0, 256, _RENDER_BATCH)])
+    clips, available = _clips(config)
+    encoded = _encode(codec_config, params, clips(0, min(_STATISTICS_CLIPS, available)))
+    latents = np.stack([clip["latents"] for clip in encoded])
     mean, std = latents.mean(axis=(0, 1, 2, 3)), latents.std(axis=(0, 1, 2, 3))
     return dataclasses.replace(codec_config, latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std)))
 
 
-def _encoder(codec_config: CodecConfig, config: ConfigDict):
-    """(params, start) -> latents and scenes of the clips start, start + 1, ... of the training worlds."""
-    codec = Codec(codec_config)
+def _clips(config: ConfigDict, held_out: bool = False) -> tuple[Callable[[int, int], Iterator[dict]], int]:
+    """(start, count) -> clips start, start + 1, ..., and how many there are: drawn, or those of `config.data.dir`."""
+    data = config.data
+    if not data.dir:
+        first, size = HELD_OUT if held_out else 0, (config.size, config.size)
 
-    @jax.jit
-    def encode(params, seed, start):
-        numbers = start + jnp.arange(_RENDER_BATCH)
-        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers)
-        scenes = jax.vmap(sample_scene)(keys)
-        size = (config.size, config.size)
-        video_BTHWC = jax.vmap(lambda scene: render(scene, config.frames, size)[0])(scenes)
-        return codec.apply({"params": params}, video_BTHWC * 2 - 1, method="encode"), scenes
+        def draw(start, count):
+            numbers = range(first + start, first + start + count)
+            return draw_clips(numbers, seed=data.seed, frames=config.frames, size=size, captions=data.captions)
 
-    def numbered(params, start, seed=config.data.seed):
-        return jax.tree.map(np.asarray, encode(params, np.uint32(seed), np.uint32(start)))
+        return draw, data.clips
+    source = clips_lib.stored(data.dir, data.held_out if held_out else "train")
+    clips_lib.check_video(data.dir, source, config.frames, config.size)
+    return lambda start, count: (source[i] for i in range(start, start + count)), min(data.clips, len(source))
 
-    return numbered
+
+def _encode(codec_config: CodecConfig, params, clips: Iterable[dict], patch=(1, 1, 1)) -> Iterator[dict]:
+    """The latents (F, Y, X, Z) float32 of clips, their captions, and, if the truth about them is known, their layout
+    on the grid of patches.
+    """
+    clips = iter(clips)
+    while batch := list(itertools.islice(clips, _ENCODE_BATCH)):
+        # A last batch is filled up, so that one program serves all.
+        filled = [batch[min(i, len(batch) - 1)] for i in range(_ENCODE_BATCH)]
+        latents = np.asarray(_encode_videos(codec_config, params, np.stack([clip["video"] for clip in filled])))
+        F, Y, X = latents.shape[1:4]
+        for clip, latents_FYXZ in zip(batch, latents, strict=False):
+            captions = clip["captions"]
+            encoded = {
+                "latents": latents_FYXZ,
+                "captions": captions if isinstance(captions, str) else captions.decode(),
+            }
+            if "truth" in clip:
+                scene, truth = Scene(**clip["scene"]), Truth(**clip["truth"])
+                encoded["layout"] = np.asarray(_layout(scene, truth, F, Y // patch[1], X // patch[2]))
+            yield encoded
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_videos(codec_config, params, video_BTHWC):
+    video_BTHWC = video_BTHWC.astype(jnp.float32) / 127.5 - 1
+    return Codec(codec_config).apply({"params": params}, video_BTHWC, method="encode")
+
+
+_layout = jax.jit(layout, static_argnums=(2, 3, 4))
 
 
 def model_config(config: ConfigDict, codec_config: CodecConfig) -> ModelConfig:
@@ -103,6 +139,7 @@ def model_config(config: ConfigDict, codec_config: CodecConfig) -> ModelConfig:
             sampling=SamplingConfig(frames=config.frames, size=(config.size, config.size), **config.sampling),
             vocabulary=tuple(sorted(vocabulary.known_words())),
             description=vocabulary.DESCRIPTION,
+            known_frames=config.flow.known_share > 0,
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"config: {error}") from error
@@ -114,8 +151,23 @@ def model_config(config: ConfigDict, codec_config: CodecConfig) -> ModelConfig:
     return model
 
 
+class Aligner(nn.Module):
+    """Reads the layout of the clean clip off tokens in the middle of the DiT: (B, N, D) -> (B, N, CHANNELS)."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, tokens_BND: jax.Array) -> jax.Array:
+        norm_BND = nn.LayerNorm(use_bias=False, use_scale=False)(tokens_BND)
+        return dense(CHANNELS, ("width", None), "out")(nn.silu(dense(self.width, ("width", None), "hidden")(norm_BND)))
+
+
 class DiTTask:
-    """Velocity loss on the latents of captioned worlds; the parameters are {"text": ..., "dit": ...}."""
+    """Velocity loss on the latents of captioned clips; the parameters are {"text": ..., "dit": ...}.
+
+    With `config.align.weight` above 0, the tokens after `config.align.layer` blocks are also to tell the layout of
+    the clean clip (see `data/worlds/layout.py`), through a small network, {"aligner": ...}, that no model folder has.
+    """
 
     def __init__(self, config: ConfigDict, workdir: Path):
         self.config = config
@@ -123,41 +175,48 @@ class DiTTask:
         model = model_config(config, self.codec_config)
         self.text_config, self.dit_config = model.text, model.dit
         self.text, self.dit = T5Encoder(self.text_config), DiT(self.dit_config)
+        if config.align.weight and not 1 <= config.align.layer <= self.dit_config.layers:
+            raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {self.dit_config.layers}")
+        self.aligner = Aligner(self.dit_config.width)
         self.latent_shape = self.codec_config.latent_shape(config.frames, config.size, config.size)
-        self._paths = self._encode_worlds(workdir / "latents")
+        self._paths = self._encode_clips(workdir / "latents")
         self._held_out = None
 
-    def _encode_worlds(self, folder: Path) -> list[Path]:
-        data = self.config.data
-        encode = _encoder(self.codec_config, self.config)
-
-        def make(start: int, count: int):
-            latents, captions = [], []
-            for first in range(start, start + count, _RENDER_BATCH):
-                batch, scenes = encode(self.codec_params, first)
-                latents.append(batch)
-                for i in range(_RENDER_BATCH):
-                    scene = jax.tree.map(lambda a, i=i: a[i], scenes)
-                    rng = np.random.default_rng((data.seed, first + i))
-                    captions.append([caption(scene, rng) for _ in range(data.captions)])
-            return np.concatenate(latents)[:count], captions[:count]
-
-        with tqdm(total=data.clips, unit="clip", desc="encode worlds") as bar:
-            return latents_lib.write_shards(folder, data.clips, data.shard, make, bar.update)
+    def _encode_clips(self, folder: Path) -> list[Path]:
+        config = self.config
+        clips, count = _clips(config)
+        if config.align.weight and "truth" not in next(iter(clips(0, 1))):
+            raise InputError(f"{config.data.dir}: its clips have no truth to align with; set --config.align.weight=0")
+        patch = self.dit_config.patch
+        about = {"frames": config.frames, "size": config.size, "patch": patch, "dir": config.data.dir}
+        if not config.data.dir:
+            about |= {"seed": config.data.seed, "captions": config.data.captions}
+        with tqdm(total=count, unit="clip", desc="encode clips") as bar:
+            return latents_lib.write_shards(
+                folder,
+                count,
+                config.data.shard,
+                lambda start, count: _encode(self.codec_config, self.codec_params, clips(start, count), patch),
+                bar.update,
+                about,
+            )
 
     def initialize(self, key: jax.Array):
         """Fresh parameters, boxed with their axis names."""
-        text_key, dit_key = jax.random.split(key)
+        text_key, dit_key, aligner_key = jax.random.split(key, 3)
         ids_BL = jnp.zeros((1, self.text_config.length), jnp.int32)
         text_BLD = jnp.zeros((1, self.text_config.length, self.text_config.width))
         latents = jnp.zeros((1, *self.latent_shape))
-        return {
+        params = {
             "text": self.text.init(text_key, ids_BL)["params"],
             "dit": self.dit.init(dit_key, latents, jnp.zeros(latents.shape[:2]), text_BLD)["params"],
         }
+        if self.config.align.weight:
+            params["aligner"] = self.aligner.init(aligner_key, jnp.zeros((1, 1, self.dit_config.width)))["params"]
+        return params
 
     def pretrained(self, path: str):
-        """The parameters in a model folder, for a run that goes on from them."""
+        """Those of the parameters that a model folder has, for a run that goes on from them."""
         params = read_model_folder(path)[1]
         return {"text": params["text"], "dit": params["dit"]}
 
@@ -166,33 +225,43 @@ class DiTTask:
         return latents_lib.batches(self._paths, self.config.batch, self.text_config.length, self.config.seed, start)
 
     def loss(self, params, batch: dict, key: jax.Array):
+        config = self.config
         level_key, noise_key, known_key, drop_key = jax.random.split(key, 4)
         x0_BFYXZ, ids_BL = batch["latents"].astype(jnp.float32), batch["ids"]
         B, F = x0_BFYXZ.shape[:2]
-        drop_B1 = jax.random.uniform(drop_key, (B, 1)) < self.config.flow.drop_text
+        drop_B1 = jax.random.uniform(drop_key, (B, 1)) < config.flow.drop_text
         ids_BL = jnp.where(drop_B1, tokenize([""], self.text_config.length), ids_BL)
-        known_BF = flow.sample_known(known_key, B, F, self.config.flow.known_share)
-        level_B1 = flow.sample_level(level_key, B, self.config.flow.shift)[:, None]
+        known_BF = flow.sample_known(known_key, B, F, config.flow.known_share)
+        level_B1 = flow.sample_level(level_key, B, config.flow.shift)[:, None]
         level_BF = jnp.where(known_BF, 0.0, level_B1)
         noise_BFYXZ = jax.random.normal(noise_key, x0_BFYXZ.shape)
-        velocity_BFYXZ = self._velocity(params, flow.add_noise(x0_BFYXZ, noise_BFYXZ, level_BF), level_BF, ids_BL)
-        return flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF), {}
-
-    def _velocity(self, params, x_BFYXZ, level_BF, ids_BL):
+        x_BFYXZ = flow.add_noise(x0_BFYXZ, noise_BFYXZ, level_BF)
         text_BLD = self.text.apply({"params": params["text"]}, ids_BL)
-        return self.dit.apply({"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD)
+        velocity_BFYXZ, kept = self.dit.apply(
+            {"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD, mutable=["intermediates"]
+        )
+        loss = velocity_loss = flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF)
+        metrics = {"velocity_loss": velocity_loss}
+        if config.align.weight:
+            tokens_BND = kept["intermediates"]["blocks"]["tokens"][0][config.align.layer - 1]
+            layout_BFYXC = batch["layout"].astype(jnp.float32)
+            read_BNC = self.aligner.apply({"params": params["aligner"]}, tokens_BND)
+            metrics["align_loss"] = jnp.mean((read_BNC.reshape(layout_BFYXC.shape) - layout_BFYXC) ** 2)
+            loss += config.align.weight * metrics["align_loss"]
+        return loss, metrics
 
     def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Loss on held-out clips at fixed levels and noise, and samples of the configured prompts side by side."""
         if self._held_out is None:
-            latents, scenes = _encoder(self.codec_config, self.config)(self.codec_params, 0, seed=HELD_OUT_SEED)
-            rng = np.random.default_rng(0)
-            captions = [caption(jax.tree.map(lambda a, i=i: a[i], scenes), rng, "full") for i in range(_RENDER_BATCH)]
-            ids_BL = tokenize(captions, self.text_config.length)
-            # Each clip eight times, to see it at many levels.
-            self._held_out = {"latents": np.repeat(latents, 8, axis=0), "ids": np.repeat(ids_BL, 8, axis=0)}
-        loss = jax.jit(self.loss)(params, self._held_out, jax.random.key(0))[0]
-        return {"held_out_loss": float(loss)}, {"samples": self._samples(params)}
+            clips, available = _clips(self.config, held_out=True)
+            clips = clips(0, min(_HELD_OUT_CLIPS, available))
+            clips = list(_encode(self.codec_config, self.codec_params, clips, self.dit_config.patch))
+            captions = [clip.pop("captions").split("\n")[0] for clip in clips]
+            # Each clip several times, to see it at many levels.
+            held_out = {name: np.stack([clip[name] for clip in clips * 4]) for name in clips[0]}
+            self._held_out = held_out | {"ids": np.tile(tokenize(captions, self.text_config.length), (4, 1))}
+        metrics = jax.jit(self.loss)(params, self._held_out, jax.random.key(0))[1]
+        return {f"held_out_{name}": float(value) for name, value in metrics.items()}, {"samples": self._samples(params)}
 
     def _samples(self, params) -> np.ndarray:
         prompts, settings = list(self.config.prompts), self.config.sampling
@@ -204,9 +273,9 @@ class DiTTask:
             def velocity(x_BFYXZ, level_BF):
                 return self.dit.apply({"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD)
 
-            levels = sampler.noise_levels(settings.steps, settings.shift)
+            schedule = sampler.noise_schedule(settings.steps, settings.shift)
             guided = sampler.guided(velocity, settings.guidance)
-            latents = sampler.sample(guided, noise_BFYXZ, levels, settings.solver)
+            latents = sampler.sample(guided, noise_BFYXZ, schedule, settings.solver)
             return Codec(self.codec_config).apply({"params": codec_params}, latents, method="decode")
 
         ids_BL = tokenize([*prompts, *[""] * len(prompts)], self.text_config.length)

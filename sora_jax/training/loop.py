@@ -51,14 +51,23 @@ def initial_state(task, optimizer, config: ConfigDict, mesh) -> tuple:
     def make():
         if not config.start_from:
             return jax.jit(lambda: meta.unbox(create()), out_shardings=placed)()
-        params = task.pretrained(config.start_from)
-        shapes, found = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (abstract.params, params))
-        if shapes != found:
+        found = task.pretrained(config.start_from)
+        asked = {name: abstract.params[name] for name in found} if found.keys() <= abstract.params.keys() else None
+        if asked is None or _shapes(asked) != _shapes(found):
             raise InputError(f"the model in {config.start_from} does not fit this configuration")
-        params = jax.device_put(params, placed.params)
-        return jax.jit(lambda params: state_lib.create(params, optimizer), out_shardings=placed)(params)
+
+        def create_from(found):
+            # What the folder does not have, such as a network that only training uses, is fresh.
+            params = meta.unbox(task.initialize(jax.random.key(config.seed)))
+            return state_lib.create({**params, **found}, optimizer)
+
+        return jax.jit(create_from, out_shardings=placed)(found)
 
     return abstract, make
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -89,7 +98,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
 
 # What a work directory's data and weights were made with, and a later start may not change.
-_LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames", "data")}
+_LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames")}
 
 
 def _check(config: ConfigDict, workdir: Path, mesh) -> None:
@@ -223,4 +232,5 @@ def export(workdir: str | Path, out: str | Path) -> Path:
         params = checkpoints.restore_any()["ema"]
     finally:
         checkpoints.close()
-    return write_model_folder(out, model_config(config, codec_config), {**params, "codec": codec_params}, "float16")
+    params = {"text": params["text"], "dit": params["dit"], "codec": codec_params}
+    return write_model_folder(out, model_config(config, codec_config), params, "float16")

@@ -7,6 +7,7 @@ import pytest
 
 from sora_jax.data.worlds import vocabulary
 from sora_jax.data.worlds.captions import MAX_BYTES, caption
+from sora_jax.data.worlds.layout import CHANNELS, layout
 from sora_jax.data.worlds.render import PALETTE, render
 from sora_jax.data.worlds.scenes import PAN_TRAVEL, ZOOM_RANGE, sample_scene
 from sora_jax.errors import InputError
@@ -272,3 +273,24 @@ def test_unknown_words_are_listed_once_in_order():
     assert vocabulary.unknown_words("a zebra") == ["zebra"]
     assert vocabulary.unknown_words("Two Zebras chase two RED balls") == ["two", "zebras", "chase", "balls"]
     assert vocabulary.unknown_words("A Red ball, rolling LEFT!") == []
+
+
+def test_layout_says_what_is_where():
+    """Read off a map of the tokens: the token nearest to the object names it, also where it is hidden."""
+    frames, rows, columns = 5, 4, 4
+    draw = jax.jit(lambda key: (scene := sample_scene(key, kind="wall"), render(scene, 17, (32, 32))[1]))
+    make = jax.jit(lambda scene, truth: layout(scene, truth, frames, rows, columns))
+    for seed in range(4):
+        scene, truth = draw(jax.random.key(seed))
+        map_FYXC = np.asarray(make(scene, truth))
+        assert map_FYXC.shape == (frames, rows, columns, CHANNELS)
+        x, y = np.asarray(truth.center_T2)[0, 0]  # of the first object in the first frame
+        token_C = map_FYXC[0, min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)]
+        assert token_C[2:10].argmax() == scene.color[0] and (token_C[2:10] != 0).sum() == 1
+        assert token_C[10:14].argmax() == scene.shape[0]
+        # Somewhere in the middle of the clip nothing of it is seen, yet its spot is there.
+        assert np.asarray(truth.visible_T)[0].min() < 0.08
+        assert (map_FYXC[..., 2 + int(scene.color[0])].max(axis=(1, 2)) > 1).all()
+        # The background is the same everywhere.
+        background = map_FYXC[..., 26:31]
+        assert (background == background[0, 0, 0]).all() and background[0, 0, 0].argmax() == scene.background

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from sora_jax.data import clips
+from sora_jax.data import clips, loading
 from sora_jax.data.worlds import vocabulary
+from sora_jax.data.worlds.drawing import draw_clips
 from sora_jax.data.worlds.render import Truth, render
 from sora_jax.data.worlds.scenes import Scene
-from sora_jax.data.worlds.worlds_dataset_builder import Builder, WorldsConfig, draw_clips
+from sora_jax.data.worlds.worlds_dataset_builder import WorldsConfig
 from sora_jax.errors import InputError
 
 FRAMES, SIZE = 5, (32, 32)
@@ -24,7 +25,7 @@ from sora_jax.data.worlds.worlds_dataset_builder import Builder
 
 builder = Builder(config="tiny", data_dir=sys.argv[1])
 builder.download_and_prepare()
-next(clips.batches(builder.data_dir, batch=2, text_length=16, seed=0, start=0))
+clips.stored(builder.data_dir, "train")[0]
 assert "tensorflow" not in sys.modules
 print(builder.data_dir)
 """
@@ -45,9 +46,13 @@ def stored(data_dir):
     return {split: list(builder.as_data_source(split)) for split in ("train", "held_out")}
 
 
+def draw(numbers):
+    return list(draw_clips(numbers, seed=0, frames=FRAMES, size=SIZE, captions=4))
+
+
 @pytest.fixture(scope="module")
 def drawn():
-    return list(draw_clips(Builder.builder_configs["tiny"], "train", 8))
+    return draw(range(8))
 
 
 def test_stored_clips_are_those_that_this_process_draws(stored, drawn):
@@ -58,9 +63,8 @@ def test_stored_clips_are_those_that_this_process_draws(stored, drawn):
         assert read["video"].dtype == np.uint8
 
 
-def test_a_clip_does_not_depend_on_how_many_there_are(drawn):
-    few = list(draw_clips(Builder.builder_configs["tiny"], "train", 3))
-    for clip, same in zip(few, drawn, strict=False):
+def test_a_clip_does_not_depend_on_which_others_are_drawn(drawn):
+    for clip, same in zip(draw([5, 2, 7]), [drawn[n] for n in (5, 2, 7)], strict=True):
         assert clip["captions"] == same["captions"]
         np.testing.assert_array_equal(clip["video"], same["video"])
 
@@ -97,14 +101,17 @@ def test_splits_share_no_number_and_only_one_shows_the_held_out_pairs(stored):
             assert (pair in vocabulary.HELD_OUT) == (split == "held_out")
 
 
+def pick(clip, rng):
+    return {"video": clip["video"], "random": rng.integers(2**31)}
+
+
 def take(data_dir, start, count, batch=4, seed=3):
-    return list(itertools.islice(clips.batches(data_dir, batch, 64, seed, start), count))
+    return list(itertools.islice(loading.batches(clips.stored(data_dir, "train"), pick, batch, seed, start), count))
 
 
 def test_batches_resume_exactly(data_dir):
     stream = take(data_dir, 0, 7)
     assert stream[0]["video"].shape == (4, FRAMES, *SIZE, 3) and stream[0]["video"].dtype == np.uint8
-    assert stream[0]["ids"].shape == (4, 64) and stream[0]["ids"].dtype == np.int32
     jax.tree.map(np.testing.assert_array_equal, stream[3:], take(data_dir, 3, 4))
 
 
@@ -121,12 +128,9 @@ def test_each_pass_has_every_clip_once_in_its_own_order(data_dir, stored):
     assert names(take(data_dir, 0, 8, seed=4), stored) != list(passes.ravel())
 
 
-def test_a_clip_comes_with_different_captions(data_dir):
-    captions = {}
-    for batch in take(data_dir, 0, 16):
-        for video, ids_L in zip(batch["video"], batch["ids"], strict=True):
-            captions.setdefault(video.tobytes(), set()).add(ids_L.tobytes())
-    assert max(map(len, captions.values())) > 1
+def test_what_is_random_about_a_clip_differs_from_pass_to_pass(data_dir):
+    numbers = np.concatenate([batch["random"] for batch in take(data_dir, 0, 16)])
+    assert len(set(numbers.tolist())) == 64
 
 
 def test_processes_share_a_pass(data_dir, stored, monkeypatch):
@@ -144,8 +148,10 @@ def test_processes_share_a_pass(data_dir, stored, monkeypatch):
 
 def test_errors_say_what_is_wrong(data_dir, tmp_path):
     with pytest.raises(InputError, match="no data set there"):
-        clips.batches(tmp_path, 4, 64, 0, 0)
+        clips.stored(tmp_path, "train")
     with pytest.raises(InputError, match="no split 'test'; there are train, held_out"):
-        clips.batches(data_dir, 4, 64, 0, 0, split="test")
+        clips.stored(data_dir, "test")
+    with pytest.raises(InputError, match=r"its clips are \[5, 32, 32, 3\]; the configuration asks for \[9,"):
+        clips.check_video(data_dir, clips.stored(data_dir, "train"), 9, 32)
     with pytest.raises(InputError, match="frames is 0"):
         WorldsConfig(name="none", frames=0)

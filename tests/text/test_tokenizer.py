@@ -29,9 +29,9 @@ def test_what_does_not_fit_is_cut_and_still_ends():
     for length in (1, 4, 10):
         ids_L = tokenize(["a red ball rolls"], length)[0]
         assert ids_L[-1] == END
-        assert untokenize(ids_L) == "a red ball rolls"[: length - 1]
+        assert untokenize(ids_L) + tokenize.unread("a red ball rolls", length) == "a red ball rolls"
     # A prompt of exactly length - 1 bytes loses nothing.
-    assert untokenize(tokenize(["ball"], 5)[0]) == "ball"
+    assert untokenize(tokenize(["ball"], 5)[0]) == "ball" and tokenize.unread("ball", 5) == ""
 
 
 @pytest.mark.parametrize("prompt", ["A Red  Ball.", " a red\tball \n", "a red ball", "ａ ｒｅｄ ｂａｌｌ"])

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from flax.core import meta
 from tiny import TINY_CODEC, TINY_DIT
 
 from sora_jax.cli import load_config, main
@@ -17,6 +18,7 @@ from sora_jax.generate import load
 from sora_jax.model_folder import read_model_folder
 from sora_jax.training import loop
 from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.loop import make_task
 
 
 def codec_config(*overrides):
@@ -165,6 +167,62 @@ def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
         np.testing.assert_array_equal(traverse_util.flatten_dict(params["dit"])[name], value)
     with pytest.raises(InputError, match="does not fit"):
         loop.train(dit_config(codec_run, f"--config.start_from={model}", "--config.dit.layers=3"), tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A stored data set of the tiny models' size."""
+    from sora_jax.data.worlds.worlds_dataset_builder import Builder, WorldsConfig
+
+    config = WorldsConfig(name="tiny9", frames=9, size=(32, 32), train_clips=8, held_out_clips=2)
+    builder = Builder(config=config, data_dir=tmp_path_factory.mktemp("data"))
+    builder.download_and_prepare()
+    return builder.data_dir
+
+
+def test_both_tasks_train_on_a_stored_data_set(data_dir, tmp_path):
+    loop.train(codec_config("--config.steps=2", f"--config.data.dir={data_dir}"), tmp_path / "codec")
+    dit = dit_config(tmp_path / "codec", "--config.steps=2", f"--config.data.dir={data_dir}")
+    loop.train(dit, tmp_path / "dit")
+    records = [json.loads(line) for line in (tmp_path / "dit" / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(records[-1]["held_out_velocity_loss"])
+    # Stored worlds are encoded to what drawn ones are, with the same layout and captions.
+    latents = {}
+    for name, overrides in {"stored": [f"--config.data.dir={data_dir}"], "drawn": ["--config.data.seed=0"]}.items():
+        config = dit_config(tmp_path / "codec", "--config.data.captions=4", "--config.data.clips=8", *overrides)
+        (tmp_path / name).mkdir()
+        latents[name] = next(make_task(config, tmp_path / name).batches(0))
+    np.testing.assert_array_equal(latents["stored"]["ids"], latents["drawn"]["ids"])
+    for name in ("latents", "layout"):
+        np.testing.assert_allclose(latents["stored"][name], latents["drawn"][name], atol=0.1)
+    with pytest.raises(InputError, match="its clips are"):
+        loop.train(dit_config(tmp_path / "codec", "--config.frames=5", f"--config.data.dir={data_dir}"), tmp_path / "5")
+
+
+def test_clips_of_other_data_are_not_mixed_in(dit_run, codec_run):
+    with pytest.raises(InputError, match="holds clips made with seed 1, not 2; use a new --workdir"):
+        loop.train(dit_config(codec_run, "--config.steps=8", "--config.data.seed=2"), dit_run)
+
+
+def test_alignment_trains_the_tokens_and_is_not_exported(dit_run, codec_run, tmp_path):
+    """The gradient of the alignment alone reaches the text encoder and the blocks up to the layer, none beyond."""
+    config = dit_config(codec_run, "--config.align.layer=1")
+    task = make_task(config, dit_run)
+    params = meta.unbox(task.initialize(jax.random.key(0)))
+    params = jax.tree.map(lambda p: p + 0.01, params)  # out of the zero initialisation
+    batch = next(task.batches(0))
+    gradient = jax.grad(lambda p: task.loss(p, batch, jax.random.key(1))[1]["align_loss"])(params)
+    blocks = traverse_util.flatten_dict(gradient["dit"]["blocks"], sep="/")
+    kernel = blocks["up/kernel"]
+    assert np.abs(kernel[0]).max() > 0 and np.abs(kernel[1:]).max() == 0
+    assert np.abs(gradient["text"]["embedding"]).max() > 0
+    assert "aligner" in final_state(dit_run)["params"]
+    model = loop.export(dit_run, tmp_path / "model")
+    assert sorted(path.name for path in model.iterdir() if path.suffix == ".safetensors") == [
+        "codec.safetensors",
+        "dit.safetensors",
+        "text.safetensors",
+    ]
 
 
 def test_export_needs_a_dit_run(codec_run, tmp_path, capsys):

@@ -12,27 +12,22 @@ Without `config` it writes 10500 clips of 17 frames at 128x128, about 0.8 GB. Ot
     builder.download_and_prepare()
     clip = builder.as_data_source("train")[0]
 
-`sora_jax.data.clips` reads `builder.data_dir` in shuffled batches.
+Training reads it with `--config.data.dir=data/worlds/wide/1.0.0`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sora_jax.data.worlds.captions import caption
+from sora_jax.data.worlds.drawing import HELD_OUT, draw_clips
 from sora_jax.data.worlds.render import Truth, render
 from sora_jax.data.worlds.scenes import Scene, sample_scene
 from sora_jax.errors import InputError
 
-# The number of each split's first clip. A clip's key is that of the seed folded with its number, and
-# different numbers give different keys: the splits share none.
-FIRST_NUMBER = {"train": 0, "held_out": 2**31}
-_RENDER_BATCH = 8
+FIRST_NUMBER = {"train": 0, "held_out": HELD_OUT}
 
 
 @dataclasses.dataclass(eq=False)
@@ -120,40 +115,17 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, split: str, clips: int) -> Iterator[tuple[int, dict]]:
-        return enumerate(draw_clips(self.builder_config, split, clips))
-
-
-def draw_clips(config: WorldsConfig, split: str, clips: int) -> Iterator[dict]:
-    """The first `clips` clips of a split, with the features that `Builder` lists, as NumPy arrays."""
-    for start in range(0, clips, _RENDER_BATCH):
-        # The last batch is filled up: all clips come from one compiled program.
-        numbers_B = FIRST_NUMBER[split] + np.arange(start, start + _RENDER_BATCH)
-        scenes = _sample(numbers_B.astype(np.uint32), config.seed, split == "held_out")
-        drawn = jax.tree.map(np.asarray, (scenes, *_render(scenes, config.frames, tuple(config.size))))
-        for i in range(min(_RENDER_BATCH, clips - start)):
-            scene, video_THWC, truth = jax.tree.map(lambda a, i=i: a[i], drawn)
-            number = int(numbers_B[i])
-            rng = np.random.default_rng((config.seed, number))
-            yield {
-                "video": video_THWC,
-                "captions": "\n".join(caption(scene, rng) for _ in range(config.captions)),
-                "number": number,
-                "scene": scene._asdict(),
-                "truth": truth._asdict(),
-            }
-
-
-# Two programs, since sampling is compiled once for each split and drawing only once.
-@functools.partial(jax.jit, static_argnames=("seed", "held_out"))
-def _sample(numbers_B, seed, held_out):
-    keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers_B)
-    return jax.vmap(lambda key: sample_scene(key, held_out=held_out))(keys)
-
-
-@functools.partial(jax.jit, static_argnames=("frames", "size"))
-def _render(scenes, frames, size):
-    video_BTHWC, truth = jax.vmap(lambda scene: render(scene, frames, size))(scenes)
-    return jnp.round(video_BTHWC * 255).astype(jnp.uint8), truth
+        config, first = self.builder_config, FIRST_NUMBER[split]
+        return enumerate(
+            draw_clips(
+                range(first, first + clips),
+                seed=config.seed,
+                frames=config.frames,
+                size=config.size,
+                captions=config.captions,
+                unseen_pairs=split == "held_out",
+            )
+        )
 
 
 def _features(arrays: Scene | Truth) -> dict[str, tfds.features.Tensor]:

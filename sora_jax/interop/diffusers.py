@@ -1,0 +1,351 @@
+"""Wan models as published, in the folder layout of diffusers: `model_index.json` and a folder for each part.
+
+Configs become a `ModelConfig`, tensors our parameters (`names.py`), one at a time; nothing is imported from diffusers,
+and only safetensors are read.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import safetensors
+from flax import traverse_util
+
+from sora_jax.codec import CodecConfig
+from sora_jax.dit import DiTConfig
+from sora_jax.errors import InputError
+from sora_jax.interop import names
+from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params
+from sora_jax.text import FileTokenizer, TextConfig
+from sora_jax.vision import VisionConfig
+
+_TEXT_LENGTH = 512  # the pipelines pad and cut prompts to this
+_FOLDERS = {
+    "text": "text_encoder",
+    "codec": "vae",
+    "dit": "transformer",
+    "dit_low": "transformer_2",
+    "vision": "image_encoder",
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_pipeline_folder(path: Path) -> tuple[ModelConfig, dict[str, Any], FileTokenizer]:
+    """A published model: its config, its parameters in float32 on the device, and its tokenizer.
+
+    Raises:
+      InputError: naming the file and what is wrong with it.
+    """
+    config = pipeline_config(path)
+    tokenizer = FileTokenizer(path / "tokenizer" / "tokenizer.json")
+    expected = {part: _flatten(tree) for part, tree in abstract_params(config).items()}
+    # Everything is checked against the headers before anything large is read.
+    files = {part: _Tensors(path / _FOLDERS[part]) for part in config.parts}
+    sources = {part: _sources(config, part, expected[part]) for part in config.parts}
+    for part in config.parts:
+        _check(files[part], sources[part], expected[part], _unneeded(config, part))
+    params = {part: dict(_read(files[part], sources[part], expected[part])) for part in config.parts}
+    return config, {part: traverse_util.unflatten_dict(tree, sep=".") for part, tree in params.items()}, tokenizer
+
+
+# Configs
+
+
+def pipeline_config(path: Path) -> ModelConfig:
+    """The config of the model in the folder `path`, from its JSON files alone."""
+    index = _json(path / "model_index.json")
+    _one_of(path / "model_index.json", index, "_class_name", "WanPipeline", "WanImageToVideoPipeline")
+    low = (index.get("transformer_2") or [None])[0] is not None
+    boundary = index.get("boundary_ratio")
+    if low and boundary is None:
+        raise InputError(f"{path / 'model_index.json'} names a transformer_2 but no boundary_ratio")
+    dit = dit_config(path / "transformer" / "config.json")
+    if low and dit_config(path / "transformer_2" / "config.json") != dit:
+        raise InputError(f"{path}: transformer and transformer_2 have different sizes")
+    return ModelConfig(
+        text=text_config(path / "text_encoder" / "config.json"),
+        codec=codec_config(path / "vae" / "config.json"),
+        dit=dit,
+        sampling=sampling_config(path / "scheduler" / "scheduler_config.json", low, index.get("expand_timesteps")),
+        boundary=boundary if low else None,
+        known_frames=bool(index.get("expand_timesteps")),
+        vision=vision_config(path / "image_encoder" / "config.json") if dit.image_width else None,
+    )
+
+
+def text_config(path: Path) -> TextConfig:
+    """Of a `UMT5EncoderModel` or `T5EncoderModel`."""
+    values = _json(path)
+    shared = _one_of(path, values, "model_type", "umt5", "t5") == "t5"
+    _one_of(path, values, "feed_forward_proj", "gated-gelu")
+    _one_of(path, values, "layer_norm_epsilon", 1e-6)
+    _one_of(path, values, "pad_token_id", 0)
+    return TextConfig(
+        vocabulary_size=_get(path, values, "vocab_size"),
+        width=_get(path, values, "d_model"),
+        heads=_get(path, values, "num_heads"),
+        head_width=_get(path, values, "d_kv"),
+        feed_forward=_get(path, values, "d_ff"),
+        layers=_get(path, values, "num_layers"),
+        length=_TEXT_LENGTH,
+        buckets=values.get("relative_attention_num_buckets", 32),
+        max_distance=values.get("relative_attention_max_distance", 128),
+        shared_positions=shared,
+        tokenizer="file",
+    )
+
+
+def codec_config(path: Path) -> CodecConfig:
+    """Of an `AutoencoderKLWan`."""
+    values = _json(path)
+    _one_of(path, values, "_class_name", "AutoencoderKLWan")
+    if values.get("attn_scales"):
+        raise InputError(f"{path}: attn_scales is {values['attn_scales']}; no published codec has any, nor has ours")
+    patch = values.get("patch_size") or 1
+    _one_of(path, {"in_channels": 3, **values}, "in_channels", 3 * patch**2)
+    width = _get(path, values, "base_dim")
+    try:
+        return CodecConfig(
+            latent_channels=_get(path, values, "z_dim"),
+            width=width,
+            decoder_width=values.get("decoder_base_dim") or width,
+            multipliers=tuple(_get(path, values, "dim_mult")),
+            downsample_time=tuple(_get(path, values, "temperal_downsample")),
+            blocks=_get(path, values, "num_res_blocks"),
+            patch=patch,
+            residual=values.get("is_residual", False),
+            latents_mean=tuple(_get(path, values, "latents_mean")),
+            latents_std=tuple(_get(path, values, "latents_std")),
+        )
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def dit_config(path: Path) -> DiTConfig:
+    """Of a `WanTransformer3DModel`."""
+    values = _json(path)
+    _one_of(path, values, "_class_name", "WanTransformer3DModel")
+    _one_of(path, values, "qk_norm", "rms_norm_across_heads")
+    _one_of(path, values, "cross_attn_norm", True)
+    channels = values.get("out_channels") or _get(path, values, "in_channels")
+    if values.get("image_dim"):
+        heads, head_width = _get(path, values, "num_attention_heads"), _get(path, values, "attention_head_dim")
+        _one_of(path, values, "added_kv_proj_dim", heads * head_width)
+    try:
+        return DiTConfig(
+            latent_channels=channels,
+            condition_channels=_get(path, values, "in_channels") - channels,
+            image_width=values.get("image_dim") or 0,
+            image_positions=values.get("pos_embed_seq_len") or 0,
+            heads=_get(path, values, "num_attention_heads"),
+            head_width=_get(path, values, "attention_head_dim"),
+            feed_forward=_get(path, values, "ffn_dim"),
+            layers=_get(path, values, "num_layers"),
+            text_width=_get(path, values, "text_dim"),
+            patch=tuple(_get(path, values, "patch_size")),
+            frequency_width=_get(path, values, "freq_dim"),
+            epsilon=_get(path, values, "eps"),
+        )
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def vision_config(path: Path) -> VisionConfig:
+    """Of a `CLIPVisionModel`, without its last block."""
+    values = _json(path)
+    _one_of(path, values, "model_type", "clip_vision_model")
+    try:
+        return VisionConfig(
+            width=_get(path, values, "hidden_size"),
+            heads=_get(path, values, "num_attention_heads"),
+            feed_forward=_get(path, values, "intermediate_size"),
+            layers=_get(path, values, "num_hidden_layers") - 1,
+            image_size=_get(path, values, "image_size"),
+            patch=_get(path, values, "patch_size"),
+            activation=_get(path, values, "hidden_act"),
+            epsilon=values.get("layer_norm_eps", 1e-5),
+        )
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def sampling_config(path: Path, two_transformers: bool, level_per_frame: bool) -> SamplingConfig:
+    """The solver and shift of the folder; steps, size and guidance as the models' authors recommend them."""
+    values = _json(path)
+    kind = _one_of(path, values, "_class_name", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
+    _one_of(path, values, "num_train_timesteps", 1000)
+    if kind == "UniPCMultistepScheduler":
+        for name, value in {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "solver_order": 2,
+            "solver_type": "bh2",
+            "predict_x0": True,
+            "lower_order_final": True,
+            "final_sigmas_type": "zero",
+        }.items():
+            _one_of(path, values, name, value)
+        solver, schedule, shift = "unipc", "wan-unipc", _get(path, values, "flow_shift")
+    else:
+        for name in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            if values.get(name):
+                raise InputError(f"{path}: {name} is not supported")
+        solver, schedule, shift = "euler", "wan-euler", _get(path, values, "shift")
+    # The model cards of Wan 2.1, Wan 2.2 A14B and Wan 2.2 TI2V 5B.
+    if two_transformers:
+        usual = {"steps": 40, "guidance": 4.0, "guidance_low": 3.0, "frames": 81, "size": (720, 1280), "fps": 16.0}
+    elif level_per_frame:
+        usual = {"steps": 50, "guidance": 5.0, "frames": 121, "size": (704, 1280), "fps": 24.0}
+    else:
+        usual = {"steps": 50, "guidance": 5.0, "frames": 81, "size": (480, 832), "fps": 16.0}
+    return SamplingConfig(solver=solver, schedule=schedule, shift=float(shift), **usual)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is no config: it holds no JSON object")
+    return values
+
+
+def _get(path: Path, values: dict, name: str) -> Any:
+    if values.get(name) is None:
+        raise InputError(f"{path}: the field {name} is missing")
+    return values[name]
+
+
+def _one_of(path: Path, values: dict, name: str, *possible: Any) -> Any:
+    value = _get(path, values, name)
+    if value not in possible:
+        raise InputError(f"{path}: {name} is {value!r}; only {' or '.join(map(repr, possible))} can be read")
+    return value
+
+
+# Tensors
+
+
+class _Tensors:
+    """The tensors of a folder's safetensors, in one file or in shards with an index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        stems = ("diffusion_pytorch_model", "model")
+        indices = [folder / f"{stem}.safetensors.index.json" for stem in stems]
+        index = next((path for path in indices if path.is_file()), None)
+        if index is not None:
+            names = sorted(set(_get(index, _json(index), "weight_map").values()))
+            paths = [folder / name for name in names]
+        else:
+            paths = [path for path in (folder / f"{stem}.safetensors" for stem in stems) if path.is_file()]
+        if not paths:
+            pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in _PICKLES]
+            hint = f" ({pickles[0]} is a pickle, which is never read: convert it to safetensors)" if pickles else ""
+            raise InputError(f"{folder} has no safetensors{hint}")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._place_of = {}
+        for path in paths:
+            file = self._open(path)
+            for stored in file.keys():
+                name = stored.removeprefix("vision_model.")  # as older versions of the image encoder are saved
+                self.shapes[name] = tuple(file.get_slice(stored).get_shape())
+                self._place_of[name] = path, stored
+
+    def _open(self, path: Path):
+        try:
+            return safetensors.safe_open(path, "np")
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or 'no such file'}") from error
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+
+    def read(self, name: str):
+        path, stored = self._place_of[name]
+        # Opened for each tensor: an open file keeps every page in memory that was ever touched.
+        return self._open(path).get_tensor(stored)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep=".")
+
+
+def _sources(config: ModelConfig, part: str, expected: dict[str, Any]) -> dict[str, names.Source]:
+    find: Callable[[str], names.Source] = {
+        "text": partial(names.text, config.text.layers),
+        "codec": partial(names.codec, config.codec),
+        "dit": partial(names.dit, config.dit),
+        "dit_low": partial(names.dit, config.dit),
+        "vision": partial(names.vision, config.vision.layers if config.vision else 0),
+    }[part]
+    return {name: find(name) for name in expected}
+
+
+def _unneeded(config: ModelConfig, part: str) -> Callable[[str], bool]:
+    """Tells the published tensors that have no place in our model, and why is known."""
+    if part == "text":
+        return names.TEXT_COPIES.__contains__
+    if part == "vision":
+        return partial(names.is_after_vision, config.vision.layers)
+    return lambda name: False
+
+
+def _check(
+    tensors: _Tensors,
+    sources: dict[str, names.Source],
+    expected: dict[str, Any],
+    unneeded: Callable[[str], bool],
+) -> None:
+    """Raises InputError unless every tensor is used or unneeded, every parameter filled, and every shape right."""
+    used = set()
+    for ours, source in sources.items():
+        shape = expected[ours].shape[1:] if source.stacked else expected[ours].shape
+        for name in source.names:
+            if name not in tensors.shapes:
+                raise InputError(f"{tensors.folder}: the tensor {name} is missing")
+            found = tensors.shapes[name]
+            try:
+                converted = jax.eval_shape(source.convert, jax.ShapeDtypeStruct(found, jnp.float32)).shape
+            except (TypeError, ValueError, IndexError):
+                converted = None
+            if converted != shape:
+                raise InputError(
+                    f"{tensors.folder}: the tensor {name} is {list(found)}, of {math.prod(found)} numbers; the config "
+                    f"asks for {math.prod(shape)}, as {list(shape)} here"
+                )
+            used.add(name)
+    if left := {name for name in tensors.shapes.keys() - used if not unneeded(name)}:
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise InputError(f"{tensors.folder}: the tensor {min(left)}{more} is not part of this model")
+
+
+def _read(tensors: _Tensors, sources: dict[str, names.Source], expected: dict) -> Iterator[tuple[str, jax.Array]]:
+    """Parameters in float32 on the device. Of the host's memory one tensor at a time is used."""
+    for ours, source in sources.items():
+        if not source.stacked:
+            yield ours, _on_device(tensors, source, source.names[0])
+            continue
+        stack = jnp.zeros(expected[ours].shape, jnp.float32)
+        for layer, name in enumerate(source.names):
+            stack = _put(stack, _on_device(tensors, source, name), layer)
+        yield ours, stack
+
+
+def _on_device(tensors: _Tensors, source: names.Source, name: str) -> jax.Array:
+    array = jnp.asarray(source.convert(tensors.read(name)), jnp.float32)
+    if not jnp.isfinite(array).all():
+        raise InputError(f"{tensors.folder} is damaged: the tensor {name} is not finite")
+    return array
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(stack, layer, number):
+    return stack.at[number].set(layer)

@@ -1,0 +1,229 @@
+"""The names that published checkpoints give to our parameters, and how their tensors are laid out.
+
+`text`, `codec` and `dit` map the name of each parameter to its `Source`. The published classes are `UMT5EncoderModel`,
+`AutoencoderKLWan` and `WanTransformer3DModel`.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from sora_jax.codec import CodecConfig
+from sora_jax.dit import DiTConfig
+
+
+class Source(NamedTuple):
+    """Where a parameter comes from: the tensor of that name, or one tensor for each layer, stacked."""
+
+    names: tuple[str, ...]
+    stacked: bool
+    convert: Callable  # one published tensor -> (that layer of) our parameter; array methods only, so JAX can trace it
+
+
+def _as_is(x):
+    return x
+
+
+def _first(x):
+    return x[0]
+
+
+def _flat(x):
+    return x.reshape(-1)
+
+
+def _linear(x):
+    """(out, in) -> (in, out)."""
+    return x.transpose(1, 0)
+
+
+def _convolution(x):
+    """(out, in, time, rows, columns) -> (time, rows, columns, in, out)."""
+    return x.transpose(2, 3, 4, 1, 0)
+
+
+def _convolution_2d(x):
+    """(out, in, rows, columns) -> (1, rows, columns, in, out)."""
+    return x.transpose(2, 3, 1, 0)[None]
+
+
+def _pointwise(x):
+    """(out, in, 1, 1) -> (in, out)."""
+    return x[:, :, 0, 0].transpose(1, 0)
+
+
+def _patches(x):
+    """(width, channels, 1, rows, columns) -> (rows * columns * channels, width)."""
+    return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
+
+
+def _patches_2d(x):
+    """(width, channels, rows, columns) -> (rows * columns * channels, width)."""
+    return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+
+def _halves(x, head_width):
+    """Rotary pairs (2i, 2i + 1) of every head to (i, i + E/2), on the last axis."""
+    order = np.concatenate([np.arange(0, head_width, 2), np.arange(1, head_width, 2)])
+    heads = x.reshape(*x.shape[:-1], -1, head_width)
+    return heads[..., order].reshape(x.shape)
+
+
+def _linear_halves(x, head_width):
+    return _halves(_linear(x), head_width)
+
+
+_DIT = {
+    "patches_in": "patch_embedding",
+    "patches_out": "proj_out",
+    "level_in": "condition_embedder.time_embedder.linear_1",
+    "level_out": "condition_embedder.time_embedder.linear_2",
+    "level_modulation": "condition_embedder.time_proj",
+    "text_in": "condition_embedder.text_embedder.linear_1",
+    "text_out": "condition_embedder.text_embedder.linear_2",
+    "modulation_out": "scale_shift_table",
+    "image.positions": "condition_embedder.image_embedder.pos_embed",
+    "image.norm_in": "condition_embedder.image_embedder.norm1",
+    "image.up": "condition_embedder.image_embedder.ff.net.0.proj",
+    "image.down": "condition_embedder.image_embedder.ff.net.2",
+    "image.norm_out": "condition_embedder.image_embedder.norm2",
+    "blocks.modulation": "blocks.{}.scale_shift_table",
+    "blocks.self_attention": "blocks.{}.attn1",
+    "blocks.cross_attention": "blocks.{}.attn2",
+    "blocks.cross_norm": "blocks.{}.norm2",
+    "blocks.up": "blocks.{}.ffn.net.0.proj",
+    "blocks.down": "blocks.{}.ffn.net.2",
+}
+_ATTENTION = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "out": "to_out.0",
+    "query_norm": "norm_q",
+    "key_norm": "norm_k",
+    "image_key": "add_k_proj",
+    "image_value": "add_v_proj",
+    "image_key_norm": "norm_added_k",
+}
+_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias", "table": "weight"}
+
+
+def dit(config: DiTConfig, name: str) -> Source:
+    """The source of the DiT's parameter `name`, path joined by "."."""
+    prefix = max((p for p in _DIT if name == p or name.startswith(p + ".")), key=len)
+    parts = name[len(prefix) :].split(".")[1:]
+    if parts:
+        *module, leaf = parts
+        parts = [_ATTENTION[part] for part in module] + [_LEAF[leaf]]
+    theirs = ".".join([_DIT[prefix], *parts])
+    turned = re.match(r"blocks\.self_attention\.(query|key)", name) is not None
+    if name.endswith("kernel"):
+        convert = partial(_linear_halves, head_width=config.head_width) if turned else _linear
+        convert = _patches if prefix == "patches_in" else convert
+    elif not parts:  # the tables of modulation and positions have a leading axis of one
+        convert = _first
+    else:
+        convert = partial(_halves, head_width=config.head_width) if turned else _as_is
+    return _source(theirs, config.layers, convert)
+
+
+_TEXT = {
+    "embedding": "shared.weight",
+    "norm.scale": "encoder.final_layer_norm.weight",
+    "positions.table": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "blocks.positions.table": "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight",
+    "blocks.attention_norm.scale": "encoder.block.{}.layer.0.layer_norm.weight",
+    "blocks.query.kernel": "encoder.block.{}.layer.0.SelfAttention.q.weight",
+    "blocks.key.kernel": "encoder.block.{}.layer.0.SelfAttention.k.weight",
+    "blocks.value.kernel": "encoder.block.{}.layer.0.SelfAttention.v.weight",
+    "blocks.out.kernel": "encoder.block.{}.layer.0.SelfAttention.o.weight",
+    "blocks.feed_forward_norm.scale": "encoder.block.{}.layer.1.layer_norm.weight",
+    "blocks.gate.kernel": "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight",
+    "blocks.up.kernel": "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
+    "blocks.down.kernel": "encoder.block.{}.layer.1.DenseReluDense.wo.weight",
+}
+TEXT_COPIES = {"encoder.embed_tokens.weight"}  # the embedding once more, in some files
+
+
+def text(layers: int, name: str) -> Source:
+    """The source of the text encoder's parameter `name`."""
+    return _source(_TEXT[name], layers, _linear if name.endswith("kernel") else _as_is)
+
+
+_VISION = {
+    "class": "embeddings.class_embedding",
+    "patches_kernel": "embeddings.patch_embedding.weight",
+    "positions": "embeddings.position_embedding.weight",
+    "norm_in": "pre_layrnorm",
+    "blocks.attention_norm": "encoder.layers.{}.layer_norm1",
+    "blocks.query": "encoder.layers.{}.self_attn.q_proj",
+    "blocks.key": "encoder.layers.{}.self_attn.k_proj",
+    "blocks.value": "encoder.layers.{}.self_attn.v_proj",
+    "blocks.out": "encoder.layers.{}.self_attn.out_proj",
+    "blocks.feed_forward_norm": "encoder.layers.{}.layer_norm2",
+    "blocks.up": "encoder.layers.{}.mlp.fc1",
+    "blocks.down": "encoder.layers.{}.mlp.fc2",
+}
+
+
+def vision(layers: int, name: str) -> Source:
+    """The source of the image encoder's parameter `name`."""
+    if name in _VISION:
+        return _source(_VISION[name], layers, _patches_2d if name == "patches_kernel" else _as_is)
+    module, leaf = name.rsplit(".", 1)
+    return _source(f"{_VISION[module]}.{_LEAF[leaf]}", layers, _linear if leaf == "kernel" else _as_is)
+
+
+def is_after_vision(layers: int, name: str) -> bool:
+    """Whether the published image encoder needs this tensor only for what comes after the features."""
+    return name.startswith(("post_layernorm.", f"encoder.layers.{layers}.")) or name.endswith("position_ids")
+
+
+def codec(config: CodecConfig, name: str) -> Source:
+    """The source of the codec's parameter `name`."""
+    *path, leaf = name.split(".")
+    theirs = ".".join(_codec_module(config, path, leaf.startswith("time_")))
+    leaf = leaf.removeprefix("time_")
+    if leaf == "scale":
+        return _source(f"{theirs}.gamma", 0, _flat)
+    if leaf == "bias":
+        return _source(f"{theirs}.bias", 0, _as_is)
+    is_2d = path[-1].endswith(("_up", "_down")) and not theirs.endswith("time_conv")
+    convert = _pointwise if "attention" in path else _convolution_2d if is_2d else _convolution
+    return _source(f"{theirs}.weight", 0, convert)
+
+
+def _codec_module(config: CodecConfig, path: list[str], time: bool) -> list[str]:
+    if path[0] in ("quant", "post_quant"):
+        return [f"{path[0]}_conv"]
+    half, *rest = path
+    if rest[0] == "middle":
+        part = {"block0": "resnets.0", "block1": "resnets.1", "attention": "attentions.0"}[rest[1]]
+        last = {"qkv": "to_qkv", "out": "proj"}
+        return [half, "mid_block", part, *(last.get(name, name) for name in rest[2:])]
+    found = re.fullmatch(r"level(\d+)_(up|down|block(\d+))", rest[0])
+    if not found:
+        return path  # conv_in, conv_out, norm_out
+    level, kind, block = int(found[1]), found[2], int(found[3] or 0)
+    inner = ["conv_shortcut" if name == "shortcut" else name for name in rest[1:]]
+    resample = ["time_conv"] if time else ["resample", "1"]
+    if half == "decoder":
+        if kind == "up":
+            return [half, f"up_blocks.{level}", "upsampler" if config.residual else "upsamplers.0", *resample]
+        return [half, f"up_blocks.{level}", f"resnets.{block}", *inner]
+    if config.residual:
+        if kind == "down":
+            return [half, f"down_blocks.{level}", "downsampler", *resample]
+        return [half, f"down_blocks.{level}", f"resnets.{block}", *inner]
+    # Wan 2.1 counts the residual blocks and downsamplings of all levels in one list.
+    number = level * (config.blocks + 1) + (config.blocks if kind == "down" else block)
+    return [half, f"down_blocks.{number}", *(resample if kind == "down" else inner)]
+
+
+def _source(theirs: str, layers: int, convert: Callable) -> Source:
+    if "{}" in theirs:
+        return Source(tuple(theirs.format(layer) for layer in range(layers)), True, convert)
+    return Source((theirs,), False, convert)

@@ -1,0 +1,232 @@
+"""Live comparison with the public implementations on random sizes, where torch and diffusers are installed:
+
+pip install -e ".[test,parity]" && pytest -m parity
+"""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.parity
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import jax  # noqa: E402
+import torch  # noqa: E402
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel  # noqa: E402
+from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
+
+import sora_jax  # noqa: E402
+from sora_jax import sampler  # noqa: E402
+from sora_jax.codec import Codec  # noqa: E402
+from sora_jax.dit import DiT  # noqa: E402
+from sora_jax.interop.diffusers import _flatten, _sources, codec_config, dit_config  # noqa: E402
+from sora_jax.interop.presets import CODEC_2_2, PRESETS  # noqa: E402
+from sora_jax.model_folder import abstract_params  # noqa: E402
+from sora_jax.text import T5Encoder  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location("golden_make", Path(__file__).parents[1] / "golden" / "make.py")
+make = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make)
+
+TOLERANCE = 1e-5
+
+
+def difference(found, expected) -> float:
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture(scope="module", params=range(3))
+def random(request):
+    torch.manual_seed(request.param)
+    return np.random.default_rng(request.param)
+
+
+@pytest.fixture(scope="module")
+def kind(random):
+    return str(random.choice(("t2v", "ti2v", "a14b")))
+
+
+@pytest.fixture(scope="module")
+def folder_and_pipeline(random, kind, tmp_path_factory):
+    """A pipeline of random sizes, and the folder it was saved to."""
+    heads, head_width = int(random.integers(1, 4)), int(random.choice([12, 24, 32]))
+    channels, text_width = int(random.choice([4, 6, 12])), int(random.choice([16, 40]))
+    layers = int(random.integers(1, 4))
+
+    def transformer():
+        return make.transformer(channels, heads, head_width, int(random.choice([32, 80])), layers, text_width, 64)
+
+    first = transformer()
+    sizes = first.config
+    second = None
+    if kind == "a14b":
+        second = make.transformer(channels, heads, head_width, sizes.ffn_dim, layers, text_width, 64)
+    time = ((True, True), (False, True))[int(random.integers(2))]
+    made = WanPipeline(
+        tokenizer=make.tokenizer(),
+        text_encoder=make.text_encoder(text_width, int(random.integers(1, 4)), 8, 24, int(random.integers(1, 4))),
+        vae=make.codec(kind, channels, int(random.choice([4, 8])), 8, (1, 2, 2), time, int(random.integers(1, 3))),
+        scheduler=make.scheduler(kind),
+        transformer=first,
+        transformer_2=second,
+        boundary_ratio=0.9 if kind == "a14b" else None,
+        expand_timesteps=kind == "ti2v",
+    )
+    made.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("parity") / kind
+    made.save_pretrained(folder)
+    return folder, made
+
+
+@pytest.fixture(scope="module")
+def generator(folder_and_pipeline):
+    return sora_jax.load(folder_and_pipeline[0])
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_dit(folder_and_pipeline, generator, random, frames):
+    sizes = (int(random.integers(1, 3)), frames, 2 * int(random.integers(1, 5)), 2 * int(random.integers(1, 5)))
+    latents = random.normal(size=(*sizes, generator.config.dit.latent_channels)).astype(np.float32)
+    text = random.normal(size=(sizes[0], 512, generator.config.text.width)).astype(np.float32)
+    for levels in (random.integers(0, 1000, sizes[:2]), random.integers(0, 1000, (sizes[0], 1)).repeat(frames, 1)):
+        expected = make.run_dit(folder_and_pipeline[1].transformer, latents, levels, text)
+        apply = jax.jit(DiT(generator.config.dit).apply)
+        found = apply({"params": generator.params["dit"]}, latents, np.float32(levels / 1000), text)
+        assert difference(found, expected) < TOLERANCE
+
+
+def test_text_encoder(folder_and_pipeline, generator, random):
+    lengths = random.integers(1, 512, (2, 1))
+    ids = np.where(np.arange(512) < lengths, random.integers(3, 32, (2, 512)), 0)
+    expected = make.run_text(folder_and_pipeline[1].text_encoder, ids)
+    found = T5Encoder(generator.config.text).apply({"params": generator.params["text"]}, ids)
+    assert difference(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_codec(folder_and_pipeline, generator, random, chunks):
+    stride, time = generator.config.codec.stride_space, generator.config.codec.stride_time
+    sides = [stride * int(random.integers(1, 5)) for _ in range(2)]
+    video = random.uniform(-1, 1, (1, 1 + time * chunks, *sides, 3)).astype(np.float32)
+    mean, log_variance, decoded = make.run_codec(folder_and_pipeline[1].vae, video)
+    codec, params = Codec(generator.config.codec), {"params": generator.params["codec"]}
+    found = codec.apply(params, video, method="posterior")
+    assert difference(found[0], mean) < TOLERANCE and difference(found[1], log_variance) < TOLERANCE
+    rebuilt = codec.apply(params, mean, method="reconstruct")
+    assert difference(np.clip(rebuilt, -1, 1), decoded) < TOLERANCE
+
+
+def test_pipeline(folder_and_pipeline, generator, kind, random):
+    config = generator.config
+    size = tuple(2 * config.codec.stride_space * int(random.integers(1, 4)) for _ in range(2))
+    size = tuple(-(-side // 16) * 16 for side in size)  # the public pipeline asks for it
+    frames, steps = 1 + config.codec.stride_time * int(random.integers(0, 3)), int(random.integers(1, 8))
+    noise = random.normal(size=(1, *config.codec.latent_shape(frames, *size))).astype(np.float32)
+    guidance = float(random.uniform(1.5, 6))
+    low = float(random.uniform(1.5, 6)) if kind == "a14b" else None
+    prompt, negative = "a red ball, behind a wall", "cube &amp; wall"
+    expected = make.run_pipeline(
+        folder_and_pipeline[1], prompt, negative, noise, size, frames, steps, guidance, guidance_low=low
+    )
+    video = generator.generate(
+        prompt,
+        negative_prompt=negative,
+        noise=noise,
+        size=size,
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+        guidance_low=low,
+        progress=False,
+    )
+    assert -10 * np.log10(np.mean((video.frames / 255.0 - expected) ** 2)) > 45
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 20, 50])
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_solvers(solver, steps, shift):
+    start = np.random.default_rng(0).normal(size=(1, 2, 2, 2, 2)).astype(np.float32)
+    if solver == "unipc":
+        theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    else:
+        theirs = make.FlowMatchEulerDiscreteScheduler(shift=shift)
+    expected = make.run_scheduler(theirs, start, lambda x, t: torch.sin(3 * x) + t, steps)
+    schedule = sampler.noise_schedule(steps, shift, f"wan-{solver}")
+    np.testing.assert_allclose(schedule.told * 1000, theirs.timesteps.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(schedule.levels, theirs.sigmas.numpy(), rtol=1e-6)
+
+    def velocity(x, level_BF):
+        return jax.numpy.sin(3 * x) + level_BF[:, :, None, None, None]
+
+    assert difference(sampler.sample(velocity, start, schedule, solver), expected) < TOLERANCE
+
+
+def reference(part, preset):
+    """The public class with a preset's published sizes, without memory for its weights."""
+    with torch.device("meta"):
+        if part == "text":
+            return UMT5EncoderModel(
+                UMT5Config(
+                    vocab_size=256384,
+                    d_model=4096,
+                    d_kv=64,
+                    d_ff=10240,
+                    num_layers=24,
+                    num_heads=64,
+                    feed_forward_proj="gated-gelu",
+                )
+            )
+        if part == "codec":
+            if preset.codec != CODEC_2_2:
+                return AutoencoderKLWan()
+            return AutoencoderKLWan(
+                base_dim=160,
+                decoder_base_dim=256,
+                z_dim=48,
+                is_residual=True,
+                in_channels=12,
+                out_channels=12,
+                patch_size=2,
+                latents_mean=list(CODEC_2_2.latents_mean),
+                latents_std=list(CODEC_2_2.latents_std),
+            )
+        dit = preset.dit
+        return WanTransformer3DModel(
+            num_attention_heads=dit.heads,
+            attention_head_dim=dit.head_width,
+            in_channels=dit.latent_channels,
+            out_channels=dit.latent_channels,
+            ffn_dim=dit.feed_forward,
+            num_layers=dit.layers,
+        )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_sizes(name, tmp_path):
+    """Every name, shape and parameter of the published classes, and nothing else."""
+    preset = PRESETS[name]
+    abstract = abstract_params(preset)
+    for part in preset.parts:
+        module = reference(part, preset)
+        theirs = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        theirs.pop("encoder.embed_tokens.weight", None)  # the embedding once more
+        ours = _flatten(abstract[part])
+        used = []
+        for key, source in _sources(preset, part, ours).items():
+            for tensor in source.names:
+                shape = jax.eval_shape(source.convert, jax.ShapeDtypeStruct(theirs[tensor], "float32")).shape
+                assert shape == (ours[key].shape[1:] if source.stacked else ours[key].shape)
+                used.append(tensor)
+        assert sorted(used) == sorted(theirs)
+        assert sum(leaf.size for leaf in ours.values()) == sum(int(np.prod(shape)) for shape in theirs.values())
+        if part in ("codec", "dit"):
+            module.save_config(tmp_path / part)
+            read = {"codec": codec_config, "dit": dit_config}[part](tmp_path / part / "config.json")
+            assert read == getattr(preset, part)
