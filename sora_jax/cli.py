@@ -143,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--negative-prompt", default="", metavar="TEXT", help="what the video should not show")
     add("--image", metavar="FILE", help="the picture that the video starts with, for models that take one")
     add("--last-image", metavar="FILE", help="the picture that the video ends with, likewise")
-    add("--model", metavar="DIR", help="a model folder (default: the bundled model)")
+    add("--model", metavar="DIR", help="a model folder, ours or a published Wan (default: the bundled model)")
+    add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
 
     train = commands.add_parser("train", help="train a model from a config file", allow_abbrev=False)
     train.set_defaults(run=_train)
@@ -155,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
     export.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run")
     export.add_argument("output", metavar="OUT", help="the model folder to write")
+
+    convert = commands.add_parser("convert", help="turn a published Wan folder into a model folder", allow_abbrev=False)
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="SRC", help="a folder in the diffusers layout, or a model folder")
+    convert.add_argument("output", metavar="DST", help="the model folder to write")
+    convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="precision of its parameters")
 
     evaluate = commands.add_parser("evaluate", help="measure how well videos follow prompts", allow_abbrev=False)
     evaluate.set_defaults(run=_evaluate)
@@ -182,7 +189,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     from sora_jax.generate import load
 
-    generator = load(options.model)
+    generator = load(options.model, options.dtype)
     request = generator.request(
         [prompt for prompt, _ in jobs],
         seed=[seed for _, seed in jobs],
@@ -269,6 +276,12 @@ def _export(options: argparse.Namespace) -> None:
     from sora_jax.training import loop
 
     print(loop.export(options.workdir, options.output))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from sora_jax.generate import convert
+
+    print(convert(options.source, options.output, options.dtype))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from sora_jax import sampler
 from sora_jax.codec import Codec
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
-from sora_jax.model_folder import ModelConfig, read_model_folder
+from sora_jax.model_folder import ModelConfig, read_model_folder, write_model_folder
 from sora_jax.text import ByteTokenizer, FileTokenizer, T5Encoder
 from sora_jax.video import Video, check_fps, read_video
 from sora_jax.vision import VisionEncoder, preprocess
@@ -33,24 +33,52 @@ BUNDLED = Path(__file__).parent / "bundled"
 _PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
 
 
-def load(path: str | os.PathLike | None = None) -> Generator:
+DTYPES = ("float32", "bfloat16")
+
+
+def load(path: str | os.PathLike | None = None, dtype: str | None = None) -> Generator:
     """The generator of a model folder, ours or one in the diffusers layout; without a path, of the model that comes
     with the package.
 
     Compiled programs are kept in the user's cache folder, unless JAX already has a compilation cache.
 
+    Args:
+        path: the folder.
+        dtype: precision of the large products, "float32" or "bfloat16"; by default float32 for the bundled model and
+            on CPU, where bfloat16 is slower, and bfloat16 otherwise.
+
     Raises:
         InputError: if the folder is not a readable model.
     """
     _keep_compiled_programs()
-    path = Path(BUNDLED if path is None else path)
+    if dtype is None:
+        dtype = "float32" if path is None or jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; it can be {' or '.join(DTYPES)}")
+    return Generator(*_read_any(Path(BUNDLED if path is None else path), dtype), dtype)
+
+
+def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str | None = None) -> Path:
+    """Writes a model, such as a published folder, as one of our model folders, from which loading is a straight read.
+
+    Args:
+        dtype: "float32", "float16" or "bfloat16"; by default that of a model folder, float32 for published ones.
+
+    Raises:
+        InputError: if `source` cannot be read or `target` not be written.
+    """
+    config, params, tokenizer = _read_any(Path(source), "float32")
+    return write_model_folder(target, config, params, dtype, getattr(tokenizer, "json", None))
+
+
+def _read_any(path: Path, dtype: str) -> tuple[ModelConfig, dict[str, Any], ByteTokenizer | FileTokenizer]:
     if (path / "model_index.json").is_file():
         from sora_jax.interop.diffusers import read_pipeline_folder
 
-        return Generator(*read_pipeline_folder(path))
-    config, params = read_model_folder(path)
+        return read_pipeline_folder(path, dtype)
+    config, params = read_model_folder(path, dtype)
     tokenizer = FileTokenizer(path / "tokenizer.json") if config.text.tokenizer == "file" else ByteTokenizer()
-    return Generator(config, params, tokenizer)
+    return config, params, tokenizer
 
 
 @dataclass(frozen=True)
@@ -91,14 +119,20 @@ class Generator:
 
     Attributes:
         config: ModelConfig.
-        params: {"text": ..., "codec": ..., "dit": ...} and perhaps "dit_low", float32.
+        params: {"text": ..., "codec": ..., "dit": ...} and perhaps "dit_low" and "vision".
         tokenizer: prompts to ids.
+        dtype: of the large products of text encoder and transformer.
     """
 
     def __init__(
-        self, config: ModelConfig, params: dict[str, Any], tokenizer: ByteTokenizer | FileTokenizer | None = None
+        self,
+        config: ModelConfig,
+        params: dict[str, Any],
+        tokenizer: ByteTokenizer | FileTokenizer | None = None,
+        dtype: str = "float32",
     ):
         self.config = config
+        self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer or ByteTokenizer()
         self.params = jax.device_put(params)
         self._bar: tqdm | None = None
@@ -319,7 +353,7 @@ class Generator:
         return VisionEncoder(self.config.vision).apply({"params": params}, image_BHWC)
 
     def _encode_text_fn(self, params, ids_BL):
-        return T5Encoder(self.config.text).apply({"params": params}, ids_BL)
+        return T5Encoder(self.config.text, self.dtype).apply({"params": params}, ids_BL)
 
     def _denoise_fn(self, dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given):
         def repeat(x, batch):
@@ -328,7 +362,9 @@ class Generator:
         def with_dit(params, guidance):
             def velocity(x_BFYXZ, level_BF):
                 condition, image = (repeat(x, len(x_BFYXZ)) for x in (given.condition_1FYXC, given.image_1LD))
-                return DiT(self.config.dit).apply({"params": params}, x_BFYXZ, level_BF, text_BLD, condition, image)
+                return DiT(self.config.dit, self.dtype).apply(
+                    {"params": params}, x_BFYXZ, level_BF, text_BLD, condition, image
+                )
 
             return sampler.guided(velocity, guidance)
 

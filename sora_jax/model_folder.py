@@ -42,7 +42,7 @@ from sora_jax.text import T5Encoder, TextConfig
 from sora_jax.vision import VisionConfig, VisionEncoder
 
 FORMAT_VERSION = 1
-_STORED_AS = {"float32": "F32", "float16": "F16"}
+_STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ModelConfig:
         sampling: defaults of `generate`.
         vocabulary: lower-case words the model was trained on; empty if it is not limited to a list.
         description: one line on what the model can show.
-        dtype: precision of the parameters in the folder; in memory they are always float32.
+        dtype: precision of the parameters in the folder.
         boundary: the noise level from which on upwards "dit" is used and below which "dit_low", a second transformer
             of the same sizes (Wan 2.2 A14B); None if there is one for all levels.
         known_frames: whether the transformer has learned that frames at level 0 are given.
@@ -99,7 +99,7 @@ class ModelConfig:
     sampling: SamplingConfig = SamplingConfig()
     vocabulary: tuple[str, ...] = ()
     description: str = ""
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     boundary: float | None = None
     known_frames: bool = False
     vision: VisionConfig | None = None
@@ -169,7 +169,7 @@ def write_model_folder(
         path: the folder; its parent must exist.
         config: the configs.
         params: {"text": tree, "codec": tree, "dit": tree} of arrays, exactly as `abstract_params` lists them.
-        dtype: "float32" or "float16"; by default `config.dtype`.
+        dtype: "float32", "float16" or "bfloat16"; by default `config.dtype`.
         tokenizer: what tokenizer.json holds, if `config.text.tokenizer` is "file".
 
     Raises:
@@ -179,7 +179,7 @@ def write_model_folder(
     path = Path(path)
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     if config.dtype not in _STORED_AS:
-        raise InputError(f"a model folder holds float32 or float16, not {config.dtype}")
+        raise InputError(f"a model folder holds float32, float16 or bfloat16, not {config.dtype}")
     if path.exists() and not (path / "model.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"cannot write the model to {path}: something other than a model folder is there")
     expected = abstract_params(config)
@@ -209,11 +209,21 @@ def write_model_folder(
     return path
 
 
-def read_model_folder(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads a model folder.
+def memory_dtype(part: str, name: str, dtype: str) -> np.dtype:
+    """The precision in which a parameter is held for computing in `dtype`.
+
+    That of the large products of text encoder and transformer; norms, modulation, the noise level and the codec stay
+    float32, as the published pipelines have it.
+    """
+    large = name.endswith("embedding") or (name.startswith(("blocks.", "text_")) and name.endswith("kernel"))
+    return jnp.dtype(dtype if large and part in ("text", "dit", "dit_low") else "float32")
+
+
+def read_model_folder(path: str | os.PathLike, dtype: str = "float32") -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads a model folder for computing in `dtype`, "float32" or "bfloat16".
 
     Returns:
-        The config, and {"text": tree, "codec": tree, "dit": tree} of float32 NumPy arrays.
+        The config, and {"text": tree, "codec": tree, "dit": tree} of NumPy arrays (see `memory_dtype`).
 
     Raises:
         InputError: naming the file and what is wrong with it.
@@ -227,7 +237,7 @@ def read_model_folder(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, A
     except Exception as error:  # any module may object to a config in its own way
         raise InputError(f"{path / 'model.json'} describes no possible model: {_one_line(error)}") from error
     return config, {
-        part: _read_part(path / f"{part}.safetensors", expected[part], _STORED_AS[config.dtype])
+        part: _read_part(path / f"{part}.safetensors", expected[part], _STORED_AS[config.dtype], part, dtype)
         for part in config.parts
     }
 
@@ -290,13 +300,13 @@ def _stored(part: str, params: Any, expected: Any, dtype: str) -> dict[str, np.n
     _check_shapes(f"the {part} parameters", {k: v.shape for k, v in tensors.items()}, _flatten(expected))
     for name, value in tensors.items():
         with np.errstate(over="ignore"):
-            tensors[name] = np.ascontiguousarray(value.astype(dtype))
+            tensors[name] = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
         if not np.isfinite(tensors[name]).all():
             raise InputError(f"the {part} parameter {name} has values that {dtype} cannot hold")
     return tensors
 
 
-def _read_part(path: Path, expected: Any, stored_as: str) -> Any:
+def _read_part(path: Path, expected: Any, stored_as: str, part: str = "codec", dtype: str = "float32") -> Any:
     expected = _flatten(expected)
     try:
         with safetensors.safe_open(path, "np") as file:
@@ -305,7 +315,7 @@ def _read_part(path: Path, expected: Any, stored_as: str) -> Any:
             for name, value in slices.items():
                 if value.get_dtype() != stored_as:
                     raise InputError(f"{path}: tensor {name} is {value.get_dtype()}, model.json says {stored_as}")
-            tensors = {name: file.get_tensor(name).astype(np.float32) for name in expected}
+            tensors = {name: file.get_tensor(name).astype(memory_dtype(part, name, dtype)) for name in expected}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or _one_line(error)}") from error
     except safetensors.SafetensorError as error:

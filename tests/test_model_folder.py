@@ -108,7 +108,7 @@ def test_newer_format_is_named(folder):
         (lambda v: v["sampling"].update(guidance=True), "sampling.guidance must be float"),
         (lambda v: v.update(vocabulary=["red", 3]), r"vocabulary[1] must be str"),
         (lambda v: v.update(codec=None), "codec must be CodecConfig"),
-        (lambda v: v.update(dtype="bfloat16"), "dtype must be"),
+        (lambda v: v.update(dtype="int8"), "dtype must be"),
         (lambda v: v["sampling"].update(solver="heun"), "sampling: solver 'heun' does not exist"),
         (lambda v: v["dit"].update(text_width=9), "dit expects 9 channels from text, which has 8"),
         (lambda v: v["codec"].update(multipliers=[1, 2]), "codec: downsample_time needs"),

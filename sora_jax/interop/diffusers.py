@@ -20,7 +20,7 @@ from sora_jax.codec import CodecConfig
 from sora_jax.dit import DiTConfig
 from sora_jax.errors import InputError
 from sora_jax.interop import names
-from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params
+from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, memory_dtype
 from sora_jax.text import FileTokenizer, TextConfig
 from sora_jax.vision import VisionConfig
 
@@ -35,8 +35,8 @@ _FOLDERS = {
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def read_pipeline_folder(path: Path) -> tuple[ModelConfig, dict[str, Any], FileTokenizer]:
-    """A published model: its config, its parameters in float32 on the device, and its tokenizer.
+def read_pipeline_folder(path: Path, dtype: str = "float32") -> tuple[ModelConfig, dict[str, Any], FileTokenizer]:
+    """A published model: its config, its parameters on the device for computing in `dtype`, and its tokenizer.
 
     Raises:
       InputError: naming the file and what is wrong with it.
@@ -49,7 +49,7 @@ def read_pipeline_folder(path: Path) -> tuple[ModelConfig, dict[str, Any], FileT
     sources = {part: _sources(config, part, expected[part]) for part in config.parts}
     for part in config.parts:
         _check(files[part], sources[part], expected[part], _unneeded(config, part))
-    params = {part: dict(_read(files[part], sources[part], expected[part])) for part in config.parts}
+    params = {part: dict(_read(part, files[part], sources[part], expected[part], dtype)) for part in config.parts}
     return config, {part: traverse_util.unflatten_dict(tree, sep=".") for part, tree in params.items()}, tokenizer
 
 
@@ -327,20 +327,23 @@ def _check(
         raise InputError(f"{tensors.folder}: the tensor {min(left)}{more} is not part of this model")
 
 
-def _read(tensors: _Tensors, sources: dict[str, names.Source], expected: dict) -> Iterator[tuple[str, jax.Array]]:
-    """Parameters in float32 on the device. Of the host's memory one tensor at a time is used."""
+def _read(
+    part: str, tensors: _Tensors, sources: dict[str, names.Source], expected: dict, dtype: str
+) -> Iterator[tuple[str, jax.Array]]:
+    """Parameters on the device. Of the host's memory one tensor at a time is used."""
     for ours, source in sources.items():
+        kind = memory_dtype(part, ours, dtype)
         if not source.stacked:
-            yield ours, _on_device(tensors, source, source.names[0])
+            yield ours, _on_device(tensors, source, source.names[0], kind)
             continue
-        stack = jnp.zeros(expected[ours].shape, jnp.float32)
+        stack = jnp.zeros(expected[ours].shape, kind)
         for layer, name in enumerate(source.names):
-            stack = _put(stack, _on_device(tensors, source, name), layer)
+            stack = _put(stack, _on_device(tensors, source, name, kind), layer)
         yield ours, stack
 
 
-def _on_device(tensors: _Tensors, source: names.Source, name: str) -> jax.Array:
-    array = jnp.asarray(source.convert(tensors.read(name)), jnp.float32)
+def _on_device(tensors: _Tensors, source: names.Source, name: str, dtype: jnp.dtype) -> jax.Array:
+    array = jnp.asarray(source.convert(tensors.read(name)), dtype)
     if not jnp.isfinite(array).all():
         raise InputError(f"{tensors.folder} is damaged: the tensor {name} is not finite")
     return array

@@ -179,14 +179,14 @@ def run_dit(module, latents_BFYXZ, thousandths_BF, text_BLD):
         levels = torch.tensor(thousandths_BF[:, 0])
     else:
         levels = torch.tensor(np.repeat(thousandths_BF, (Y // py) * (X // px), axis=1))
-    out = module(channels_first(latents_BFYXZ), levels, torch.tensor(text_BLD), return_dict=False)[0]
-    return channels_last(out)
+    inputs = (channels_first(latents_BFYXZ).to(module.dtype), levels, torch.tensor(text_BLD).to(module.dtype))
+    return channels_last(module(*inputs, return_dict=False)[0].float())
 
 
 @torch.no_grad()
 def run_text(module, ids_BL):
     """Features, zero at the padding."""
-    out = module(torch.tensor(ids_BL), torch.tensor(ids_BL > 0)).last_hidden_state.numpy()
+    out = module(torch.tensor(ids_BL), torch.tensor(ids_BL > 0)).last_hidden_state.float().numpy()
     return out * (ids_BL > 0)[..., None]
 
 
@@ -269,7 +269,17 @@ def expected(kind, made):
     else:
         inputs = (values[f"dit_{name}"] for name in ("latents", "levels", "text"))
         values["dit"] = run_dit(made.transformer, *inputs)
+    if kind == "t2v":
+        # How far the reference in bfloat16 is from itself in float32.
+        half = WanTransformer3DModel.from_pretrained(HERE / kind / "transformer", torch_dtype=torch.bfloat16)
+        latents, levels, text = (values[f"dit_{name}"] for name in ("latents", "levels", "text"))
+        velocity = run_dit(half, latents, levels, text)
+        values["dit_bfloat16_error"] = np.linalg.norm(velocity - values["dit"]) / np.linalg.norm(values["dit"])
     values["text"] = run_text(made.text_encoder, values["text_ids"])
+    if kind == "t2v":
+        half = UMT5EncoderModel.from_pretrained(HERE / kind / "text_encoder", dtype=torch.bfloat16)
+        features = run_text(half, values["text_ids"])
+        values["text_bfloat16_error"] = np.linalg.norm(features - values["text"]) / np.linalg.norm(values["text"])
     values["mean"], values["log_variance"], values["decoded"] = run_codec(made.vae, values["video"])
     values["solver"] = run_scheduler(scheduler(kind), values["solver_start"], lambda x, t: torch.sin(3 * x) + t, 20)
     prompts = ("a red ball rolls behind a gray wall", "a blue cube")

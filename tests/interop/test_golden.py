@@ -165,6 +165,39 @@ def test_second_transformer_and_its_guidance_count(expected, kind, generator):
     assert not np.array_equal(plain, generator.generate("a red ball", guidance_low=9.0, **options).frames)
 
 
+@pytest.mark.parametrize("kind", ["i2v"], indirect=True)  # it has every kind of part but a second transformer
+def test_converting_writes_the_same_model(generator, kind, tmp_path, capsys):
+    assert main(["convert", str(GOLDEN / kind), str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "model")
+    again = sora_jax.load(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, again.params, generator.params)
+    assert again.config == generator.config
+    np.testing.assert_array_equal(again.tokenizer(["a red ball"], 512), generator.tokenizer(["a red ball"], 512))
+    assert main(["convert", str(GOLDEN / kind), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    half = sora_jax.load(tmp_path / "half")
+    for one, other in zip(jax.tree.leaves(half.params), jax.tree.leaves(generator.params), strict=True):
+        np.testing.assert_array_equal(one, other.astype(jnp.bfloat16).astype(jnp.float32))
+    assert main(["convert", str(tmp_path / "none"), str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["t2v"], indirect=True)
+def test_bfloat16(kind, generator, expected):
+    """Large kernels are held in bfloat16, and the result is as near as bfloat16 allows."""
+    half = sora_jax.load(GOLDEN / kind, dtype="bfloat16")
+    assert half.params["dit"]["blocks"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert half.params["dit"]["blocks"]["modulation"].dtype == jnp.float32
+    levels = np.float32(expected["dit_levels"] / 1000)
+    inputs = expected["dit_latents"], levels, expected["dit_text"]
+    velocity = DiT(half.config.dit, half.dtype).apply({"params": half.params["dit"]}, *inputs)
+    assert velocity.dtype == jnp.float32
+    assert 1e-4 < difference(velocity, expected["dit"]) < 2 * expected["dit_bfloat16_error"]
+    text = T5Encoder(half.config.text, half.dtype).apply({"params": half.params["text"]}, expected["text_ids"])
+    assert 1e-4 < difference(text, expected["text"]) < 2 * expected["text_bfloat16_error"]
+    with pytest.raises(InputError, match="dtype is 'int8'"):
+        sora_jax.load(GOLDEN / kind, dtype="int8")
+
+
 @pytest.fixture
 def folder(tmp_path):
     return Path(shutil.copytree(GOLDEN / "t2v", tmp_path / "model"))
