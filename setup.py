@@ -48,7 +48,7 @@ setup(
         "evaluate": ["matplotlib", "scipy"],
         "wan": WAN,
         "test": ["matplotlib", "pytest>=8", "ruff", "scipy", *WAN],
-        "parity": ["diffusers>=0.35", "torch", "transformers>=4.56", *WAN],
+        "parity": ["diffusers>=0.35", "peft", "torch", "transformers>=4.56", *WAN],
     },
     entry_points={"console_scripts": ["sora-jax = sora_jax.cli:main"]},
     classifiers=[

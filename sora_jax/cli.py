@@ -144,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", metavar="FILE", help="the picture that the video starts with, for models that take one")
     add("--last-image", metavar="FILE", help="the picture that the video ends with, likewise")
     add("--model", metavar="DIR", help="a model folder, ours or a published Wan (default: the bundled model)")
+    add("--lora", action="append", type=_lora, metavar="FILE[:SCALE]", help="a low-rank adaptation; can be repeated")
+    add("--lora-low", action="append", type=_lora, metavar="FILE[:SCALE]", help="likewise, for low noise levels")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
 
     train = commands.add_parser("train", help="train a model from a config file", allow_abbrev=False)
@@ -189,7 +191,8 @@ def _generate(options: argparse.Namespace) -> None:
 
     from sora_jax.generate import load
 
-    generator = load(options.model, options.dtype)
+    lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
+    generator = load(options.model, options.dtype, lora=lora, lora_low=lora_low)
     request = generator.request(
         [prompt for prompt, _ in jobs],
         seed=[seed for _, seed in jobs],
@@ -385,6 +388,12 @@ def _number(above: float = -math.inf):
         return value
 
     return parse
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """FILE, or FILE:SCALE."""
+    match = re.fullmatch(r"(.+):(-?[\d.]+(?:e-?\d+)?)", text)
+    return (match[1], _number()(match[2])) if match else (text, 1.0)
 
 
 def _size(text: str) -> tuple[int, int]:

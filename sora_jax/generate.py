@@ -36,7 +36,13 @@ _PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in
 DTYPES = ("float32", "bfloat16")
 
 
-def load(path: str | os.PathLike | None = None, dtype: str | None = None) -> Generator:
+def load(
+    path: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    *,
+    lora: dict[str | os.PathLike, float] | None = None,
+    lora_low: dict[str | os.PathLike, float] | None = None,
+) -> Generator:
     """The generator of a model folder, ours or one in the diffusers layout; without a path, of the model that comes
     with the package.
 
@@ -46,6 +52,8 @@ def load(path: str | os.PathLike | None = None, dtype: str | None = None) -> Gen
         path: the folder.
         dtype: precision of the large products, "float32" or "bfloat16"; by default float32 for the bundled model and
             on CPU, where bfloat16 is slower, and bfloat16 otherwise.
+        lora: files of low-rank adaptations with the scale of each, merged into the transformer in this order.
+        lora_low: the same for a second transformer for low noise levels.
 
     Raises:
         InputError: if the folder is not a readable model.
@@ -55,7 +63,15 @@ def load(path: str | os.PathLike | None = None, dtype: str | None = None) -> Gen
         dtype = "float32" if path is None or jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it can be {' or '.join(DTYPES)}")
-    return Generator(*_read_any(Path(BUNDLED if path is None else path), dtype), dtype)
+    config, params, tokenizer = _read_any(Path(BUNDLED if path is None else path), dtype)
+    for part, files in (("dit", lora), ("dit_low", lora_low)):
+        if files and part not in params:
+            raise InputError("lora_low is for models with a second transformer; this one has none")
+        for file, scale in (files or {}).items():
+            from sora_jax.interop import lora as lora_lib
+
+            params[part] = lora_lib.merge(config.dit, params[part], file, scale)
+    return Generator(config, params, tokenizer, dtype)
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str | None = None) -> Path:

@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import jax  # noqa: E402
+import safetensors.numpy  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel  # noqa: E402
 from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
@@ -230,3 +231,35 @@ def test_published_sizes(name, tmp_path):
             module.save_config(tmp_path / part)
             read = {"codec": codec_config, "dit": dit_config}[part](tmp_path / part / "config.json")
             assert read == getattr(preset, part)
+
+
+@pytest.mark.parametrize("layout", ["peft", "wan"])
+def test_adaptations(layout, tmp_path):
+    """A pipeline with a loaded LoRA, at a scale, and ours with it merged."""
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    made = make.pipeline("t2v")
+    made.save_pretrained(tmp_path / "model")
+    random, found = np.random.default_rng(0), {}
+    modules = {f"blocks.{i}.attn1.to_{x}": f"blocks.{i}.self_attn.{x}" for i in range(3) for x in "qkv"}
+    modules |= {f"blocks.{i}.ffn.net.2": f"blocks.{i}.ffn.2" for i in range(3)}
+    for module, wan in modules.items():
+        rows, columns = made.transformer.get_submodule(module).weight.shape
+        down, up = (random.normal(size=s).astype(np.float32) for s in ((4, columns), (rows, 4)))
+        prefix = f"transformer.{module}" if layout == "peft" else f"diffusion_model.{wan}"
+        names = ("lora_A", "lora_B") if layout == "peft" else ("lora_down", "lora_up")
+        found |= {f"{prefix}.{names[0]}.weight": 0.2 * down, f"{prefix}.{names[1]}.weight": 0.2 * up}
+        if layout == "wan":
+            found[f"{prefix}.alpha"] = np.array(2.0, np.float32)
+    safetensors.numpy.save_file(found, tmp_path / "style.safetensors")
+    made.load_lora_weights(str(tmp_path), weight_name="style.safetensors", adapter_name="style")
+    made.set_adapters(["style"], [0.7])
+    latents, levels = random.normal(size=(1, 3, 4, 4, 4)).astype(np.float32), np.full((1, 3), 500)
+    text = random.normal(size=(1, 512, 24)).astype(np.float32)
+    expected = make.run_dit(made.transformer, latents, levels, text)
+    generator = sora_jax.load(tmp_path / "model", lora={tmp_path / "style.safetensors": 0.7})
+    apply = DiT(generator.config.dit).apply
+    found = apply({"params": generator.params["dit"]}, latents, np.float32(levels / 1000), text)
+    assert difference(found, expected) < TOLERANCE
+    plain = apply({"params": sora_jax.load(tmp_path / "model").params["dit"]}, latents, np.float32(levels / 1000), text)
+    assert difference(plain, expected) > 0.01

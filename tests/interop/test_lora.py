@@ -1,0 +1,113 @@
+"""Low-rank adaptations: merging one equals loading a model whose published tensors were changed by hand."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import sora_jax
+from sora_jax.cli import main
+from sora_jax.errors import InputError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Published name, Wan's own name, and that with underscores.
+MODULES = {
+    "blocks.0.attn1.to_q": ("blocks.0.self_attn.q", "blocks_0_self_attn_q"),
+    "blocks.2.attn2.to_v": ("blocks.2.cross_attn.v", "blocks_2_cross_attn_v"),
+    "blocks.1.attn1.to_out.0": ("blocks.1.self_attn.o", "blocks_1_self_attn_o"),
+    "blocks.1.ffn.net.0.proj": ("blocks.1.ffn.0", "blocks_1_ffn_0"),
+    "condition_embedder.text_embedder.linear_1": ("text_embedding.0", "text_embedding_0"),
+}
+RANK, ALPHA, SCALE = 4, 2.0, 0.7
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return safetensors.numpy.load_file(GOLDEN / "t2v" / "transformer" / WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def matrices(tensors):
+    random = np.random.default_rng(0)
+    shapes = {module: tensors[f"{module}.weight"].shape for module in MODULES}
+    return {
+        module: (
+            random.normal(size=(RANK, columns)).astype(np.float32),
+            random.normal(size=(rows, RANK)).astype(np.float32),
+        )
+        for module, (rows, columns) in shapes.items()
+    }
+
+
+def write(path, layout, matrices, alpha):
+    found = {}
+    for module, (down, up) in matrices.items():
+        dotted, underscored = MODULES[module]
+        prefix, names = {
+            "peft": (f"transformer.{module}", ("lora_A.weight", "lora_B.weight")),
+            "wan": (f"diffusion_model.{dotted}", ("lora_down.weight", "lora_up.weight")),
+            "underscores": (f"lora_unet_{underscored}", ("lora_down.weight", "lora_up.weight")),
+        }[layout]
+        found |= {f"{prefix}.{names[0]}": down, f"{prefix}.{names[1]}": up}
+        if alpha is not None:
+            found[f"{prefix}.alpha"] = np.array(alpha, np.float32)
+    safetensors.numpy.save_file(found, path)
+    return path
+
+
+@pytest.mark.parametrize("layout, alpha", [("peft", None), ("wan", ALPHA), ("underscores", ALPHA)])
+def test_merging_equals_changing_the_published_tensors(layout, alpha, matrices, tensors, tmp_path):
+    changed = dict(tensors)
+    for module, (down, up) in matrices.items():
+        factor = SCALE * (RANK if alpha is None else alpha) / RANK
+        changed[f"{module}.weight"] = tensors[f"{module}.weight"] + factor * up @ down
+    folder = Path(shutil.copytree(GOLDEN / "t2v", tmp_path / "model"))
+    safetensors.numpy.save_file(changed, folder / "transformer" / WEIGHTS)
+    by_hand = sora_jax.load(folder)
+    path = write(tmp_path / "style.safetensors", layout, matrices, alpha)
+    merged = sora_jax.load(GOLDEN / "t2v", lora={path: SCALE})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), merged.params, by_hand.params)
+    plain = sora_jax.load(GOLDEN / "t2v").params["dit"]["blocks"]["up"]["kernel"]
+    assert np.abs(merged.params["dit"]["blocks"]["up"]["kernel"] - plain).max() > 0.1
+    # Once with and once against: nothing is left.
+    both = sora_jax.load(GOLDEN / "t2v", lora={path: SCALE, shutil.copy(path, tmp_path / "again.safetensors"): -SCALE})
+    np.testing.assert_allclose(both.params["dit"]["blocks"]["up"]["kernel"], plain, atol=1e-5)
+
+
+def test_each_transformer_has_its_own(matrices, tmp_path):
+    path = write(tmp_path / "style.safetensors", "peft", matrices, None)
+    plain = sora_jax.load(GOLDEN / "a14b")
+    low = sora_jax.load(GOLDEN / "a14b", lora_low={path: 1.0})
+    jax.tree.map(np.testing.assert_array_equal, low.params["dit"], plain.params["dit"])
+    kernels = [g.params["dit_low"]["blocks"]["up"]["kernel"] for g in (low, plain)]
+    assert not np.array_equal(*kernels)
+    with pytest.raises(InputError, match="lora_low is for models with a second transformer"):
+        sora_jax.load(GOLDEN / "t2v", lora_low={path: 1.0})
+
+
+def test_what_does_not_fit_is_named(matrices, tmp_path, capsys):
+    path = tmp_path / "style.safetensors"
+    down, up = matrices["blocks.0.attn1.to_q"]
+
+    def refused(tensors, match):
+        safetensors.numpy.save_file(tensors, path)
+        with pytest.raises(InputError, match=match):
+            sora_jax.load(GOLDEN / "t2v", lora={path: 1.0})
+
+    name = "transformer.blocks.0.attn1.to_q"
+    refused({f"{name}.lora_A.weight": down}, "attn1.to_q needs a lower and an upper matrix")
+    refused({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up[:, :2]}, "matrix of one rank")
+    refused({f"{name}.lora_A.weight": down[:, :7], f"{name}.lora_B.weight": up}, r"as \[32, 7\]; here it is \[32, 32\]")
+    other = name.replace("0", "9")
+    refused({f"{other}.lora_A.weight": down, f"{other}.lora_B.weight": up}, "blocks.9.attn1.to_q, which this")
+    refused({f"{name}.diff": down}, "attn1.to_q.diff is no part of a low-rank adaptation")
+    path.write_bytes(path.read_bytes()[:50])
+    assert main(["generate", "a ball", "--model", str(GOLDEN / "t2v"), "--lora", f"{path}:0.5"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "style.safetensors is damaged" in error
+    assert main(["generate", "a ball", "--model", str(GOLDEN / "t2v"), "--lora", str(tmp_path / "x.pt")]) == 2
+    assert "is a pickle, which is never read" in capsys.readouterr().err
