@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from sora_jax.codec import Codec
 from sora_jax.codec.layers import convolve
+from sora_jax.data.worlds.layout import CHANNELS
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError
 from sora_jax.generate import BUNDLED, Generator
@@ -37,7 +38,7 @@ from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, 
 from sora_jax.text import T5Encoder, TextConfig, tokenize
 from sora_jax.training import state as state_lib
 from sora_jax.training.codec_task import codec_config
-from sora_jax.training.dit_task import DiTTask
+from sora_jax.training.dit_task import Aligner, DiTTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRODUCT = 2048
@@ -153,6 +154,7 @@ def random_model(training: ConfigDict, quick: bool) -> tuple[ModelConfig, Any]:
     if quick:
         codec = dataclasses.replace(codec, width=8, decoder_width=8)
         training.dit.update(heads=2, feed_forward=128, layers=2)
+        training.align.layer = 1
     config = ModelConfig(
         text=TextConfig(**training.text),
         codec=codec,
@@ -172,6 +174,7 @@ class Task(DiTTask):
     def __init__(self, config: ConfigDict, model: ModelConfig):
         self.config, self.text_config, self.dit_config = config, model.text, model.dit
         self.text, self.dit = T5Encoder(model.text), DiT(model.dit)
+        self.aligner = Aligner(model.dit.width)
         self.latent_shape = model.codec.latent_shape(config.frames, config.size, config.size)
 
 
@@ -221,9 +224,11 @@ def measure_training(bench: Bench, config: ModelConfig, training: ConfigDict) ->
     task = Task(training, config)
     optimizer = state_lib.make_optimizer(training.optimizer, training.steps)
     state = jax.jit(lambda: meta.unbox(state_lib.create(task.initialize(jax.random.key(0)), optimizer)))()
-    latents = np.random.default_rng(0).normal(size=(training.batch, *task.latent_shape))
+    random, (F, Y, X, Z) = np.random.default_rng(0), task.latent_shape
+    _, rows, columns = config.dit.patch
     batch = {
-        "latents": latents.astype(np.float16),
+        "latents": random.normal(size=(training.batch, F, Y, X, Z)).astype(np.float16),
+        "layout": random.normal(size=(training.batch, F, Y // rows, X // columns, CHANNELS)).astype(np.float16),
         "ids": tokenize([PROMPT] * training.batch, config.text.length),
     }
     step = state_lib.make_step(task.loss, optimizer, training.seed, training.ema_decay)

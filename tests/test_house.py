@@ -31,7 +31,11 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEVER = {"torch", "tensorflow", "diffusers", "transformers", "pickle"}
 # What compares with the public implementations, where they are installed.
-COMPARES = {ROOT / "tests/golden/make.py", ROOT / "tests/interop/test_parity.py"}
+COMPARES = {
+    ROOT / "tests/golden/make.py",
+    ROOT / "tests/interop/test_parity.py",
+    ROOT / "experiments/benchmark_vs_diffusers.py",
+}
 
 
 def room(path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import TINY_CODEC, TINY_DIT
 
+import sora_jax
 from sora_jax.cli import main
 from sora_jax.video import read_video
 
@@ -35,13 +36,28 @@ def in_new_folder(tmp_path, monkeypatch):
 
 def test_commands_from_training_to_evaluation(in_new_folder):
     commands = [line for block in BLOCKS for line in block.splitlines() if line.startswith("sora-jax ")]
-    assert [command.split()[1] for command in commands] == ["train", "train", "export", "generate", "evaluate"]
-    for command in commands:
+    assert [command.split()[1] for command in commands] == [
+        *("generate", "convert"),
+        *("train", "train", "export", "generate", "evaluate"),
+    ]
+    for command in commands[2:]:
         words = shlex.split(command)[1:]
         extra = [word for key, values in EXTRA.items() if key in words for word in values]
         assert main([*words, *extra]) == 0, command
     assert len(list(Path().glob("a-blue-star-rises*.mp4"))) == 1
     assert "colour right" in Path("report/report.md").read_text()
+
+
+def test_commands_for_published_folders(in_new_folder):
+    """On a tiny model with random weights in the published layout."""
+    Path("Wan2.1-T2V-1.3B-Diffusers").symlink_to(ROOT / "tests" / "golden" / "t2v")
+    small = ["--size", "32x32", "--frames", "5", "--steps", "2"]
+    commands = [line for block in BLOCKS for line in block.splitlines() if "Wan2.1" in line]
+    for command in commands:
+        words = shlex.split(command)[1:]
+        assert main([*words, *(small if words[0] == "generate" else [])]) == 0, command
+    assert read_video("a-red-fox-in-the-snow.mp4").frames.shape == (5, 32, 32, 3)
+    assert sora_jax.load("wan-1.3b").config.parts == ("text", "codec", "dit")
 
 
 def test_python_of_the_first_section(in_new_folder):
