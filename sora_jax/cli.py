@@ -190,10 +190,12 @@ def _generate(options: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from sora_jax.generate import load
+    from sora_jax.request import make_request
 
     lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
     generator = load(options.model, options.dtype, lora=lora, lora_low=lora_low)
-    request = generator.request(
+    request = make_request(
+        generator.config,
         [prompt for prompt, _ in jobs],
         seed=[seed for _, seed in jobs],
         negative_prompt=options.negative_prompt,

@@ -1,16 +1,13 @@
-"""From a prompt, and perhaps pictures, to a video: check, read, draw noise, remove it step by step, decode."""
+"""From a prompt, and perhaps pictures, to a video: read them, draw noise, remove it step by step, decode."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 import os
 import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +22,14 @@ from sora_jax.codec import Codec
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, read_model_folder, write_model_folder
+from sora_jax.request import Request, make_request
 from sora_jax.text import ByteTokenizer, FileTokenizer, T5Encoder
-from sora_jax.video import Video, check_fps, read_video
+from sora_jax.video import Video
 from sora_jax.vision import VisionEncoder, preprocess
 
 BUNDLED = Path(__file__).parent / "bundled"
-_PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
-
-
 DTYPES = ("float32", "bfloat16")
+_PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
 
 
 def load(
@@ -95,24 +91,6 @@ def _read_any(path: Path, dtype: str) -> tuple[ModelConfig, dict[str, Any], Byte
     config, params = read_model_folder(path, dtype)
     tokenizer = FileTokenizer(path / "tokenizer.json") if config.text.tokenizer == "file" else ByteTokenizer()
     return config, params, tokenizer
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be made, complete and checked: one video per entry of `prompts` and `seeds`."""
-
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    negative_prompt: str
-    frames: int
-    size: tuple[int, int]
-    steps: int
-    guidance: float
-    guidance_low: float
-    fps: float
-    noise: np.ndarray | None = None
-    image: np.ndarray | None = None
-    last_image: np.ndarray | None = None
 
 
 class Given(NamedTuple):
@@ -195,7 +173,8 @@ class Generator:
         Raises:
             InputError: if an argument is out of range; the message names what would be possible.
         """
-        request = self.request(
+        request = make_request(
+            self.config,
             prompt,
             seed=seed,
             frames=frames,
@@ -213,82 +192,6 @@ class Generator:
             warnings.warn(note, stacklevel=2)
         videos = list(self.run(request, progress=progress))
         return videos[0] if isinstance(prompt, str) and np.ndim(seed) == 0 else videos
-
-    def request(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        seed: int | Sequence[int] = 0,
-        frames: int | None = None,
-        size: tuple[int, int] | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        guidance_low: float | None = None,
-        negative_prompt: str = "",
-        fps: float | None = None,
-        noise: np.ndarray | None = None,
-        image: str | os.PathLike | np.ndarray | None = None,
-        last_image: str | os.PathLike | np.ndarray | None = None,
-    ) -> Request:
-        """Checks the arguments of `generate` and fills in the model's defaults; raises InputError."""
-        defaults = self.config.sampling
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] if np.ndim(seed) == 0 else list(seed)
-        prompts = prompts * len(seeds) if len(prompts) == 1 else prompts
-        seeds = seeds * len(prompts) if len(seeds) == 1 else seeds
-        if not prompts or len(prompts) != len(seeds):
-            raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds do not make pairs")
-        for text in prompts:
-            if not isinstance(text, str) or not text.strip():
-                raise InputError("the prompt is empty; describe what the video shows, e.g. 'a red ball rolls left'")
-        guidance = _number("guidance", defaults.guidance if guidance is None else guidance)
-        if guidance_low is not None and self.config.boundary is None:
-            raise InputError("guidance_low is for models with a second transformer; this one has none")
-        if guidance_low is None:
-            guidance_low = guidance if defaults.guidance_low is None else defaults.guidance_low
-        request = Request(
-            prompts=tuple(prompts),
-            seeds=tuple(_whole("seed", value, 0, 2**32 - 1) for value in seeds),
-            negative_prompt=negative_prompt,
-            frames=_whole("frames", defaults.frames if frames is None else frames, 1),
-            size=tuple(_whole("size", side, 1) for side in _pair(defaults.size if size is None else size)),
-            steps=_whole("steps", defaults.steps if steps is None else steps, 1),
-            guidance=guidance,
-            guidance_low=_number("guidance_low", guidance_low),
-            fps=_number("fps", defaults.fps if fps is None else fps),
-        )
-        _check_multiple("frames", request.frames, self.config.codec.stride_time, 1)
-        for name, side, patch in zip(("height", "width"), request.size, self.config.dit.patch[1:], strict=True):
-            _check_multiple(name, side, self.config.codec.stride_space * patch, 0)
-        check_fps(request.fps)
-        request = dataclasses.replace(request, **self._images(image, last_image, request))
-        if noise is None:
-            return request
-        shape = (len(prompts), *self.config.codec.latent_shape(request.frames, *request.size))
-        noise = np.asarray(noise, np.float32)
-        if noise.shape not in (shape, shape[1:]) or (noise.ndim == 4 and len(prompts) > 1):
-            raise InputError(f"noise must be {list(shape)}, not {list(noise.shape)}")
-        return dataclasses.replace(request, noise=noise.reshape(shape))
-
-    def _images(self, image: Any, last_image: Any, request: Request) -> dict[str, np.ndarray | None]:
-        """Checks the images and brings them to the size of the video."""
-        dit = self.config.dit
-        if (image is not None or last_image is not None) and not (self.config.known_frames or dit.condition_channels):
-            raise InputError("this model makes videos from text alone: it takes no image")
-        if image is None and dit.condition_channels:
-            raise InputError("this model makes a video from an image: give --image FILE, or image= in Python")
-        if last_image is not None and request.frames < 2 * self.config.codec.stride_time:
-            raise InputError(f"{request.frames} frames are too few for a first and a last image")
-        if dit.image_positions and last_image is None:
-            raise InputError("this model goes from a first to a last image: give --last-image FILE too")
-        fitted = {}
-        for name, picture in (("image", image), ("last_image", last_image)):
-            if picture is not None and not isinstance(picture, np.ndarray):
-                picture = read_video(picture).frames[0]
-            if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
-                raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
-            fitted[name] = picture
-        return fitted
 
     def run(self, request: Request, progress: bool = True) -> Iterator[Video]:
         """Yields the videos of a checked request, in order, sampling in batches of bounded size."""
@@ -444,45 +347,6 @@ def _wait(array: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnums=1)
 def _draw_noise(seeds_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds_B)
-
-
-def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} must be a whole number, not {value!r}") from None
-    if number < low or (high is not None and number > high):
-        raise InputError(
-            f"{name} must be {f'at least {low}' if high is None else f'from {low} to {high}'}, not {value}"
-        )
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"{name} must be a finite number, not {value!r}")
-    return number
-
-
-def _pair(size: Any) -> tuple[Any, Any]:
-    if isinstance(size, str) or np.shape(size) != (2,):
-        raise InputError(f"size must be (height, width), not {size!r}")
-    return tuple(size)
-
-
-def _check_multiple(name: str, value: int, step: int, offset: int) -> None:
-    """Raises InputError, naming the nearest values, unless value = offset + a positive multiple of step."""
-    if value >= max(offset, 1) and value % step == offset % step:
-        return
-    below = value - (value - offset) % step
-    nearest = [str(n) for n in (below, below + step) if n > 0]
-    rule = f"{offset} + a multiple of {step}" if offset else f"a multiple of {step}"
-    are = f"nearest are {nearest[0]} and {nearest[1]}" if len(nearest) > 1 else f"nearest is {nearest[0]}"
-    raise InputError(f"{name} must be {rule}; {value} is not, {are}")
 
 
 def _keep_compiled_programs() -> None:

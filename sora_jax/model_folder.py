@@ -14,6 +14,7 @@ and shape. A folder that was read and is written again is identical byte for byt
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -22,6 +23,7 @@ import secrets
 import shutil
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -184,29 +186,39 @@ def write_model_folder(
         raise InputError(f"cannot write the model to {path}: something other than a model folder is there")
     expected = abstract_params(config)
     tensors = {part: _stored(part, params[part], expected[part], config.dtype) for part in config.parts}
-    # Never beside half of an older model: all files go into a hidden folder, which then takes the name.
-    token = secrets.token_hex(8)
-    hidden, older = (path.absolute().parent / f".{token}.{role}" for role in ("new", "old"))
-    try:
-        hidden.mkdir()
+    with _complete_or_absent(path, "the model") as hidden:
         for part in config.parts:
             (hidden / f"{part}.safetensors").write_bytes(safetensors.numpy.save(tensors[part]))
         if config.text.tokenizer == "file":
             (hidden / "tokenizer.json").write_bytes(tokenizer)
         text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=1)
         (hidden / "model.json").write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def _complete_or_absent(path: Path, what: str) -> Iterator[Path]:
+    """A hidden folder to fill, which then takes the place of `path`: never half of it, nor beside half of an older one.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    token = secrets.token_hex(8)
+    hidden, older = (path.absolute().parent / f".{token}.{role}" for role in ("new", "old"))
+    try:
+        hidden.mkdir()
+        yield hidden
         if path.exists():
             os.rename(path, older)
         os.rename(hidden, path)
     except OSError as error:
         if older.exists() and not path.exists():
             os.rename(older, path)
-        raise InputError(f"cannot write the model to {path}: {error.strerror}") from error
+        raise InputError(f"cannot write {what} to {path}: {error.strerror}") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         if path.exists():
             shutil.rmtree(older, ignore_errors=True)
-    return path
 
 
 def memory_dtype(part: str, name: str, dtype: str) -> np.dtype:
@@ -350,17 +362,10 @@ def _one_line(error: Exception) -> str:
 def write_codec(path: Path, config: CodecConfig, params: Any) -> None:
     """Writes a codec alone (`codec.json`, `codec.safetensors`, float32) as a new folder, complete or not at all."""
     tensors = _stored("codec", params, _abstract_codec_params(config), "float32")
-    hidden = path.absolute().parent / f".{secrets.token_hex(8)}.new"
-    try:
-        hidden.mkdir()
+    with _complete_or_absent(path, "the codec") as hidden:
         (hidden / "codec.safetensors").write_bytes(safetensors.numpy.save(tensors))
         text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=1)
         (hidden / "codec.json").write_text(text + "\n", encoding="utf-8")
-        os.rename(hidden, path)
-    except OSError as error:
-        raise InputError(f"cannot write the codec to {path}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def read_codec(path: str | os.PathLike) -> tuple[CodecConfig, Any]:

@@ -22,7 +22,7 @@ FLOORS = [
     ("text", "codec", "dit", "sampler", "vision"),
     ("data",),
     ("model_folder",),
-    ("interop",),
+    ("interop", "request"),
     ("training", "generate"),
     ("evaluation",),
     ("cli",),

@@ -180,7 +180,7 @@ class DiTTask:
         self.aligner = Aligner(self.dit_config.width)
         self.latent_shape = self.codec_config.latent_shape(config.frames, config.size, config.size)
         self._paths = self._encode_clips(workdir / "latents")
-        self._held_out = None
+        self._loss, self._held_out = jax.jit(self.loss), None
 
     def _encode_clips(self, folder: Path) -> list[Path]:
         config = self.config
@@ -260,27 +260,33 @@ class DiTTask:
             # Each clip several times, to see it at many levels.
             held_out = {name: np.stack([clip[name] for clip in clips * 4]) for name in clips[0]}
             self._held_out = held_out | {"ids": np.tile(tokenize(captions, self.text_config.length), (4, 1))}
-        metrics = jax.jit(self.loss)(params, self._held_out, jax.random.key(0))[1]
+        metrics = self._loss(params, self._held_out, jax.random.key(0))[1]
         return {f"held_out_{name}": float(value) for name, value in metrics.items()}, {"samples": self._samples(params)}
 
-    def _samples(self, params) -> np.ndarray:
-        prompts, settings = list(self.config.prompts), self.config.sampling
+    @functools.cached_property
+    def _sample(self):
+        """(params, codec_params, ids_BL, noise_BFYXZ) -> video, compiled once for all previews."""
+        settings = self.config.sampling
+        schedule = sampler.noise_schedule(settings.steps, settings.shift)
 
-        @jax.jit
-        def run(params, codec_params, ids_BL, noise_BFYXZ):
+        def sample(params, codec_params, ids_BL, noise_BFYXZ):
             text_BLD = self.text.apply({"params": params["text"]}, ids_BL)
 
             def velocity(x_BFYXZ, level_BF):
                 return self.dit.apply({"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD)
 
-            schedule = sampler.noise_schedule(settings.steps, settings.shift)
             guided = sampler.guided(velocity, settings.guidance)
             latents = sampler.sample(guided, noise_BFYXZ, schedule, settings.solver)
             return Codec(self.codec_config).apply({"params": codec_params}, latents, method="decode")
 
+        return jax.jit(sample)
+
+    def _samples(self, params) -> np.ndarray:
+        """The configured prompts, four to a row: uint8 (T, H, W, 3)."""
+        prompts = list(self.config.prompts)
         ids_BL = tokenize([*prompts, *[""] * len(prompts)], self.text_config.length)
         noise = jax.random.normal(jax.random.key(0), (len(prompts), *self.latent_shape))
-        video = run(params, self.codec_params, ids_BL, noise)
+        video = self._sample(params, self.codec_params, ids_BL, noise)
         frames = np.asarray(jnp.round((video + 1) * 127.5), np.uint8)
         frames = np.pad(frames, [(0, -len(prompts) % 4), *[(0, 0)] * 4])
         rows = [np.concatenate(list(frames[i : i + 4]), axis=2) for i in range(0, len(frames), 4)]

@@ -1,5 +1,6 @@
 """The training loop: restore, step, log, preview, save. The same for every task, on whatever devices there are."""
 
+import contextlib
 import json
 import math
 import signal
@@ -133,6 +134,7 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
     step = state_lib.make_step(task.loss, optimizer, config.seed, config.ema_decay)
     start = int(state.step)
     # What was logged after the checkpoint is logged again.
+    _forget_after(workdir / "metrics.jsonl", start)
     writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
     bar = tqdm(total=config.steps, initial=start, unit="step", desc=f"train {config.task}", smoothing=0.05)
     stopping = []
@@ -187,6 +189,20 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
         signal.signal(signal.SIGTERM, previous_handler)
         bar.close()
         writer.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the records of later steps, and a last one that was cut off, from a log of JSON lines."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    hidden = path.with_name(f".{path.name}")
+    hidden.write_text("".join(kept))
+    hidden.replace(path)
 
 
 def _preview(writer, workdir: Path, scalars: dict[str, float], videos: dict[str, np.ndarray], step: int) -> None:

@@ -81,8 +81,12 @@ def test_interrupted_codec_run_equals_uninterrupted(codec_run, tmp_path, monkeyp
         stop_after(patch, CodecTask, 3)
         with pytest.raises(Stop):
             loop.train(codec_config("--config.steps=4"), tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # after the checkpoint; cut off
     loop.train(codec_config("--config.steps=4"), tmp_path / "run")
     assert_same(final_state(codec_run), final_state(tmp_path / "run"))
+    steps = [[json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] for run in (codec_run, log.parent)]
+    assert steps[0] == steps[1] == [2, 4, 4]
 
 
 def test_interrupted_dit_run_equals_uninterrupted(dit_run, codec_run, tmp_path, monkeypatch):

@@ -1,0 +1,150 @@
+"""What is asked of a model, checked before any work: arguments in, a complete `Request` out."""
+
+import dataclasses
+import math
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sora_jax.errors import InputError
+from sora_jax.model_folder import ModelConfig
+from sora_jax.video import check_fps, read_video
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made, complete and checked: one video per entry of `prompts` and `seeds`."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    negative_prompt: str
+    frames: int
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    guidance_low: float
+    fps: float
+    noise: np.ndarray | None = None
+    image: np.ndarray | None = None
+    last_image: np.ndarray | None = None
+
+
+def make_request(
+    config: ModelConfig,
+    prompt: str | Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    guidance_low: float | None = None,
+    negative_prompt: str = "",
+    fps: float | None = None,
+    noise: np.ndarray | None = None,
+    image: str | os.PathLike | np.ndarray | None = None,
+    last_image: str | os.PathLike | np.ndarray | None = None,
+) -> Request:
+    """Checks the arguments of `Generator.generate` and fills in the model's defaults; raises InputError."""
+    defaults = config.sampling
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    seeds = [seed] if np.ndim(seed) == 0 else list(seed)
+    prompts = prompts * len(seeds) if len(prompts) == 1 else prompts
+    seeds = seeds * len(prompts) if len(seeds) == 1 else seeds
+    if not prompts or len(prompts) != len(seeds):
+        raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds do not make pairs")
+    for text in prompts:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError("the prompt is empty; describe what the video shows, e.g. 'a red ball rolls left'")
+    guidance = _number("guidance", defaults.guidance if guidance is None else guidance)
+    if guidance_low is not None and config.boundary is None:
+        raise InputError("guidance_low is for models with a second transformer; this one has none")
+    if guidance_low is None:
+        guidance_low = guidance if defaults.guidance_low is None else defaults.guidance_low
+    request = Request(
+        prompts=tuple(prompts),
+        seeds=tuple(_whole("seed", value, 0, 2**32 - 1) for value in seeds),
+        negative_prompt=negative_prompt,
+        frames=_whole("frames", defaults.frames if frames is None else frames, 1),
+        size=tuple(_whole("size", side, 1) for side in _pair(defaults.size if size is None else size)),
+        steps=_whole("steps", defaults.steps if steps is None else steps, 1),
+        guidance=guidance,
+        guidance_low=_number("guidance_low", guidance_low),
+        fps=_number("fps", defaults.fps if fps is None else fps),
+    )
+    _check_multiple("frames", request.frames, config.codec.stride_time, 1)
+    for name, side, patch in zip(("height", "width"), request.size, config.dit.patch[1:], strict=True):
+        _check_multiple(name, side, config.codec.stride_space * patch, 0)
+    check_fps(request.fps)
+    request = dataclasses.replace(request, **_images(config, image, last_image, request))
+    if noise is None:
+        return request
+    shape = (len(prompts), *config.codec.latent_shape(request.frames, *request.size))
+    noise = np.asarray(noise, np.float32)
+    if noise.shape not in (shape, shape[1:]) or (noise.ndim == 4 and len(prompts) > 1):
+        raise InputError(f"noise must be {list(shape)}, not {list(noise.shape)}")
+    return dataclasses.replace(request, noise=noise.reshape(shape))
+
+
+def _images(config: ModelConfig, image: Any, last_image: Any, request: Request) -> dict[str, np.ndarray | None]:
+    """Checks the images and brings them to the size of the video."""
+    dit = config.dit
+    if (image is not None or last_image is not None) and not (config.known_frames or dit.condition_channels):
+        raise InputError("this model makes videos from text alone: it takes no image")
+    if image is None and dit.condition_channels:
+        raise InputError("this model makes a video from an image: give --image FILE, or image= in Python")
+    if last_image is not None and request.frames < 2 * config.codec.stride_time:
+        raise InputError(f"{request.frames} frames are too few for a first and a last image")
+    if dit.image_positions and last_image is None:
+        raise InputError("this model goes from a first to a last image: give --last-image FILE too")
+    fitted = {}
+    for name, picture in (("image", image), ("last_image", last_image)):
+        if picture is not None and not isinstance(picture, np.ndarray):
+            picture = read_video(picture).frames[0]
+        if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
+            raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
+        fitted[name] = picture
+    return fitted
+
+
+def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be a whole number, not {value!r}") from None
+    if number < low or (high is not None and number > high):
+        raise InputError(
+            f"{name} must be {f'at least {low}' if high is None else f'from {low} to {high}'}, not {value}"
+        )
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{name} must be a finite number, not {value!r}")
+    return number
+
+
+def _pair(size: Any) -> tuple[Any, Any]:
+    if isinstance(size, str) or np.shape(size) != (2,):
+        raise InputError(f"size must be (height, width), not {size!r}")
+    return tuple(size)
+
+
+def _check_multiple(name: str, value: int, step: int, offset: int) -> None:
+    """Raises InputError, naming the nearest values, unless value = offset + a positive multiple of step."""
+    if value >= max(offset, 1) and value % step == offset % step:
+        return
+    below = value - (value - offset) % step
+    nearest = [str(n) for n in (below, below + step) if n > 0]
+    rule = f"{offset} + a multiple of {step}" if offset else f"a multiple of {step}"
+    are = f"nearest are {nearest[0]} and {nearest[1]}" if len(nearest) > 1 else f"nearest is {nearest[0]}"
+    raise InputError(f"{name} must be {rule}; {value} is not, {are}")
