@@ -71,7 +71,7 @@ def pipeline_config(path: Path) -> ModelConfig:
         text=text_config(path / "text_encoder" / "config.json"),
         codec=codec_config(path / "vae" / "config.json"),
         dit=dit,
-        sampling=sampling_config(path / "scheduler" / "scheduler_config.json", low, index.get("expand_timesteps")),
+        sampling=sampling_config(path / "scheduler" / "scheduler_config.json", dit, low, index.get("expand_timesteps")),
         boundary=boundary if low else None,
         known_frames=bool(index.get("expand_timesteps")),
         vision=vision_config(path / "image_encoder" / "config.json") if dit.image_width else None,
@@ -174,7 +174,7 @@ def vision_config(path: Path) -> VisionConfig:
         raise InputError(f"{path}: {error}") from error
 
 
-def sampling_config(path: Path, two_transformers: bool, level_per_frame: bool) -> SamplingConfig:
+def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_per_frame: bool) -> SamplingConfig:
     """The solver and shift of the folder; steps, size and guidance as the models' authors recommend them."""
     values = _json(path)
     kind = _one_of(path, values, "_class_name", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
@@ -196,13 +196,15 @@ def sampling_config(path: Path, two_transformers: bool, level_per_frame: bool) -
             if values.get(name):
                 raise InputError(f"{path}: {name} is not supported")
         solver, schedule, shift = "euler", "wan-euler", _get(path, values, "shift")
-    # The model cards of Wan 2.1, Wan 2.2 A14B and Wan 2.2 TI2V 5B.
-    if two_transformers:
-        usual = {"steps": 40, "guidance": 4.0, "guidance_low": 3.0, "frames": 81, "size": (720, 1280), "fps": 16.0}
-    elif level_per_frame:
-        usual = {"steps": 50, "guidance": 5.0, "frames": 121, "size": (704, 1280), "fps": 24.0}
-    else:
-        usual = {"steps": 50, "guidance": 5.0, "frames": 81, "size": (480, 832), "fps": 16.0}
+    # As the model cards of Wan 2.1 and 2.2 have it.
+    usual = {"steps": 50, "guidance": 5.0, "frames": 81, "size": (480, 832), "fps": 16.0}
+    if level_per_frame:
+        usual |= {"frames": 121, "size": (704, 1280), "fps": 24.0}
+    elif two_transformers:
+        usual |= {"steps": 40, "guidance": 4.0, "guidance_low": 3.0, "size": (720, 1280)}
+    if dit.condition_channels:
+        usual |= {"steps": 40}
+        usual |= {"guidance": 3.5, "guidance_low": 3.5} if two_transformers else {}
     return SamplingConfig(solver=solver, schedule=schedule, shift=float(shift), **usual)
 
 

@@ -4,6 +4,7 @@ from sora_jax.codec import CodecConfig
 from sora_jax.dit import DiTConfig
 from sora_jax.model_folder import ModelConfig, SamplingConfig
 from sora_jax.text import TextConfig
+from sora_jax.vision import VisionConfig
 
 UMT5_XXL = TextConfig(
     vocabulary_size=256384,
@@ -47,6 +48,8 @@ CODEC_2_2 = CodecConfig(
     + (0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
 )
 
+CLIP_VIT_H = VisionConfig(width=1280, heads=16, feed_forward=5120, layers=31)  # of the published 32
+
 _UNIPC = {"solver": "unipc", "schedule": "wan-unipc"}
 _LARGE = {"heads": 40, "head_width": 128, "feed_forward": 13824, "layers": 40, "text_width": 4096}
 
@@ -63,6 +66,13 @@ PRESETS = {
         dit=DiTConfig(16, **_LARGE),
         sampling=SamplingConfig(50, 5.0, 5.0, frames=81, size=(720, 1280), fps=16.0, **_UNIPC),
     ),
+    "wan2.1-i2v-14b": ModelConfig(
+        text=UMT5_XXL,
+        codec=CODEC_2_1,
+        dit=DiTConfig(16, **_LARGE, condition_channels=20, image_width=1280),
+        sampling=SamplingConfig(40, 5.0, 5.0, frames=81, size=(720, 1280), fps=16.0, **_UNIPC),
+        vision=CLIP_VIT_H,
+    ),
     "wan2.2-t2v-a14b": ModelConfig(
         text=UMT5_XXL,
         codec=CODEC_2_1,
@@ -70,10 +80,18 @@ PRESETS = {
         sampling=SamplingConfig(40, 4.0, 12.0, frames=81, size=(720, 1280), fps=16.0, guidance_low=3.0, **_UNIPC),
         boundary=0.875,
     ),
+    "wan2.2-i2v-a14b": ModelConfig(
+        text=UMT5_XXL,
+        codec=CODEC_2_1,
+        dit=DiTConfig(16, **_LARGE, condition_channels=20),
+        sampling=SamplingConfig(40, 3.5, 5.0, frames=81, size=(720, 1280), fps=16.0, guidance_low=3.5, **_UNIPC),
+        boundary=0.9,
+    ),
     "wan2.2-ti2v-5b": ModelConfig(
         text=UMT5_XXL,
         codec=CODEC_2_2,
         dit=DiTConfig(48, heads=24, head_width=128, feed_forward=14336, layers=30, text_width=4096),
         sampling=SamplingConfig(50, 5.0, 5.0, frames=121, size=(704, 1280), fps=24.0, **_UNIPC),
+        known_frames=True,
     ),
 }
