@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
                 patch=4,
                 residual=True,
             ),
+            freeze_encoder=False,  # train the decoder alone, for latents that a DiT already knows
             loss=dict(absolute=0.1, squared=4.0, kl=2e-4),
             optimizer=dict(
                 name="muon",

@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="turn a training run into a model folder", allow_abbrev=False)
     export.set_defaults(run=_export)
     export.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run")
+    export.add_argument("--codec", metavar="DIR", help="a codec run that trained only the decoder, to take it from")
     export.add_argument("output", metavar="OUT", help="the model folder to write")
 
     convert = commands.add_parser("convert", help="turn a published Wan folder into a model folder", allow_abbrev=False)
@@ -280,7 +281,7 @@ def _train(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from sora_jax.training import loop
 
-    print(loop.export(options.workdir, options.output))
+    print(loop.export(options.workdir, options.output, options.codec))
 
 
 def _convert(options: argparse.Namespace) -> None:

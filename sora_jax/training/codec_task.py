@@ -127,6 +127,8 @@ class CodecTask:
     def loss(self, params, video_BTHWC: jax.Array, key: jax.Array):
         def autoencode(codec):
             mean, log_variance = codec.posterior(video_BTHWC)
+            if self.config.freeze_encoder:
+                mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
             noise = jax.random.normal(key, mean.shape)
             return codec.reconstruct(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance
 

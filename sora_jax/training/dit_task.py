@@ -45,7 +45,7 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
     if not kept.exists():
         source = Path(config.codec)
         if (source / "checkpoints").is_dir():
-            codec_config, params = _from_codec_run(source)
+            codec_config, params = codec_of_run(source)
         else:
             codec_config, params = read_codec(source)
         if not codec_config.latents_std:
@@ -54,7 +54,14 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
     return read_codec(kept)
 
 
-def _from_codec_run(source: Path) -> tuple[CodecConfig, dict]:
+def codec_of_run(source: Path) -> tuple[CodecConfig, dict]:
+    """The averaged weights in the work directory of a codec run.
+
+    Raises:
+      InputError: it is none.
+    """
+    if not (source / "config.json").is_file():
+        raise InputError(f"{source} is not the work directory of a codec run: it has no config.json")
     config = ConfigDict(json.loads((source / "config.json").read_text()))
     if config.task != "codec":
         raise InputError(f"config.codec is {source}, which trains a {config.task}; it must be a codec run or a model")

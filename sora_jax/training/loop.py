@@ -227,11 +227,15 @@ def _preview(writer, workdir: Path, scalars: dict[str, float], videos: dict[str,
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
 
-def export(workdir: str | Path, out: str | Path) -> Path:
+def export(workdir: str | Path, out: str | Path, codec: str | Path | None = None) -> Path:
     """Writes the averaged weights of a finished or running DiT run as a model folder, in float16.
 
+    Args:
+      codec: a codec run whose decoder takes the place of the one that the DiT was trained beside; its encoder must be
+        the same (`config.freeze_encoder`).
+
     Raises:
-      InputError: `workdir` holds no DiT run with a checkpoint, or `out` cannot be written.
+      InputError: `workdir` holds no DiT run with a checkpoint, the codec is another one, or `out` cannot be written.
     """
     workdir = Path(workdir)
     try:
@@ -240,9 +244,11 @@ def export(workdir: str | Path, out: str | Path) -> Path:
         raise InputError(f"{workdir} is not the work directory of a training run: it has no config.json") from error
     if config.task != "dit":
         raise InputError(f"{workdir} trains a {config.task}; a model folder is made from a run of task 'dit'")
-    from sora_jax.training.dit_task import model_config
+    from sora_jax.training.dit_task import codec_of_run, model_config
 
     codec_config, codec_params = read_codec(workdir / "codec")
+    if codec is not None:
+        codec_params = _with_decoder(codec_params, codec_of_run(Path(codec))[1], codec)
     checkpoints = Checkpoints(workdir)
     try:
         params = checkpoints.restore_any()["ema"]
@@ -250,3 +256,15 @@ def export(workdir: str | Path, out: str | Path) -> Path:
         checkpoints.close()
     params = {"text": params["text"], "dit": params["dit"], "codec": codec_params}
     return write_model_folder(out, model_config(config, codec_config), params, "float16")
+
+
+def _with_decoder(kept: dict, found: dict, codec: str | Path) -> dict:
+    """The parameters `found`, if encoding with them is the same as with those `kept`."""
+    same = _shapes(kept) == _shapes(found) and all(
+        np.array_equal(one, other)
+        for half in ("encoder", "quant")
+        for one, other in zip(jax.tree.leaves(kept[half]), jax.tree.leaves(found[half]), strict=True)
+    )
+    if not same:
+        raise InputError(f"{codec}: its encoder is not the one whose latents the transformer was trained on")
+    return found

@@ -229,6 +229,22 @@ def test_alignment_trains_the_tokens_and_is_not_exported(dit_run, codec_run, tmp
     ]
 
 
+def test_a_decoder_trained_alone_can_be_exported_beside_the_transformer(dit_run, codec_run, tmp_path):
+    plain = read_model_folder(loop.export(dit_run, tmp_path / "plain"))[1]
+    start = f"--config.start_from={dit_run / 'codec'}"
+    for name, frozen in (("decoder", True), ("all", False)):
+        config = codec_config("--config.steps=3", "--config.optimizer.warmup=1", start)
+        config.freeze_encoder = frozen
+        loop.train(config, tmp_path / name)
+    model = loop.export(dit_run, tmp_path / "model", codec=tmp_path / "decoder")
+    codec = read_model_folder(model)[1]["codec"]
+    jax.tree.map(np.testing.assert_array_equal, codec["encoder"], plain["codec"]["encoder"])
+    assert not np.array_equal(codec["decoder"]["conv_in"]["kernel"], plain["codec"]["decoder"]["conv_in"]["kernel"])
+    with pytest.raises(InputError, match="its encoder is not the one"):
+        loop.export(dit_run, tmp_path / "other", codec=tmp_path / "all")
+    assert not (tmp_path / "other").exists()
+
+
 def test_export_needs_a_dit_run(codec_run, tmp_path, capsys):
     assert main(["export", "--workdir", str(codec_run), str(tmp_path / "model")]) == 2
     assert main(["export", "--workdir", str(tmp_path), str(tmp_path / "model")]) == 2
