@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from sora_jax import sampler
 from sora_jax.codec import Codec
+from sora_jax.codec import vae as codec_lib
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, read_model_folder, write_model_folder
@@ -30,6 +31,7 @@ from sora_jax.vision import VisionEncoder, preprocess
 BUNDLED = Path(__file__).parent / "bundled"
 DTYPES = ("float32", "bfloat16")
 _PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
+_PIXELS_AT_ONCE = 17 * 128 * 128  # more than these the codec takes in pieces, so that its memory does not grow
 
 
 def load(
@@ -66,7 +68,7 @@ def load(
         for file, scale in (files or {}).items():
             from sora_jax.interop import lora as lora_lib
 
-            params[part] = lora_lib.merge(config.dit, params[part], file, scale)
+            params[part] = lora_lib.merge(config.dit, params.pop(part), file, scale, low=part == "dit_low")
     return Generator(config, params, tokenizer, dtype)
 
 
@@ -131,9 +133,9 @@ class Generator:
         self.params = jax.device_put(params)
         self._bar: tqdm | None = None
         self._encode_text = jax.jit(self._encode_text_fn)
-        self._denoise = jax.jit(self._denoise_fn)
-        self._decode = jax.jit(self._decode_fn)
-        self._encode_video = jax.jit(self._encode_video_fn)
+        self._denoise = jax.jit(self._denoise_fn, static_argnames="is_guided")
+        self._decode = jax.jit(self._decode_fn, static_argnums=3)
+        self._encode_video = jax.jit(self._encode_video_fn, static_argnums=3)
         self._see = jax.jit(self._see_fn)
 
     def generate(
@@ -209,13 +211,16 @@ class Generator:
                 latents_BFYXZ = self._sample(request, chosen, given)
                 for latents_FYXZ in latents_BFYXZ[: len(request.prompts) - start]:
                     # One video at a time: decoding needs far more memory than sampling.
-                    frames = _wait(self._decode(self.params["codec"], latents_FYXZ[None]))
-                    yield Video(np.asarray(frames[0]), request.fps)
+                    yield Video(self._decode_video(latents_FYXZ, request), request.fps)
 
     def _sample(self, request: Request, chosen: list[int], given: Given) -> jax.Array:
         prompts = [request.prompts[i] for i in chosen]
-        ids_2BL = self.tokenizer([*prompts, *[request.negative_prompt] * len(prompts)], self.config.text.length)
-        text_2BLD = self._encode_text(self.params["text"], ids_2BL)
+        # Without guidance the half without the prompt has no weight.
+        is_guided = not request.guidance == request.guidance_low == 1.0
+        negative = [request.negative_prompt] * len(prompts) if is_guided else []
+        text_BLD = self._encode_text(
+            self.params["text"], self.tokenizer([*prompts, *negative], self.config.text.length)
+        )
         if request.noise is None:
             shape = self.config.codec.latent_shape(request.frames, *request.size)
             noise_BFYXZ = _draw_noise(np.array(request.seeds, np.uint32)[chosen], shape)
@@ -225,9 +230,33 @@ class Generator:
         schedule = sampler.noise_schedule(request.steps, sampling.shift, sampling.schedule)
         guidance_2 = np.float32([request.guidance, request.guidance_low])
         dits = [self.params[part] for part in self.config.parts if part.startswith("dit")]
-        latents = _wait(self._denoise(dits, noise_BFYXZ, text_2BLD, schedule, guidance_2, given))
+        latents = _wait(self._denoise(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=is_guided))
         jax.effects_barrier()  # the last steps reach the bar before it closes
         return latents
+
+    def _decode_video(self, latents_FYXZ: jax.Array, request: Request) -> np.ndarray:
+        """Frames, uint8 [T, H, W, 3]: at once if they are few, else one latent frame after the other."""
+        if request.frames * math.prod(request.size) <= _PIXELS_AT_ONCE:
+            return np.asarray(_wait(self._decode(self.params["codec"], {}, latents_FYXZ[None], True)[0]))[0]
+        pieces, state = [], {}
+        for number in range(len(latents_FYXZ)):
+            piece = latents_FYXZ[None, number : number + 1]
+            frames, state = self._decode(self.params["codec"], state, piece, number == 0)
+            pieces.append(np.asarray(_wait(frames))[0])
+        return np.concatenate(pieces)
+
+    def _encode_clip(self, video_THWC: np.ndarray) -> jax.Array:
+        """Latents (1, F, Y, X, Z) of frames in [-1, 1], in pieces if there are many."""
+        stride, params = self.config.codec.stride_time, self.params["codec"]
+        if video_THWC[..., 0].size <= _PIXELS_AT_ONCE:
+            return self._encode_video(params, {}, video_THWC[None], True)[0]
+        ends = range(1, len(video_THWC) + 1, stride)
+        pieces, state = [], {}
+        for end in ends:
+            piece = video_THWC[None, max(end - stride, 0) : end]
+            latents, state = self._encode_video(params, state, piece, end == 1)
+            pieces.append(latents)
+        return jnp.concatenate(pieces, axis=1)
 
     def _given(self, request: Request) -> Given:
         config = self.config
@@ -246,14 +275,14 @@ class Generator:
             for frame, picture in pictures.items():
                 still_THWC = np.stack([picture] * (1 + (stride if frame else 0)))
                 place = 0 if frame == 0 else F - 1
-                latents_FYXZ[place] = self._encode_video(self.params["codec"], still_THWC[None])[0, -1]
+                latents_FYXZ[place] = self._encode_clip(still_THWC)[0, -1]
                 known_F[place] = True
             return Given(latents_FYXZ[None], known_F[None])
         video_THWC = np.zeros((T, *request.size, 3), np.float32)
         mask_T = np.zeros(T, np.float32)
         for frame, picture in pictures.items():
             video_THWC[frame], mask_T[frame] = picture, 1.0
-        latents_1FYXZ = self._encode_video(self.params["codec"], video_THWC[None])
+        latents_1FYXZ = self._encode_clip(video_THWC)
         # The mask of a latent frame is that of its group of frames; the first frame fills a group alone.
         mask_FC = np.concatenate([np.repeat(mask_T[:1], stride), mask_T[1:]]).reshape(-1, stride)
         mask_1FYXC = jnp.broadcast_to(mask_FC[:, None, None], (*latents_1FYXZ.shape[1:4], stride))[None]
@@ -265,8 +294,8 @@ class Generator:
             features = features.reshape(1, -1, features.shape[-1])
         return Given(condition_1FYXC=jnp.concatenate([mask_1FYXC, latents_1FYXZ], axis=-1), image_1LD=features)
 
-    def _encode_video_fn(self, params, video_BTHWC):
-        return Codec(self.config.codec).apply({"params": params}, video_BTHWC, method="encode")
+    def _encode_video_fn(self, params, state, video_BTHWC, first):
+        return codec_lib.piece(Codec(self.config.codec), params, state, video_BTHWC, first, "encode")
 
     def _see_fn(self, params, image_BHWC):
         return VisionEncoder(self.config.vision).apply({"params": params}, image_BHWC)
@@ -274,7 +303,7 @@ class Generator:
     def _encode_text_fn(self, params, ids_BL):
         return T5Encoder(self.config.text, self.dtype).apply({"params": params}, ids_BL)
 
-    def _denoise_fn(self, dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given):
+    def _denoise_fn(self, dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided):
         def repeat(x, batch):
             return None if x is None else jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
@@ -285,13 +314,12 @@ class Generator:
                     {"params": params}, x_BFYXZ, level_BF, text_BLD, condition, image
                 )
 
-            return sampler.guided(velocity, guidance)
+            return sampler.guided(velocity, guidance) if is_guided else velocity
 
         velocity = with_dit(dits[0], guidance_2[0])
         if self.config.boundary is not None:
             low = with_dit(dits[1], guidance_2[1])
-            # Levels are told in thousandths: half of one keeps rounding out of the comparison.
-            boundary, high = self.config.boundary - 5e-4, velocity
+            boundary, high = self.config.boundary - 1e-6, velocity  # float32 may round a level down
 
             def velocity(x_BFYXZ, level_BF):
                 return jax.lax.cond(jnp.max(level_BF) >= boundary, high, low, x_BFYXZ, level_BF)
@@ -306,9 +334,10 @@ class Generator:
         if self._bar is not None:
             self._bar.update()
 
-    def _decode_fn(self, params, latents_BFYXZ):
-        video_BTHWC = Codec(self.config.codec).apply({"params": params}, latents_BFYXZ, method="decode")
-        return jnp.round((video_BTHWC + 1) * 127.5).astype(jnp.uint8)
+    def _decode_fn(self, params, state, latents_BFYXZ, first):
+        codec = Codec(self.config.codec)
+        video_BTHWC, state = codec_lib.piece(codec, params, state, latents_BFYXZ, first, "decode")
+        return jnp.round((video_BTHWC + 1) * 127.5).astype(jnp.uint8), state
 
     def unknown_words(self, text: str) -> list[str]:
         """Words of `text` that the model was not trained on; empty if the model is not limited to a list."""

@@ -88,7 +88,7 @@ class ModelConfig:
         sampling: defaults of `generate`.
         vocabulary: lower-case words the model was trained on; empty if it is not limited to a list.
         description: one line on what the model can show.
-        dtype: precision of the parameters in the folder.
+        dtype: precision of the parameters in the folder; "bfloat16" is that of the large products (`memory_dtype`).
         boundary: the noise level from which on upwards "dit" is used and below which "dit_low", a second transformer
             of the same sizes (Wan 2.2 A14B); None if there is one for all levels.
         known_frames: whether the transformer has learned that frames at level 0 are given.
@@ -249,7 +249,7 @@ def read_model_folder(path: str | os.PathLike, dtype: str = "float32") -> tuple[
     except Exception as error:  # any module may object to a config in its own way
         raise InputError(f"{path / 'model.json'} describes no possible model: {_one_line(error)}") from error
     return config, {
-        part: _read_part(path / f"{part}.safetensors", expected[part], _STORED_AS[config.dtype], part, dtype)
+        part: _read_part(path / f"{part}.safetensors", expected[part], config.dtype, part, dtype)
         for part in config.parts
     }
 
@@ -312,19 +312,24 @@ def _stored(part: str, params: Any, expected: Any, dtype: str) -> dict[str, np.n
     _check_shapes(f"the {part} parameters", {k: v.shape for k, v in tensors.items()}, _flatten(expected))
     for name, value in tensors.items():
         with np.errstate(over="ignore"):
-            tensors[name] = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
+            tensors[name] = np.ascontiguousarray(value.astype(_folder_dtype(part, name, dtype)))
         if not np.isfinite(tensors[name]).all():
             raise InputError(f"the {part} parameter {name} has values that {dtype} cannot hold")
     return tensors
 
 
-def _read_part(path: Path, expected: Any, stored_as: str, part: str = "codec", dtype: str = "float32") -> Any:
+def _folder_dtype(part: str, name: str, dtype: str) -> np.dtype:
+    return memory_dtype(part, name, dtype) if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def _read_part(path: Path, expected: Any, folder_dtype: str, part: str = "codec", dtype: str = "float32") -> Any:
     expected = _flatten(expected)
     try:
         with safetensors.safe_open(path, "np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             _check_shapes(str(path), {k: tuple(v.get_shape()) for k, v in slices.items()}, expected)
             for name, value in slices.items():
+                stored_as = _STORED_AS[_folder_dtype(part, name, folder_dtype).name]
                 if value.get_dtype() != stored_as:
                     raise InputError(f"{path}: tensor {name} is {value.get_dtype()}, model.json says {stored_as}")
             tensors = {name: file.get_tensor(name).astype(memory_dtype(part, name, dtype)) for name in expected}
@@ -375,7 +380,7 @@ def read_codec(path: str | os.PathLike) -> tuple[CodecConfig, Any]:
         config, params = read_model_folder(path)
         return config.codec, params["codec"]
     config = _read_json(path / "codec.json", CodecConfig)
-    return config, _read_part(path / "codec.safetensors", _abstract_codec_params(config), "F32")
+    return config, _read_part(path / "codec.safetensors", _abstract_codec_params(config), "float32")
 
 
 def _abstract_codec_params(config: CodecConfig) -> Any:

@@ -60,11 +60,13 @@ def make_request(
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
             raise InputError("the prompt is empty; describe what the video shows, e.g. 'a red ball rolls left'")
-    guidance = _number("guidance", defaults.guidance if guidance is None else guidance)
     if guidance_low is not None and config.boundary is None:
         raise InputError("guidance_low is for models with a second transformer; this one has none")
     if guidance_low is None:
-        guidance_low = guidance if defaults.guidance_low is None else defaults.guidance_low
+        # Who asks for one guidance means it for all levels, as published pipelines have it.
+        guidance_low = defaults.guidance_low if guidance is None else guidance
+    guidance = _number("guidance", defaults.guidance if guidance is None else guidance)
+    guidance_low = _number("guidance_low", guidance if guidance_low is None else guidance_low)
     request = Request(
         prompts=tuple(prompts),
         seeds=tuple(_whole("seed", value, 0, 2**32 - 1) for value in seeds),
@@ -73,7 +75,7 @@ def make_request(
         size=tuple(_whole("size", side, 1) for side in _pair(defaults.size if size is None else size)),
         steps=_whole("steps", defaults.steps if steps is None else steps, 1),
         guidance=guidance,
-        guidance_low=_number("guidance_low", guidance_low),
+        guidance_low=guidance_low,
         fps=_number("fps", defaults.fps if fps is None else fps),
     )
     _check_multiple("frames", request.frames, config.codec.stride_time, 1)
@@ -91,7 +93,7 @@ def make_request(
 
 
 def _images(config: ModelConfig, image: Any, last_image: Any, request: Request) -> dict[str, np.ndarray | None]:
-    """Checks the images and brings them to the size of the video."""
+    """The images as arrays, checked."""
     dit = config.dit
     if (image is not None or last_image is not None) and not (config.known_frames or dit.condition_channels):
         raise InputError("this model makes videos from text alone: it takes no image")
@@ -101,14 +103,14 @@ def _images(config: ModelConfig, image: Any, last_image: Any, request: Request) 
         raise InputError(f"{request.frames} frames are too few for a first and a last image")
     if dit.image_positions and last_image is None:
         raise InputError("this model goes from a first to a last image: give --last-image FILE too")
-    fitted = {}
+    arrays = {}
     for name, picture in (("image", image), ("last_image", last_image)):
         if picture is not None and not isinstance(picture, np.ndarray):
             picture = read_video(picture).frames[0]
         if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
             raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
-        fitted[name] = picture
-    return fitted
+        arrays[name] = picture
+    return arrays
 
 
 def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:

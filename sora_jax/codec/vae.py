@@ -185,26 +185,31 @@ def _swap_patch_axes(x: jax.Array, patch: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, patch, patch).swapaxes(-1, -2).reshape(x.shape)
 
 
-def stream(codec: Codec, params, chunks: Iterable[jax.Array], method: str) -> Iterator[jax.Array]:
-    """Encodes or decodes chunk by chunk with memory that does not grow with duration.
+def piece(codec: Codec, params, state: dict, chunk: jax.Array, first: bool, method: str) -> tuple[jax.Array, dict]:
+    """Encodes or decodes the next piece of a video: the result, and the state for the piece after it.
 
     Args:
-      chunks: for `method="encode"` one frame first, then any multiples of `stride_time` frames; for
-        `method="decode"` any number of latent frames. Batch, rows and columns stay the same.
-      method: "encode" or "decode".
+      state: empty for the first piece.
+      chunk: for `method="encode"` 1 + stride_time * k frames first, then stride_time * k; for `method="decode"` any
+        number of latent frames. Batch, rows and columns stay the same.
+    """
+    variables = {"params": params, "stream": state}
+    out, mutated = codec.apply(variables, chunk, first, method=method, mutable=["stream"])
+    return out, mutated["stream"]
+
+
+def stream(codec: Codec, params, chunks: Iterable[jax.Array], method: str) -> Iterator[jax.Array]:
+    """Encodes or decodes chunk by chunk with memory that does not grow with duration; chunks as `piece` has them.
+
     Yields:
       the result of each chunk; together they equal the result of the whole clip to float32 rounding.
     """
     run = jax.jit(
-        lambda params, state, chunk, first: codec.apply(
-            {"params": params, "stream": state}, chunk, first, method=method, mutable=["stream"]
-        ),
-        static_argnums=3,
+        lambda params, state, chunk, first: piece(codec, params, state, chunk, first, method), static_argnums=3
     )
     state = {}
     for index, chunk in enumerate(chunks):
-        out, mutated = run(params, state, chunk, index == 0)
-        state = mutated["stream"]
+        out, state = run(params, state, chunk, index == 0)
         yield out
 
 

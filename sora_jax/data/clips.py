@@ -1,4 +1,4 @@
-"""Where training gets its clips: drawn from the worlds, or stored in a TFDS data set, with the same contents.
+"""Clips stored in a TFDS data set, for training on something else than freshly drawn worlds.
 
     builder = Builder(config="tiny", data_dir="data")  # of sora_jax.data.worlds.worlds_dataset_builder
     builder.download_and_prepare()
@@ -11,6 +11,8 @@ Any TFDS data set in ArrayRecord files will do, if it has the features `video`, 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from sora_jax.errors import InputError
 
 
@@ -21,7 +23,7 @@ def stored(data_dir: str | Path, split: str) -> Sequence[dict]:
         data_dir: the folder of one version of the data set, such as `data/worlds/tiny/1.0.0`.
 
     Raises:
-        InputError: there is no such data set or split, or its clips have no video or no captions.
+        InputError: there is no such data set or split, or it has other files or features.
     """
     if not (Path(data_dir) / "dataset_info.json").is_file():
         raise InputError(f"{data_dir}: no data set there; it must be the folder of one version, with dataset_info.json")
@@ -30,16 +32,24 @@ def stored(data_dir: str | Path, split: str) -> Sequence[dict]:
     builder = tfds.builder_from_directory(data_dir)
     if split not in builder.info.splits:
         raise InputError(f"{data_dir}: no split {split!r}; there are {', '.join(builder.info.splits)}")
-    missing = {"video", "captions"} - set(builder.info.features)
-    if missing:
-        raise InputError(f"{data_dir}: its clips have no {' and no '.join(sorted(missing))}")
-    return builder.as_data_source(split)
-
-
-def check_video(data_dir: str | Path, source: Sequence[dict], frames: int, size: int) -> None:
-    """Raises InputError unless the clips of `source` have the configured frames and size."""
+    features = dict(builder.info.features.items())
+    video = features.get("video")
+    if video is None or video.dtype != np.uint8 or len(video.shape) != 4 or video.shape[-1] != 3:
+        raise InputError(f"{data_dir}: its clips need a feature `video`, uint8 [T, H, W, 3]")
+    if not isinstance(features.get("captions"), tfds.features.Text):
+        raise InputError(f"{data_dir}: its clips need a feature `captions`, a text with one caption on each line")
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise InputError(f"{data_dir}: its files are {builder.info.file_format.value}; they must be array_record")
+    source = builder.as_data_source(split)
     if not len(source):
-        raise InputError(f"{data_dir}: it has no clips")
+        raise InputError(f"{data_dir}: its split {split!r} has no clips")
+    return source
+
+
+def stored_as(data_dir: str | Path, split: str, frames: int, size: int) -> Sequence[dict]:
+    """The same; InputError unless the clips have the configured frames and size."""
+    source = stored(data_dir, split)
     found, asked = source[0]["video"].shape, (frames, size, size, 3)
     if found != asked:
         raise InputError(f"{data_dir}: its clips are {list(found)}; the configuration asks for {list(asked)}")
+    return source

@@ -34,7 +34,9 @@ def write_shards(
       InputError: the folder holds clips made from something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check_about(folder / "about.json", about)
+    if not (folder / "about.json").exists() and any(folder.glob("clips-*")):
+        raise InputError(f"{folder} holds clips of unknown origin, without about.json; use a new --workdir")
+    check_about(folder / "about.json", about)
     paths = []
     for start in range(0, clips, shard):
         count = min(shard, clips - start)
@@ -45,25 +47,34 @@ def write_shards(
             for clip in encode(start, count):
                 arrays = {name: clip[name].astype(np.float16) for name in ("latents", "layout") if name in clip}
                 arrays["captions"] = np.frombuffer(clip["captions"].encode(), np.uint8)
-                writer.write(safetensors.numpy.save(arrays))
-            writer.close()
+                _write(writer, safetensors.numpy.save(arrays), path)
+            _write(writer, None, path)
             unfinished.rename(path)
         progress(count)
         paths.append(path)
     return paths
 
 
-def _check_about(path: Path, about: dict) -> None:
+def _write(writer: ArrayRecordWriter, record: bytes | None, path: Path) -> None:
+    """Writes a record, or closes the file where there is none."""
+    try:
+        writer.close() if record is None else writer.write(record)
+    except RuntimeError as error:  # what ArrayRecord makes of a full disk
+        raise InputError(f"cannot write {path}: {' '.join(str(error).split())[:200]}") from error
+
+
+def check_about(path: Path, about: dict) -> None:
+    """Writes down what the things beside `path` are made from; InputError if they were made from something else."""
     about = json.loads(json.dumps(about))
     if not path.exists():
-        hidden = path.with_name(".about.json")
+        hidden = path.with_name(f".{path.name}")
         hidden.write_text(json.dumps(about, indent=1) + "\n")
         hidden.replace(path)
     before = json.loads(path.read_text())
     for name, value in about.items():
         if before.get(name) != value:
             raise InputError(
-                f"{path.parent} holds clips made with {name} {before.get(name)!r}, not {value!r}; use a new --workdir"
+                f"{path.parent} was made with {name} {before.get(name)!r}, not {value!r}; use a new --workdir"
             )
 
 

@@ -133,6 +133,19 @@ class RMSNorm(nn.Module):
         return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon) * scale).astype(x.dtype)
 
 
+def attend(q_BNKE: jax.Array, k_BLKE: jax.Array, v_BLKE: jax.Array, block: int = 1024) -> jax.Array:
+    """Softmax attention, (B, N, K, E); many queries go in blocks, so that memory is linear in their number."""
+    B, N, K, E = q_BNKE.shape
+    if N <= 2 * block:
+        return jax.nn.dot_product_attention(q_BNKE, k_BLKE, v_BLKE)
+    blocks = -(-N // block)
+    q = jnp.pad(q_BNKE, ((0, 0), (0, blocks * block - N), (0, 0), (0, 0))).reshape(B, blocks, block, K, E)
+    # Scores are computed again on the way back: keeping them is what the blocks avoid.
+    one = jax.checkpoint(lambda q: jax.nn.dot_product_attention(q, k_BLKE, v_BLKE))
+    out = jax.lax.map(one, q.swapaxes(0, 1)).swapaxes(0, 1)
+    return out.reshape(B, blocks * block, K, E)[:, :N]
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` to `context`, queries and keys RMS-normed, and turned if angles are given.
 
@@ -164,9 +177,9 @@ class Attention(nn.Module):
         k, v = keys_and_values(context_BLD, "key", "value")
         if angles_NE is not None:
             q, k = rotate(q, angles_NE), rotate(k, angles_NE)
-        out_BNKE = jax.nn.dot_product_attention(q, k, v)
+        out_BNKE = attend(q, k, v)
         if image_BLD is not None:
-            out_BNKE += jax.nn.dot_product_attention(q, *keys_and_values(image_BLD, "image_key", "image_value"))
+            out_BNKE += attend(q, *keys_and_values(image_BLD, "image_key", "image_value"))
         return dense(config.width, ("heads", "width"), "out", self.dtype, self.out_init)(out_BNKE.reshape(x_BND.shape))
 
 

@@ -32,6 +32,17 @@ _FOLDERS = {
     "dit_low": "transformer_2",
     "vision": "image_encoder",
 }
+_OTHER_SCHEDULES = (
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting", "shift_terminal"),
+    *(
+        "invert_sigmas",
+        "stochastic_sampling",
+        "thresholding",
+        "disable_corrector",
+        "solver_p",
+        "rescale_betas_zero_snr",
+    ),
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -41,9 +52,14 @@ def read_pipeline_folder(path: Path, dtype: str = "float32") -> tuple[ModelConfi
     Raises:
       InputError: naming the file and what is wrong with it.
     """
-    config = pipeline_config(path)
+    try:
+        config = pipeline_config(path)
+        expected = {part: _flatten(tree) for part, tree in abstract_params(config).items()}
+    except InputError:
+        raise
+    except Exception as error:  # any config, and any module, may object in its own way
+        raise InputError(f"{path} describes no possible model: {' '.join(str(error).split())[:200]}") from error
     tokenizer = FileTokenizer(path / "tokenizer" / "tokenizer.json")
-    expected = {part: _flatten(tree) for part, tree in abstract_params(config).items()}
     # Everything is checked against the headers before anything large is read.
     files = {part: _Tensors(path / _FOLDERS[part]) for part in config.parts}
     sources = {part: _sources(config, part, expected[part]) for part in config.parts}
@@ -179,6 +195,9 @@ def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_pe
     values = _json(path)
     kind = _one_of(path, values, "_class_name", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
     _one_of(path, values, "num_train_timesteps", 1000)
+    for name in _OTHER_SCHEDULES:
+        if values.get(name):
+            raise InputError(f"{path}: {name} is {values[name]!r}, which is not supported")
     if kind == "UniPCMultistepScheduler":
         for name, value in {
             "prediction_type": "flow_prediction",
@@ -192,9 +211,6 @@ def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_pe
             _one_of(path, values, name, value)
         solver, schedule, shift = "unipc", "wan-unipc", _get(path, values, "flow_shift")
     else:
-        for name in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-            if values.get(name):
-                raise InputError(f"{path}: {name} is not supported")
         solver, schedule, shift = "euler", "wan-euler", _get(path, values, "shift")
     # As the model cards of Wan 2.1 and 2.2 have it.
     usual = {"steps": 50, "guidance": 5.0, "frames": 81, "size": (480, 832), "fps": 16.0}
@@ -245,8 +261,10 @@ class _Tensors:
         indices = [folder / f"{stem}.safetensors.index.json" for stem in stems]
         index = next((path for path in indices if path.is_file()), None)
         if index is not None:
-            names = sorted(set(_get(index, _json(index), "weight_map").values()))
-            paths = [folder / name for name in names]
+            weight_map = _get(index, _json(index), "weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"{index} is damaged: its weight_map is no object")
+            paths = [folder / str(name) for name in sorted(set(weight_map.values()))]
         else:
             paths = [path for path in (folder / f"{stem}.safetensors" for stem in stems) if path.is_file()]
         if not paths:
@@ -259,7 +277,12 @@ class _Tensors:
             file = self._open(path)
             for stored in file.keys():
                 name = stored.removeprefix("vision_model.")  # as older versions of the image encoder are saved
-                self.shapes[name] = tuple(file.get_slice(stored).get_shape())
+                header = file.get_slice(stored)
+                if header.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise InputError(
+                        f"{path}: the tensor {name} is {header.get_dtype()}; only F32, F16, BF16 can be read"
+                    )
+                self.shapes[name] = tuple(header.get_shape())
                 self._place_of[name] = path, stored
 
     def _open(self, path: Path):

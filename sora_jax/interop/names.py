@@ -1,7 +1,7 @@
 """The names that published checkpoints give to our parameters, and how their tensors are laid out.
 
-`text`, `codec` and `dit` map the name of each parameter to its `Source`. The published classes are `UMT5EncoderModel`,
-`AutoencoderKLWan` and `WanTransformer3DModel`.
+`text`, `codec`, `dit` and `vision` map the name of each parameter to its `Source`. The published classes are
+`UMT5EncoderModel`, `AutoencoderKLWan`, `WanTransformer3DModel` and `CLIPVisionModel`.
 """
 
 import re
@@ -179,7 +179,8 @@ def vision(layers: int, name: str) -> Source:
 
 def is_after_vision(layers: int, name: str) -> bool:
     """Whether the published image encoder needs this tensor only for what comes after the features."""
-    return name.startswith(("post_layernorm.", f"encoder.layers.{layers}.")) or name.endswith("position_ids")
+    after = ("post_layernorm.", "visual_projection.", f"encoder.layers.{layers}.")
+    return name.startswith(after) or name.endswith("position_ids")
 
 
 def codec(config: CodecConfig, name: str) -> Source:

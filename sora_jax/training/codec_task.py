@@ -91,10 +91,14 @@ class CodecTask:
                 raise InputError(f"config.{name} is {config[name]}; it must be a multiple of {stride_space}")
         if config.frames > config.clip_frames or config.crop > config.size:
             raise InputError("a window (config.frames, config.crop) must fit into a clip (clip_frames, size)")
-        self._stored = None
+        if config.freeze_encoder and not config.start_from:
+            raise InputError("config.freeze_encoder trains the decoder of config.start_from, which is empty")
+        self._train = self._held_out = None
         if config.data.dir:
-            self._stored = clips_lib.stored(config.data.dir, "train")
-            clips_lib.check_video(config.data.dir, self._stored, config.clip_frames, config.size)
+            self._train, self._held_out = (
+                clips_lib.stored_as(config.data.dir, split, config.clip_frames, config.size)
+                for split in ("train", config.data.held_out)
+            )
 
     def initialize(self, key: jax.Array):
         """Fresh parameters, boxed with their axis names."""
@@ -108,20 +112,21 @@ class CodecTask:
     def batches(self, start: int) -> Iterator[np.ndarray | jax.Array]:
         """One batch of windows for each step from `start` on."""
         config = self.config
-        if self._stored is not None:
+        if self._train is not None:
             cut = functools.partial(cut_window, config=config)
-            for batch in loading.batches(self._stored, cut, config.batch, config.seed, start):
+            for batch in loading.batches(self._train, cut, config.batch, config.seed, start):
                 yield batch["video"].astype(np.float32) / 127.5 - 1
+            return
         draw = jax.jit(lambda key: render_windows(key, config.batch, config))
         for step in itertools.count(start):
             yield draw(jax.random.fold_in(jax.random.key(config.seed), step))
 
-    def _held_out(self) -> jax.Array:
+    @functools.cached_property
+    def _held_out_clips(self) -> jax.Array:
         """Eight whole clips that training does not see, (B, T, H, W, 3) float32 in [-1, 1]."""
-        config = self.config
-        if self._stored is None:
-            return jax.jit(lambda key: render_clips(key, 8, config))(jax.random.key(HELD_OUT_SEED))
-        source = clips_lib.stored(config.data.dir, config.data.held_out)
+        source = self._held_out
+        if source is None:
+            return jax.jit(lambda key: render_clips(key, 8, self.config))(jax.random.key(HELD_OUT_SEED))
         return np.stack([source[i]["video"] for i in range(min(8, len(source)))]).astype(np.float32) / 127.5 - 1
 
     def loss(self, params, video_BTHWC: jax.Array, key: jax.Array):
@@ -142,7 +147,7 @@ class CodecTask:
 
     def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out PSNR, and held-out clips above their reconstructions, uint8 (T, H, W, 3)."""
-        video = self._held_out()
+        video = self._held_out_clips
         rebuilt = jax.jit(self.codec.apply)({"params": meta.unbox(params)}, video)
         pair = jnp.concatenate([jnp.concatenate(list(v), axis=2) for v in (video[:4], rebuilt[:4])], axis=1)
         frames = np.asarray(jnp.round((pair + 1) * 127.5), np.uint8)

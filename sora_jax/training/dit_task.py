@@ -42,6 +42,8 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
     `config.codec` is the work directory of a codec run (its averaged weights are taken) or a model folder.
     """
     kept = workdir / "codec"
+    about = {"codec": str(config.codec), "frames": config.frames, "size": config.size, "data": _origin(config)}
+    latents_lib.check_about(workdir / "codec.about.json", about)
     if not kept.exists():
         source = Path(config.codec)
         if (source / "checkpoints").is_dir():
@@ -52,6 +54,11 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
             codec_config = _with_statistics(codec_config, params, config)
         write_codec(kept, codec_config, params)
     return read_codec(kept)
+
+
+def _origin(config: ConfigDict) -> dict:
+    """What decides which clips there are."""
+    return {"dir": config.data.dir} if config.data.dir else {"seed": config.data.seed, "captions": config.data.captions}
 
 
 def codec_of_run(source: Path) -> tuple[CodecConfig, dict]:
@@ -92,9 +99,8 @@ def _clips(config: ConfigDict, held_out: bool = False) -> tuple[Callable[[int, i
             return draw_clips(numbers, seed=data.seed, frames=config.frames, size=size, captions=data.captions)
 
         return draw, data.clips
-    source = clips_lib.stored(data.dir, data.held_out if held_out else "train")
-    clips_lib.check_video(data.dir, source, config.frames, config.size)
-    return lambda start, count: (source[i] for i in range(start, start + count)), min(data.clips, len(source))
+    source = clips_lib.stored_as(data.dir, data.held_out if held_out else "train", config.frames, config.size)
+    return lambda start, count: (source[i] for i in range(start, start + count)), len(source)
 
 
 def _encode(codec_config: CodecConfig, params, clips: Iterable[dict], patch=(1, 1, 1)) -> Iterator[dict]:
@@ -113,7 +119,7 @@ def _encode(codec_config: CodecConfig, params, clips: Iterable[dict], patch=(1, 
                 "latents": latents_FYXZ,
                 "captions": captions if isinstance(captions, str) else captions.decode(),
             }
-            if "truth" in clip:
+            if {"scene", "truth"} <= clip.keys():
                 scene, truth = Scene(**clip["scene"]), Truth(**clip["truth"])
                 encoded["layout"] = np.asarray(_layout(scene, truth, F, Y // patch[1], X // patch[2]))
             yield encoded
@@ -178,12 +184,14 @@ class DiTTask:
 
     def __init__(self, config: ConfigDict, workdir: Path):
         self.config = config
+        if config.align.weight and not 1 <= config.align.layer <= config.dit.layers:
+            raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
+        if config.data.dir:
+            _clips(config, held_out=True)  # better now than at the first preview
         self.codec_config, self.codec_params = frozen_codec(config, workdir)
         model = model_config(config, self.codec_config)
         self.text_config, self.dit_config = model.text, model.dit
         self.text, self.dit = T5Encoder(self.text_config), DiT(self.dit_config)
-        if config.align.weight and not 1 <= config.align.layer <= self.dit_config.layers:
-            raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {self.dit_config.layers}")
         self.aligner = Aligner(self.dit_config.width)
         self.latent_shape = self.codec_config.latent_shape(config.frames, config.size, config.size)
         self._paths = self._encode_clips(workdir / "latents")
@@ -192,12 +200,11 @@ class DiTTask:
     def _encode_clips(self, folder: Path) -> list[Path]:
         config = self.config
         clips, count = _clips(config)
-        if config.align.weight and "truth" not in next(iter(clips(0, 1))):
+        if config.align.weight and config.data.dir and not {"scene", "truth"} <= next(iter(clips(0, 1))).keys():
             raise InputError(f"{config.data.dir}: its clips have no truth to align with; set --config.align.weight=0")
         patch = self.dit_config.patch
-        about = {"frames": config.frames, "size": config.size, "patch": patch, "dir": config.data.dir}
-        if not config.data.dir:
-            about |= {"seed": config.data.seed, "captions": config.data.captions}
+        about = {"codec": str(config.codec), "frames": config.frames, "size": config.size, "patch": patch}
+        about |= _origin(config)
         with tqdm(total=count, unit="clip", desc="encode clips") as bar:
             return latents_lib.write_shards(
                 folder,

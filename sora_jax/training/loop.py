@@ -87,12 +87,12 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
         task = make_task(config, workdir)
-        _write_config(config, workdir)
         optimizer = state_lib.make_optimizer(config.optimizer, config.steps)
         abstract, make = initial_state(task, optimizer, config, mesh)
         checkpoints = Checkpoints(workdir)
         try:
             state = make() if checkpoints.latest() is None else checkpoints.restore(abstract)
+            _write_config(config, workdir)
             _run(config, workdir, task, optimizer, checkpoints, state, mesh_lib.batch_sharding(mesh))
         finally:
             checkpoints.close()
@@ -107,6 +107,11 @@ def _check(config: ConfigDict, workdir: Path, mesh) -> None:
     for name in ("steps", "batch", "frames", "size", "log_every", "preview_every", "checkpoint_every"):
         if config[name] < 1:
             raise InputError(f"config.{name} is {config[name]}; it must be at least 1")
+    for name in ("clips", "shard", "captions") if config.task == "dit" else ():
+        if config.data[name] < 1:
+            raise InputError(f"config.data.{name} is {config.data[name]}; it must be at least 1")
+    if config.task == "dit" and (config.data.seed < 0 or not config.prompts):
+        raise InputError("config.data.seed must be at least 0, and config.prompts must hold a prompt for the previews")
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch % shares:
         raise InputError(f"config.batch is {config.batch}; it must be a multiple of {shares}, which share it")
@@ -144,11 +149,12 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
 
     def check(number, metrics) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        if not math.isfinite(values["loss"]):
-            raise InputError(
-                f"the loss is {values['loss']} at step {number}; the last good checkpoint, step "
-                f"{checkpoints.latest()}, is kept in {workdir / 'checkpoints'}: try a lower learning rate"
-            )
+        # A gradient that is not finite spoils the parameters that the step leaves behind.
+        bad = next((name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])), None)
+        if bad:
+            good = checkpoints.latest()
+            kept = f"step {good} is kept in {workdir / 'checkpoints'}" if good else "there is no checkpoint yet"
+            raise InputError(f"the {bad} is {values[bad]} at step {number}; {kept}: try a lower learning rate")
         window.append(values)
 
     try:

@@ -89,6 +89,40 @@ def test_each_transformer_has_its_own(matrices, tmp_path):
         sora_jax.load(GOLDEN / "t2v", lora_low={path: 1.0})
 
 
+def test_a_file_for_both_transformers_goes_to_each(matrices, tmp_path):
+    down, up = matrices["blocks.1.ffn.net.0.proj"]
+    found = {}
+    for part, factor in (("transformer", 1.0), ("transformer_2", 2.0)):
+        name = f"{part}.blocks.1.ffn.net.0.proj"
+        found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": np.float32(factor) * up}
+    safetensors.numpy.save_file(found, path := tmp_path / "both.safetensors")
+    plain = sora_jax.load(GOLDEN / "a14b").params
+    merged = sora_jax.load(GOLDEN / "a14b", lora={path: 1.0}, lora_low={path: 1.0}).params
+    for part, factor in (("dit", 1.0), ("dit_low", 2.0)):
+        added = merged[part]["blocks"]["up"]["kernel"][1] - plain[part]["blocks"]["up"]["kernel"][1]
+        np.testing.assert_allclose(added, factor * (up @ down).T, atol=1e-5)
+
+
+def test_differences_of_biases_and_norms_and_the_alpha_of_the_metadata(tensors, tmp_path):
+    random = np.random.default_rng(0)
+    bias, scale = (random.normal(size=32).astype(np.float32) for _ in range(2))
+    attention = "diffusion_model.blocks.0.self_attn"
+    found = {f"{attention}.k.diff_b": bias, f"{attention}.norm_k.diff": scale}
+    down, up = random.normal(size=(4, 32)).astype(np.float32), random.normal(size=(48, 4)).astype(np.float32)
+    name = "transformer.blocks.0.ffn.net.0.proj"
+    found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    metadata = {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 8}'}
+    safetensors.numpy.save_file(found, path := tmp_path / "style.safetensors", metadata=metadata)
+    changed = dict(tensors)
+    changed["blocks.0.attn1.to_k.bias"] = tensors["blocks.0.attn1.to_k.bias"] + 0.5 * bias
+    changed["blocks.0.attn1.norm_k.weight"] = tensors["blocks.0.attn1.norm_k.weight"] + 0.5 * scale
+    changed["blocks.0.ffn.net.0.proj.weight"] = tensors["blocks.0.ffn.net.0.proj.weight"] + 0.5 * 8 / 4 * up @ down
+    folder = Path(shutil.copytree(GOLDEN / "t2v", tmp_path / "model"))
+    safetensors.numpy.save_file(changed, folder / "transformer" / WEIGHTS)
+    merged, by_hand = sora_jax.load(GOLDEN / "t2v", lora={path: 0.5}).params, sora_jax.load(folder).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), merged, by_hand)
+
+
 def test_what_does_not_fit_is_named(matrices, tmp_path, capsys):
     path = tmp_path / "style.safetensors"
     down, up = matrices["blocks.0.attn1.to_q"]
@@ -104,7 +138,10 @@ def test_what_does_not_fit_is_named(matrices, tmp_path, capsys):
     refused({f"{name}.lora_A.weight": down[:, :7], f"{name}.lora_B.weight": up}, r"as \[32, 7\]; here it is \[32, 32\]")
     other = name.replace("0", "9")
     refused({f"{other}.lora_A.weight": down, f"{other}.lora_B.weight": up}, "blocks.9.attn1.to_q, which this")
-    refused({f"{name}.diff": down}, "attn1.to_q.diff is no part of a low-rank adaptation")
+    refused({f"{name}.dora_scale": down}, "attn1.to_q.dora_scale is no part of a low-rank adaptation")
+    refused({f"{name}.diff_b": down}, "it changes blocks.0.attn1.to_q.bias as")
+    both = {f"{prefix}.{part}": x for prefix in (name, name[12:]) for part, x in (("lora_A.weight", down),)}
+    refused(both, "is there twice, under two names")
     path.write_bytes(path.read_bytes()[:50])
     assert main(["generate", "a ball", "--model", str(GOLDEN / "t2v"), "--lora", f"{path}:0.5"]) == 2
     error = capsys.readouterr().err

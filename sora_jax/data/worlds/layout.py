@@ -50,5 +50,7 @@ def layout(scene: Scene, truth: Truth, frames: int, rows: int, columns: int) -> 
         is_K = jax.nn.one_hot(getattr(scene, name), len(names)) * math.sqrt(len(names))
         parts.append(jnp.broadcast_to(is_K, (*parts[0].shape[:3], len(names))))
     map_TYXC = jnp.concatenate(parts, axis=-1)
+    if frames == 1:
+        return map_TYXC[:1]
     rest = map_TYXC[1:].reshape(frames - 1, -1, *map_TYXC.shape[1:]).mean(axis=1)
     return jnp.concatenate([map_TYXC[:1], rest])

@@ -7,12 +7,12 @@ Writing and reading need no TensorFlow (the command `tfds build` does). This wri
 
 Without `config` it writes 10500 clips of 17 frames at 128x128, about 0.8 GB. Other sizes are other configs:
 
-    config = WorldsConfig(name="wide", frames=9, size=(64, 96), train_clips=1000, held_out_clips=100)
+    config = WorldsConfig(name="small", frames=9, size=(64, 64), train_clips=1000, held_out_clips=100)
     builder = Builder(config=config, data_dir="data")
     builder.download_and_prepare()
     clip = builder.as_data_source("train")[0]
 
-Training reads it with `--config.data.dir=data/worlds/wide/1.0.0`.
+Training reads it with `--config.data.dir=data/worlds/small/1.0.0 --config.frames=9 --config.size=64`.
 """
 
 import dataclasses
