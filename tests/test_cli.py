@@ -29,7 +29,7 @@ def tiny_generator(tiny_config, tiny_params):
 @pytest.fixture
 def generate(tiny_folder, tiny_generator, monkeypatch):
     # One generator for all tests compiles once.
-    monkeypatch.setattr(generate_module, "load", lambda path: tiny_generator)
+    monkeypatch.setattr(generate_module, "load", lambda path, dtype, **lora: tiny_generator)
     return lambda *arguments: main(["generate", *arguments, "--model", str(tiny_folder), "--steps", "1"])
 
 
@@ -227,15 +227,17 @@ def test_the_other_commands_pass_on_what_they_are_given(tmp_path, monkeypatch, c
 
     calls = []
     monkeypatch.setattr(loop, "train", lambda config, workdir: calls.append((config.steps, workdir)))
-    monkeypatch.setattr(loop, "export", lambda workdir, out: calls.append((workdir, out)) or out)
+    monkeypatch.setattr(loop, "export", lambda workdir, out, codec: calls.append((workdir, out, codec)) or out)
     monkeypatch.setattr(report, "evaluate", lambda *args, **options: calls.append((args, options)))
     (tmp_path / "config.py").write_text(CONFIG)
     assert main(["train", "--config", "config.py", "--workdir", "run", "--config.steps=7"]) == 0
     assert main(["export", "--workdir", "run", "model"]) == 0
+    assert main(["export", "--workdir", "run", "model", "--codec", "decoder"]) == 0
     assert main(["evaluate", "--model", "model", "--out", "out", "--num", "3", "--steps", "4"]) == 0
     assert calls == [
         (7, "run"),
-        ("run", "model"),
+        ("run", "model", None),
+        ("run", "model", "decoder"),
         (("model", "out", 3, 0), {"steps": 4, "guidance": None}),
     ]
-    assert capsys.readouterr().out.split() == ["model", os.path.join("out", "report.md")]
+    assert capsys.readouterr().out.split() == ["model", "model", os.path.join("out", "report.md")]

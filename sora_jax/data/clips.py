@@ -34,7 +34,7 @@ def stored(data_dir: str | Path, split: str) -> Sequence[dict]:
         raise InputError(f"{data_dir}: no split {split!r}; there are {', '.join(builder.info.splits)}")
     features = dict(builder.info.features.items())
     video = features.get("video")
-    if video is None or video.dtype != np.uint8 or len(video.shape) != 4 or video.shape[-1] != 3:
+    if video is None or video.np_dtype != np.uint8 or len(video.shape) != 4 or video.shape[-1] != 3:
         raise InputError(f"{data_dir}: its clips need a feature `video`, uint8 [T, H, W, 3]")
     if not isinstance(features.get("captions"), tfds.features.Text):
         raise InputError(f"{data_dir}: its clips need a feature `captions`, a text with one caption on each line")
