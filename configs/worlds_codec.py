@@ -9,9 +9,9 @@ takes 5,000 steps, about 40 minutes on two CPU cores that do nothing else. The b
    `--config.loss.absolute=1` and windows from anywhere in the frame;
 3. from the model folder this gave, as the configuration now stands, with half of the windows around an object:
    `--config.start_from=MODEL --config.steps=5000 --config.optimizer.decay=0.58` (52 minutes, beside other work);
-4. once the DiT was trained, the decoder alone, 900 steps (10 minutes, beside other work), taken into the model folder by
-   `sora-jax export --workdir runs/dit --codec RUN OUT`: `--config.start_from=runs/dit/codec --config.freeze_encoder=True
-   --config.optimizer.learning_rate=0.002 --config.optimizer.decay=0.85`.
+4. once the DiT was trained, the decoder alone, 900 steps (10 minutes, beside other work), from the run's own codec:
+   `--config.start_from=runs/dit/codec --config.freeze_encoder=True --config.optimizer.learning_rate=0.002
+   --config.optimizer.decay=0.85`; `sora-jax export --workdir runs/dit --codec RUN OUT` takes it into the model folder.
 
 Result: 31.3 dB PSNR on eight held-out clips (`held_out_psnr` of the last step) after part 3 and 31.6 dB after part 4,
 still rising; 32.2 dB on the 32 clips of the evaluation. In part 3 the share of real renders whose shape is still read
