@@ -161,10 +161,14 @@ def main() -> int:
         maker = spawn.Process(target=make_folder, args=(folder,))
         maker.start()
         maker.join()
+        if maker.exitcode:
+            print("benchmark: error: the random model could not be made", file=sys.stderr)
+            return 2
         pipes, results = {}, {"parts": {}, "load_seconds": {}, "peak_bytes": {}}
         for which in ("ours", "theirs"):
             pipes[which], end = spawn.Pipe()
             spawn.Process(target=worker, args=(which, folder, end), daemon=True).start()
+            end.close()  # so that a worker that dies ends the wait for it
             results["load_seconds"][which] = pipes[which].recv()
 
         def call(which, part):

@@ -33,15 +33,17 @@ _FOLDERS = {
     "vision": "image_encoder",
 }
 _OTHER_SCHEDULES = (
-    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting", "shift_terminal"),
-    *(
-        "invert_sigmas",
-        "stochastic_sampling",
-        "thresholding",
-        "disable_corrector",
-        "solver_p",
-        "rescale_betas_zero_snr",
-    ),
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "invert_sigmas",
+    "stochastic_sampling",
+    "thresholding",
+    "disable_corrector",
+    "solver_p",
+    "rescale_betas_zero_snr",
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
