@@ -47,7 +47,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "evaluate": ["matplotlib", "scipy"],
         "wan": WAN,
-        "test": ["matplotlib", "pytest>=8", "ruff", "scipy", *WAN],
+        "test": ["ipykernel", "matplotlib", "nbclient", "nbformat", "pytest>=8", "ruff", "scipy", *WAN],
         "parity": ["diffusers>=0.35", "peft", "torch", "transformers>=4.56", *WAN],
     },
     entry_points={"console_scripts": ["sora-jax = sora_jax.cli:main"]},

@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -148,9 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora-low", action="append", type=_lora, metavar="FILE[:SCALE]", help="likewise, for low noise levels")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
 
+    add("--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor (default: one device)")
+
     train = commands.add_parser("train", help="train a model from a config file", allow_abbrev=False)
     train.set_defaults(run=_train)
-    train.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config()")
+    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config([ARG])")
     train.add_argument("--workdir", required=True, metavar="DIR", help="folder of checkpoints and logs")
     train.epilog = "Any field of the config can be set: --config.steps=1000 --config.optimizer.learning_rate=1e-3"
 
@@ -165,6 +168,21 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SRC", help="a folder in the diffusers layout, or a model folder")
     convert.add_argument("output", metavar="DST", help="the model folder to write")
     convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="precision of its parameters")
+
+    plan = commands.add_parser("plan", help="what a model needs on a TPU slice, without one", allow_abbrev=False)
+    plan.set_defaults(run=_plan)
+    add = plan.add_argument
+    add("--model", required=True, metavar="NAME|DIR", help="bundled, a published one (wan2.1-t2v-14b), or a folder")
+    add("--topology", required=True, metavar="KIND:SHAPE", help="such as v5e:1x1, v6e:2x4, v5p:2x2x2")
+    add("--mesh", default="auto", metavar="AXIS=N,...", help="chips along data, fsdp, context, tensor (default: auto)")
+    add("--size", type=_size, metavar="HxW", help="height and width in pixels (default: the model's)")
+    add("--frames", type=_whole(1), help="frames of the video (default: the model's)")
+    add("--batch", type=_whole(1), default=1, help="videos at a time (default: 1)")
+    add("--steps", type=_whole(1), help="steps of the sampler (default: the model's)")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="precision of the large products")
+    add("--full", action="store_true", help="generate code too: minutes, but finds kernels that cannot be")
+    add("--search", action="store_true", help="try the meshes that make sense, and rank them")
+    add("--json", action="store_true", help="print JSON")
 
     evaluate = commands.add_parser("evaluate", help="measure how well videos follow prompts", allow_abbrev=False)
     evaluate.set_defaults(run=_evaluate)
@@ -190,13 +208,14 @@ def _generate(options: argparse.Namespace) -> None:
 
     from tqdm.auto import tqdm
 
-    from sora_jax.generate import load
+    from sora_jax.generate import load, read_config
+    from sora_jax.mesh import parse_mesh
     from sora_jax.request import make_request
 
-    lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
-    generator = load(options.model, options.dtype, lora=lora, lora_low=lora_low)
+    # What can be refused is refused before a model is loaded, which may take minutes.
+    mesh = parse_mesh(options.mesh) if options.mesh else None
     request = make_request(
-        generator.config,
+        read_config(options.model),
         [prompt for prompt, _ in jobs],
         seed=[seed for _, seed in jobs],
         negative_prompt=options.negative_prompt,
@@ -211,6 +230,8 @@ def _generate(options: argparse.Namespace) -> None:
     )
     target = _Target(options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames)
     target.check(prompts[0])
+    lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
+    generator = load(options.model, options.dtype, lora=lora, lora_low=lora_low, mesh=mesh)
     for note in generator.notes(request):
         print(note, file=sys.stderr)
     with contextlib.closing(generator.run(request, progress=True)) as videos:
@@ -273,9 +294,21 @@ class _Target:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.rest)
 
+    from sora_jax.training import hosts
+
+    hosts.connect()
     from sora_jax.training import loop
 
-    loop.train(config, options.workdir)
+    try:
+        loop.train(config, options.workdir)
+    except hosts.HostLost as lost:
+        code = _fail(str(lost), 1)
+        sys.stdout.flush()
+        # A normal exit would wait for the one that is gone. Where the first process goes, the others are stopped by
+        # JAX, which says much: it leaves them the time to end with a line of their own.
+        if hosts.is_first():
+            time.sleep(2)
+        os._exit(code)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -288,6 +321,38 @@ def _convert(options: argparse.Namespace) -> None:
     from sora_jax.generate import convert
 
     print(convert(options.source, options.output, options.dtype))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from sora_jax import plan
+    from sora_jax.request import check_shape
+
+    config = plan.model_config(options.model)
+    sampling = config.sampling
+    size, frames = options.size or sampling.size, options.frames or sampling.frames
+    check_shape(config, frames, size)
+    _, number = plan.chips(options.topology)
+    mesh = options.mesh
+    if mesh == "auto":
+        mesh, reason = plan.choose_mesh(config, size, frames, number)
+        if not options.search:
+            print(f"mesh {mesh}: {reason}", file=sys.stderr)
+    job = plan.Job(options.model, "", options.topology, mesh, size, frames, options.batch, options.dtype)
+    steps = options.steps or sampling.steps
+    if options.search:
+        results = plan.search(job, steps)
+    else:
+        results = {mesh: plan.needs(job, full=options.full)}
+    for mesh, needs in results.items():
+        here = dataclasses.replace(job, mesh=mesh)
+        if options.json:
+            parts = {part: dataclasses.asdict(need) for part, need in needs.items()}
+            print(json.dumps({**dataclasses.asdict(here), "parts": parts, "verdict": plan.verdict(here, needs, steps)}))
+        else:
+            print(plan.describe(here, needs, steps))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -308,7 +373,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
     """The ConfigDict that `get_config()` of the Python file returns, with overrides applied, locked.
 
     Args:
-        path: the config file.
+        path: the config file; of "FILE:ARGUMENT" the second part is given to `get_config`.
         overrides: command-line words, "--config.a.b=value" or "--config.a.b", "value".
 
     Raises:
@@ -316,13 +381,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
     """
     import ml_collections
 
+    path, *argument = path.split(":", 1)
     spec = importlib.util.spec_from_file_location("sora_jax_config", path)
     if spec is None or not Path(path).is_file():
         raise InputError(f"there is no config file {path}; it must be a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = ml_collections.ConfigDict(module.get_config())
+        config = ml_collections.ConfigDict(module.get_config(*argument))
     except Exception as error:  # the file is the user's code and can fail in any way
         raise InputError(f"the config {path} fails: {type(error).__name__}: {error}") from error
     words = list(overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -10,23 +11,23 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from sora_jax import sampler
-from sora_jax.codec import Codec
-from sora_jax.codec import vae as codec_lib
-from sora_jax.dit import DiT
+from sora_jax import model_folder, pipeline, sampler
 from sora_jax.errors import InputError
-from sora_jax.model_folder import ModelConfig, read_model_folder, write_model_folder
+from sora_jax.model_folder import ModelConfig, write_model_folder
+from sora_jax.pipeline import Given
 from sora_jax.request import Request, make_request
-from sora_jax.text import ByteTokenizer, FileTokenizer, T5Encoder
+from sora_jax.tensors import Tensor
+from sora_jax.text import ByteTokenizer, FileTokenizer
 from sora_jax.video import Video
-from sora_jax.vision import VisionEncoder, preprocess
+from sora_jax.vision import preprocess
 
 BUNDLED = Path(__file__).parent / "bundled"
 DTYPES = ("float32", "bfloat16")
@@ -40,6 +41,7 @@ def load(
     *,
     lora: dict[str | os.PathLike, float] | None = None,
     lora_low: dict[str | os.PathLike, float] | None = None,
+    mesh: Mesh | None = None,
 ) -> Generator:
     """The generator of a model folder, ours or one in the diffusers layout; without a path, of the model that comes
     with the package.
@@ -52,6 +54,8 @@ def load(
             on CPU, where bfloat16 is slower, and bfloat16 otherwise.
         lora: files of low-rank adaptations with the scale of each, merged into the transformer in this order.
         lora_low: the same for a second transformer for low noise levels.
+        mesh: of `sora_jax.mesh`, the devices that share the parameters; by default all are on JAX's default device.
+            Either way they go there in pieces: the host never holds the model.
 
     Raises:
         InputError: if the folder is not a readable model.
@@ -61,19 +65,21 @@ def load(
         dtype = "float32" if path is None or jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it can be {' or '.join(DTYPES)}")
-    config, params, tokenizer = _read_any(Path(BUNDLED if path is None else path), dtype)
+    config, tensors, tokenizer = _open(Path(BUNDLED if path is None else path), dtype, mesh)
     for part, files in (("dit", lora), ("dit_low", lora_low)):
-        if files and part not in params:
+        if files and part not in tensors:
             raise InputError("lora_low is for models with a second transformer; this one has none")
         for file, scale in (files or {}).items():
             from sora_jax.interop import lora as lora_lib
 
-            params[part] = lora_lib.merge(config.dit, params.pop(part), file, scale, low=part == "dit_low")
-    return Generator(config, params, tokenizer, dtype)
+            tensors[part] = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
+    return Generator(config, jax.tree.map(Tensor.place, tensors), tokenizer, dtype, mesh)
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str | None = None) -> Path:
     """Writes a model, such as a published folder, as one of our model folders, from which loading is a straight read.
+
+    Of the model, a few megabytes or one tensor are in memory at a time.
 
     Args:
         dtype: "float32", "float16" or "bfloat16"; by default that of a model folder, float32 for published ones.
@@ -81,33 +87,31 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str | N
     Raises:
         InputError: if `source` cannot be read or `target` not be written.
     """
-    config, params, tokenizer = _read_any(Path(source), "float32")
-    return write_model_folder(target, config, params, dtype, getattr(tokenizer, "json", None))
+    config, tensors, tokenizer = _open(Path(source), "float32")
+    return write_model_folder(target, config, tensors, dtype, getattr(tokenizer, "json", None))
 
 
-def _read_any(path: Path, dtype: str) -> tuple[ModelConfig, dict[str, Any], ByteTokenizer | FileTokenizer]:
+def read_config(path: str | os.PathLike | None = None) -> ModelConfig:
+    """The config of the model that `load` would load, at once; raises InputError."""
+    path = Path(BUNDLED if path is None else path)
     if (path / "model_index.json").is_file():
-        from sora_jax.interop.diffusers import read_pipeline_folder
+        from sora_jax.interop.diffusers import pipeline_config
 
-        return read_pipeline_folder(path, dtype)
-    config, params = read_model_folder(path, dtype)
+        return pipeline_config(path)
+    return model_folder.read_config(path)
+
+
+def _open(
+    path: Path, dtype: str, mesh: Mesh | None = None
+) -> tuple[ModelConfig, dict[str, Any], ByteTokenizer | FileTokenizer]:
+    """Config, parameters that are yet to be read, and tokenizer of a folder of either layout."""
+    if (path / "model_index.json").is_file():
+        from sora_jax.interop.diffusers import open_pipeline_folder
+
+        return open_pipeline_folder(path, dtype, mesh)
+    config, tensors = model_folder.open_model_folder(path, dtype, mesh)
     tokenizer = FileTokenizer(path / "tokenizer.json") if config.text.tokenizer == "file" else ByteTokenizer()
-    return config, params, tokenizer
-
-
-class Given(NamedTuple):
-    """What the images of a request give the transformer; each part is None where the model or the request has none.
-
-    Attributes:
-        latents_1FYXZ, known_1F: latent frames that stay as they are, and which those are.
-        condition_1FYXC: channels beside the latents.
-        image_1LD: features of the images.
-    """
-
-    latents_1FYXZ: jax.Array | None = None
-    known_1F: jax.Array | None = None
-    condition_1FYXC: jax.Array | None = None
-    image_1LD: jax.Array | None = None
+    return config, tensors, tokenizer
 
 
 class Generator:
@@ -118,6 +122,7 @@ class Generator:
         params: {"text": ..., "codec": ..., "dit": ...} and perhaps "dit_low" and "vision".
         tokenizer: prompts to ids.
         dtype: of the large products of text encoder and transformer.
+        mesh: the devices that share the work, or None: JAX's default device does it.
     """
 
     def __init__(
@@ -126,17 +131,25 @@ class Generator:
         params: dict[str, Any],
         tokenizer: ByteTokenizer | FileTokenizer | None = None,
         dtype: str = "float32",
+        mesh: Mesh | None = None,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer or ByteTokenizer()
-        self.params = jax.device_put(params)
+        self.mesh = mesh
+        # Parameters that are in their places stay there.
+        places = mesh and jax.tree.map(lambda leaf: leaf.sharding, model_folder.abstract_params(config, mesh))
+        self.params = jax.device_put(params, places)
         self._bar: tqdm | None = None
-        self._encode_text = jax.jit(self._encode_text_fn)
-        self._denoise = jax.jit(self._denoise_fn, static_argnames="is_guided")
-        self._decode = jax.jit(self._decode_fn, static_argnums=3)
-        self._encode_video = jax.jit(self._encode_video_fn, static_argnums=3)
-        self._see = jax.jit(self._see_fn)
+        config, dtype = self.config, self.dtype
+        self._draw_noise = jax.jit(pipeline.draw_noise, static_argnums=1)
+        self._encode_text = jax.jit(partial(pipeline.encode_text, config, dtype))
+        self._denoise = jax.jit(
+            partial(pipeline.denoise, config, dtype, progress=self._step_done), static_argnames=("is_guided", "kernel")
+        )
+        self._decode = jax.jit(partial(pipeline.decode, config), static_argnums=3)
+        self._encode_video = jax.jit(partial(pipeline.encode, config), static_argnums=3)
+        self._see = jax.jit(partial(pipeline.see, config, dtype))
 
     def generate(
         self,
@@ -198,9 +211,11 @@ class Generator:
     def run(self, request: Request, progress: bool = True) -> Iterator[Video]:
         """Yields the videos of a checked request, in order, sampling in batches of bounded size."""
         pixels = request.frames * math.prod(request.size)
-        batch = max(1, min(len(request.prompts), _PIXELS_PER_BATCH // pixels))
+        copies = self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
+        batch = max(1, min(len(request.prompts), _PIXELS_PER_BATCH // pixels * copies))
         starts = range(0, len(request.prompts), batch)
-        given = self._given(request)
+        with self._on_mesh():
+            given = self._given(request)
         bar = tqdm(total=len(starts) * request.steps, desc="sampling", unit="step", disable=not progress)
         # The compiled scan reports to whatever bar is there: a program that held one bar would serve only once.
         self._bar = bar
@@ -208,10 +223,16 @@ class Generator:
             for start in starts:
                 # The last batch is filled up with repeats: cheaper than compiling for another size.
                 chosen = [min(start + i, len(request.prompts) - 1) for i in range(batch)]
-                latents_BFYXZ = self._sample(request, chosen, given)
+                with self._on_mesh():
+                    latents_BFYXZ = self._sample(request, chosen, given)
                 for latents_FYXZ in latents_BFYXZ[: len(request.prompts) - start]:
                     # One video at a time: decoding needs far more memory than sampling.
-                    yield Video(self._decode_video(latents_FYXZ, request), request.fps)
+                    with self._on_mesh():
+                        frames = self._decode_video(latents_FYXZ, request)
+                    yield Video(frames, request.fps)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
     def _sample(self, request: Request, chosen: list[int], given: Given) -> jax.Array:
         prompts = [request.prompts[i] for i in chosen]
@@ -223,7 +244,7 @@ class Generator:
         )
         if request.noise is None:
             shape = self.config.codec.latent_shape(request.frames, *request.size)
-            noise_BFYXZ = _draw_noise(np.array(request.seeds, np.uint32)[chosen], shape)
+            noise_BFYXZ = self._draw_noise(np.array(request.seeds, np.uint32)[chosen], shape)
         else:
             noise_BFYXZ = request.noise[chosen]
         sampling = self.config.sampling
@@ -294,50 +315,9 @@ class Generator:
             features = features.reshape(1, -1, features.shape[-1])
         return Given(condition_1FYXC=jnp.concatenate([mask_1FYXC, latents_1FYXZ], axis=-1), image_1LD=features)
 
-    def _encode_video_fn(self, params, state, video_BTHWC, first):
-        return codec_lib.piece(Codec(self.config.codec), params, state, video_BTHWC, first, "encode")
-
-    def _see_fn(self, params, image_BHWC):
-        return VisionEncoder(self.config.vision).apply({"params": params}, image_BHWC)
-
-    def _encode_text_fn(self, params, ids_BL):
-        return T5Encoder(self.config.text, self.dtype).apply({"params": params}, ids_BL)
-
-    def _denoise_fn(self, dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided):
-        def repeat(x, batch):
-            return None if x is None else jnp.broadcast_to(x, (batch, *x.shape[1:]))
-
-        def with_dit(params, guidance):
-            def velocity(x_BFYXZ, level_BF):
-                condition, image = (repeat(x, len(x_BFYXZ)) for x in (given.condition_1FYXC, given.image_1LD))
-                return DiT(self.config.dit, self.dtype).apply(
-                    {"params": params}, x_BFYXZ, level_BF, text_BLD, condition, image
-                )
-
-            return sampler.guided(velocity, guidance) if is_guided else velocity
-
-        velocity = with_dit(dits[0], guidance_2[0])
-        if self.config.boundary is not None:
-            low = with_dit(dits[1], guidance_2[1])
-            boundary, high = self.config.boundary - 1e-6, velocity  # float32 may round a level down
-
-            def velocity(x_BFYXZ, level_BF):
-                return jax.lax.cond(jnp.max(level_BF) >= boundary, high, low, x_BFYXZ, level_BF)
-
-        known = None
-        if given.known_1F is not None:
-            known = tuple(repeat(x, len(noise_BFYXZ)) for x in (given.latents_1FYXZ, given.known_1F))
-        solver = self.config.sampling.solver
-        return sampler.sample(velocity, noise_BFYXZ, schedule, solver, known, progress=self._step_done)
-
     def _step_done(self, _) -> None:
         if self._bar is not None:
             self._bar.update()
-
-    def _decode_fn(self, params, state, latents_BFYXZ, first):
-        codec = Codec(self.config.codec)
-        video_BTHWC, state = codec_lib.piece(codec, params, state, latents_BFYXZ, first, "decode")
-        return jnp.round((video_BTHWC + 1) * 127.5).astype(jnp.uint8), state
 
     def unknown_words(self, text: str) -> list[str]:
         """Words of `text` that the model was not trained on; empty if the model is not limited to a list."""
@@ -371,11 +351,6 @@ def _wait(array: jax.Array) -> jax.Array:
     while not array.is_ready():
         time.sleep(0.01)
     return array
-
-
-@partial(jax.jit, static_argnums=1)
-def _draw_noise(seeds_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds_B)
 
 
 def _keep_compiled_programs() -> None:

@@ -2,12 +2,14 @@
 
     data     copies of the model, each with its share of the batch
     fsdp     shares of the batch, with parameters and optimizer state split among them
-    context  the patches of one video
-    tensor   heads and feed-forward columns
+    context  the patches of one video: each device has a part of every frame; parameters are split among them too
+    tensor   heads and feed-forward columns; in the codec more parts of every frame
 
 On one device every axis has size 1 and all of this is the identity.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,14 +22,18 @@ from sora_jax.errors import InputError
 AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis -> mesh axes. An axis that is not listed is never split.
-RULES = (
-    ("batch", ("data", "fsdp")),
-    ("tokens", "context"),
-    ("width", "fsdp"),
-    ("heads", "tensor"),
-    ("feed_forward", "tensor"),
-    ("codec_channels", "tensor"),
-)
+RULES = {
+    "batch": ("data", "fsdp"),
+    "tokens": ("context",),  # of each frame
+    "rows": ("context", "tensor"),  # of a picture, in the codec
+    "heads": ("tensor",),
+    "feed_forward": ("tensor",),
+    # Of parameters at rest; see `gathered`.
+    "width": ("fsdp", "context"),
+    "codec_channels": ("fsdp", "context", "tensor"),
+}
+_AT_REST = ("width", "codec_channels")
+_IF_THEY_DIVIDE = ("codec_channels",)  # some of the codec's layers are tiny
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -36,16 +42,31 @@ def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = np.asarray(jax.devices() if devices is None else devices)
     rest = fsdp * context * tensor
-    if data == -1 and rest > 0 and len(devices) % rest == 0:
-        data = len(devices) // rest
-    if data * rest != len(devices) or min(data, fsdp, context, tensor) < 1:
+    if data == -1 and rest > 0 and devices.size % rest == 0:
+        data = devices.size // rest
+    if data * rest != devices.size or min(data, fsdp, context, tensor) < 1:
         sizes = ",".join(f"{name}={size}" for name, size in zip(AXES, (data, fsdp, context, tensor), strict=True))
-        raise InputError(f"mesh {sizes} does not multiply to the {len(devices)} devices there are")
+        raise InputError(f"mesh {sizes} does not multiply to the {devices.size} devices there are")
     # Auto axes: the constraints below are hints to the compiler, which fills in the rest.
     shape = (data, fsdp, context, tensor)
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str, devices=None) -> Mesh:
+    """A mesh from words like "data=2,context=4"; an axis that is not named has size 1.
+
+    Raises:
+      InputError: an unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    sizes = {}
+    for word in text.split(","):
+        name, _, size = word.strip().partition("=")
+        if name not in AXES or not size.isdecimal() or name in sizes:
+            raise InputError(f"mesh {text!r}: {word!r} is none of {', '.join(f'{axis}=N' for axis in AXES)}")
+        sizes[name] = int(size)
+    return make_mesh(**{"data": 1, **sizes}, devices=devices)
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -53,27 +74,70 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
     The result has the structure of the unboxed tree. Optimizers put placeholders where they keep nothing for a
     parameter: those stay as they are.
+
+    Raises:
+      InputError: a parameter that the mesh cannot divide.
     """
 
-    def place(leaf):
-        names = ()
-        if isinstance(leaf, nn.LogicallyPartitioned):
-            if not hasattr(leaf.value, "shape"):
-                return leaf.value
-            names = leaf.names
-        return NamedSharding(mesh, nn.logical_to_mesh_axes(names, RULES))
+    def place(path, leaf):
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        if not hasattr(leaf.value, "shape"):
+            return leaf.value
+        names = list(leaf.names)
+        for number, (name, size) in enumerate(zip(leaf.names, leaf.value.shape, strict=True)):
+            shares = math.prod(mesh.shape[axis] for axis in RULES.get(name, ()))
+            if size % shares and name in _IF_THEY_DIVIDE:
+                names[number] = None
+            elif size % shares:
+                axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[name] if mesh.shape[axis] > 1)
+                where = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+                possible = [n for n in range(1, shares) if size % n == 0]
+                raise InputError(
+                    f"mesh {axes} cannot divide the {size} ({name}) of {where} {list(leaf.value.shape)}; "
+                    f"sizes below {shares} that can: {', '.join(map(str, possible))}"
+                )
+        return NamedSharding(mesh, PartitionSpec(*[RULES.get(name) for name in names]))
 
-    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    return jax.tree.map_with_path(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis split over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def shares(axis: str) -> int:
+    """Into how many parts the mesh that is set splits a logical axis; 1 without a mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.get(name, 1) for name in RULES[axis])
+
+
+def spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Where the parts of an array go, by the logical names of its axes; what does not divide stays whole."""
+    return PartitionSpec(
+        *[RULES[name] if name and size % shares(name) == 0 else None for size, name in zip(shape, axes, strict=True)]
+    )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Hints at the placement of an activation, by logical axis names; the identity without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(axes, RULES))
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes))
+
+
+def gathered(parameter: jax.Array, *axes: str | None) -> jax.Array:
+    """A parameter as its layer uses it: what is split only at rest is whole, for as long as that takes."""
+    return constrain(parameter, *[None if axis in _AT_REST else axis for axis in axes])
+
+
+def per_device(function: Callable, axes: tuple[tuple[str | None, ...], ...], *arrays: jax.Array) -> jax.Array:
+    """`function` of each device's part of the arrays, whose axes have these logical names.
+
+    The result has shape and placement of the first array. Without a mesh, or on one device, all parts are whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    specs = tuple(spec(array.shape, names) for array, names in zip(arrays, axes, strict=True))
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

@@ -25,26 +25,29 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 from flax.core import meta
+from jax.sharding import Mesh
 
+from sora_jax import tensors as tensors_lib
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.dit import DiT, DiTConfig
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, one_line
+from sora_jax.mesh import shardings
 from sora_jax.sampler import SCHEDULES, SOLVERS
+from sora_jax.tensors import FORMATS, Tensor, TensorFile
 from sora_jax.text import T5Encoder, TextConfig
 from sora_jax.vision import VisionConfig, VisionEncoder
 
 FORMAT_VERSION = 1
-_STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_STORED_AS = {dtype.name: name for name, dtype in FORMATS.items()}
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,27 @@ class ModelConfig:
             raise ValueError("the condition of dit is a mask of stride_time channels, and latents")
 
 
-def abstract_params(config: ModelConfig) -> dict[str, Any]:
-    """Names and shapes of all parameters: {"text": ..., "codec": ..., "dit": ...} of ShapeDtypeStruct."""
+def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Names and shapes of all parameters: {"text": ..., "codec": ..., "dit": ...} of ShapeDtypeStruct.
+
+    With a mesh they say where each parameter belongs.
+
+    Raises:
+        InputError: the mesh cannot divide a parameter.
+    """
+    boxed = _boxed_params(config)
+    params = meta.unbox(boxed)
+    if mesh is None:
+        return params
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        shardings(boxed, mesh),
+    )
+
+
+@cache  # tracing takes seconds
+def _boxed_params(config: ModelConfig) -> dict[str, Any]:
     codec = config.codec
     frames, side = 1 + codec.stride_time, codec.stride_space * max(config.dit.patch)
     ids_BL = jnp.zeros((1, config.text.length), jnp.int32)
@@ -153,7 +175,7 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
         inputs["dit_low"] = inputs["dit"]
 
     def init(key: jax.Array) -> dict[str, Any]:
-        return {part: meta.unbox(module.init(key, *x)["params"]) for part, (module, *x) in inputs.items()}
+        return {part: module.init(key, *x)["params"] for part, (module, *x) in inputs.items()}
 
     return jax.eval_shape(init, jax.random.key(0))
 
@@ -170,7 +192,8 @@ def write_model_folder(
     Args:
         path: the folder; its parent must exist.
         config: the configs.
-        params: {"text": tree, "codec": tree, "dit": tree} of arrays, exactly as `abstract_params` lists them.
+        params: {"text": tree, "codec": tree, "dit": tree} of arrays, or of `Tensor`s, which are read as they are
+            written; exactly as `abstract_params` lists them.
         dtype: "float32", "float16" or "bfloat16"; by default `config.dtype`.
         tokenizer: what tokenizer.json holds, if `config.text.tokenizer` is "file".
 
@@ -188,7 +211,7 @@ def write_model_folder(
     tensors = {part: _stored(part, params[part], expected[part], config.dtype) for part in config.parts}
     with _complete_or_absent(path, "the model") as hidden:
         for part in config.parts:
-            (hidden / f"{part}.safetensors").write_bytes(safetensors.numpy.save(tensors[part]))
+            tensors_lib.write(hidden / f"{part}.safetensors", tensors[part])
         if config.text.tokenizer == "file":
             (hidden / "tokenizer.json").write_bytes(tokenizer)
         text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=1)
@@ -240,18 +263,46 @@ def read_model_folder(path: str | os.PathLike, dtype: str = "float32") -> tuple[
     Raises:
         InputError: naming the file and what is wrong with it.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"there is no model folder {path}")
-    config = _read_json(path / "model.json", ModelConfig)
-    try:
-        expected = abstract_params(config)
-    except Exception as error:  # any module may object to a config in its own way
-        raise InputError(f"{path / 'model.json'} describes no possible model: {_one_line(error)}") from error
+    config, tensors = open_model_folder(path, dtype)
+    return config, jax.tree.map(Tensor.read, tensors)
+
+
+def open_model_folder(
+    path: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """As `read_model_folder`, with `Tensor`s that are yet to be read in place of the arrays.
+
+    Args:
+        mesh: the devices where the parameters belong; by default the one that JAX has by default.
+
+    Raises:
+        InputError: naming the file and what is wrong with it, or the parameter that the mesh cannot divide.
+    """
+    path, config = Path(path), read_config(path)
+    with described_by(path / "model.json"):
+        expected = abstract_params(config, mesh)
     return config, {
-        part: _read_part(path / f"{part}.safetensors", expected[part], config.dtype, part, dtype)
+        part: _open_part(path / f"{part}.safetensors", expected[part], config.dtype, part, dtype)
         for part in config.parts
     }
+
+
+@contextlib.contextmanager
+def described_by(path: Path) -> Iterator[None]:
+    """Around what may object to a config, as any module does in its own way: raises InputError that names `path`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path} describes no possible model: {one_line(error)}") from error
+
+
+def read_config(path: str | os.PathLike) -> ModelConfig:
+    """The config of a model folder alone; raises InputError."""
+    if not Path(path).is_dir():
+        raise InputError(f"there is no model folder {path}")
+    return _read_json(Path(path, "model.json"), ModelConfig)
 
 
 def _read_json(path: Path, kind: type) -> Any:
@@ -260,7 +311,7 @@ def _read_json(path: Path, kind: type) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"{path} is damaged: {_one_line(error)}") from error
+        raise InputError(f"{path} is damaged: {one_line(error)}") from error
     version = values.pop("format_version", None) if isinstance(values, dict) else None
     if type(version) is not int or version < 1:
         raise InputError(f"{path} is no model description: it has no format_version")
@@ -284,7 +335,7 @@ def _parse(kind: Any, value: Any, name: str, path: Path) -> Any:
         try:
             return kind(**values)
         except ValueError as error:
-            raise InputError(f"{path}: {f'{name}: ' if name else ''}{_one_line(error)}") from error
+            raise InputError(f"{path}: {f'{name}: ' if name else ''}{one_line(error)}") from error
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and isinstance(value, list):
         kinds = options[:1] * len(value) if options[1:] == (...,) else options
@@ -306,40 +357,39 @@ def _parse(kind: Any, value: Any, name: str, path: Path) -> Any:
     raise InputError(f"{path}: {name or 'the top level'} must be {expected}, not {shown[:40]}")
 
 
-def _stored(part: str, params: Any, expected: Any, dtype: str) -> dict[str, np.ndarray]:
+def _stored(part: str, params: Any, expected: Any, dtype: str) -> dict[str, Tensor]:
     """Flattened tensors in the precision of the folder, checked against the expected names and shapes."""
-    tensors = {name: np.asarray(value) for name, value in _flatten(meta.unbox(params)).items()}
-    _check_shapes(f"the {part} parameters", {k: v.shape for k, v in tensors.items()}, _flatten(expected))
-    for name, value in tensors.items():
-        with np.errstate(over="ignore"):
-            tensors[name] = np.ascontiguousarray(value.astype(_folder_dtype(part, name, dtype)))
-        if not np.isfinite(tensors[name]).all():
-            raise InputError(f"the {part} parameter {name} has values that {dtype} cannot hold")
-    return tensors
+    leaves = _flatten(meta.unbox(params))
+    _check_shapes(f"the {part} parameters", {name: leaf.shape for name, leaf in leaves.items()}, _flatten(expected))
+
+    def pieces(name: str, kind: np.dtype) -> Iterator[np.ndarray]:
+        leaf = leaves[name]
+        for piece in leaf.pieces() if isinstance(leaf, Tensor) else [np.asarray(leaf)]:
+            with np.errstate(over="ignore"):
+                piece = piece.astype(kind, copy=False)
+            if not np.isfinite(piece).all():
+                raise InputError(f"the {part} parameter {name} has values that {dtype} cannot hold")
+            yield piece
+
+    kinds = {name: _folder_dtype(part, name, dtype) for name in leaves}
+    return {name: Tensor(leaf.shape, kinds[name], partial(pieces, name, kinds[name])) for name, leaf in leaves.items()}
 
 
 def _folder_dtype(part: str, name: str, dtype: str) -> np.dtype:
     return memory_dtype(part, name, dtype) if dtype == "bfloat16" else np.dtype(dtype)
 
 
-def _read_part(path: Path, expected: Any, folder_dtype: str, part: str = "codec", dtype: str = "float32") -> Any:
-    expected = _flatten(expected)
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            _check_shapes(str(path), {k: tuple(v.get_shape()) for k, v in slices.items()}, expected)
-            for name, value in slices.items():
-                stored_as = _STORED_AS[_folder_dtype(part, name, folder_dtype).name]
-                if value.get_dtype() != stored_as:
-                    raise InputError(f"{path}: tensor {name} is {value.get_dtype()}, model.json says {stored_as}")
-            tensors = {name: file.get_tensor(name).astype(memory_dtype(part, name, dtype)) for name in expected}
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or _one_line(error)}") from error
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged: {_one_line(error)}") from error
-    for name, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise InputError(f"{path} is damaged: tensor {name} is not finite")
+def _open_part(path: Path, expected: Any, folder_dtype: str, part: str = "codec", dtype: str = "float32") -> Any:
+    """The tree of `Tensor`s of one file, checked against the expected names, shapes and precision."""
+    expected, file = _flatten(expected), TensorFile(path)
+    _check_shapes(str(path), file.shapes, expected)
+    for name, format in file.formats.items():
+        if format != (stored_as := _STORED_AS[_folder_dtype(part, name, folder_dtype).name]):
+            raise InputError(f"{path}: tensor {name} is {format}, model.json says {stored_as}")
+    tensors = {
+        name: Tensor(leaf.shape, memory_dtype(part, name, dtype), partial(file.pieces, name), leaf.sharding)
+        for name, leaf in expected.items()
+    }
     return traverse_util.unflatten_dict(tensors, sep=".")
 
 
@@ -360,15 +410,11 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return traverse_util.flatten_dict(tree, sep=".")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def write_codec(path: Path, config: CodecConfig, params: Any) -> None:
     """Writes a codec alone (`codec.json`, `codec.safetensors`, float32) as a new folder, complete or not at all."""
     tensors = _stored("codec", params, _abstract_codec_params(config), "float32")
     with _complete_or_absent(path, "the codec") as hidden:
-        (hidden / "codec.safetensors").write_bytes(safetensors.numpy.save(tensors))
+        tensors_lib.write(hidden / "codec.safetensors", tensors)
         text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=1)
         (hidden / "codec.json").write_text(text + "\n", encoding="utf-8")
 
@@ -377,10 +423,11 @@ def read_codec(path: str | os.PathLike) -> tuple[CodecConfig, Any]:
     """The codec of a folder made by `write_codec`, or of a whole model folder, as float32 NumPy arrays."""
     path = Path(path)
     if (path / "model.json").is_file():
-        config, params = read_model_folder(path)
-        return config.codec, params["codec"]
+        config, tensors = open_model_folder(path)
+        return config.codec, jax.tree.map(Tensor.read, tensors["codec"])
     config = _read_json(path / "codec.json", CodecConfig)
-    return config, _read_part(path / "codec.safetensors", _abstract_codec_params(config), "float32")
+    tensors = _open_part(path / "codec.safetensors", _abstract_codec_params(config), "float32")
+    return config, jax.tree.map(Tensor.read, tensors)
 
 
 def _abstract_codec_params(config: CodecConfig) -> Any:

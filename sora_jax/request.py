@@ -78,9 +78,7 @@ def make_request(
         guidance_low=guidance_low,
         fps=_number("fps", defaults.fps if fps is None else fps),
     )
-    _check_multiple("frames", request.frames, config.codec.stride_time, 1)
-    for name, side, patch in zip(("height", "width"), request.size, config.dit.patch[1:], strict=True):
-        _check_multiple(name, side, config.codec.stride_space * patch, 0)
+    check_shape(config, request.frames, request.size)
     check_fps(request.fps)
     request = dataclasses.replace(request, **_images(config, image, last_image, request))
     if noise is None:
@@ -90,6 +88,13 @@ def make_request(
     if noise.shape not in (shape, shape[1:]) or (noise.ndim == 4 and len(prompts) > 1):
         raise InputError(f"noise must be {list(shape)}, not {list(noise.shape)}")
     return dataclasses.replace(request, noise=noise.reshape(shape))
+
+
+def check_shape(config: ModelConfig, frames: int, size: tuple[int, int]) -> None:
+    """Raises InputError for numbers of frames, rows and columns that codec and transformer cannot fold."""
+    _check_multiple("frames", frames, config.codec.stride_time, 1)
+    for name, side, patch in zip(("height", "width"), size, config.dit.patch[1:], strict=True):
+        _check_multiple(name, side, config.codec.stride_space * patch, 0)
 
 
 def _images(config: ModelConfig, image: Any, last_image: Any, request: Request) -> dict[str, np.ndarray | None]:

@@ -178,13 +178,17 @@ def sample(
     def fill(x):
         return x if known is None else jnp.where(known_BF[:, :, None, None, None], known[0], x)
 
+    # The solver's state lies flat: a TPU fills up the few channels of latents to 128.
+    def latents(state):
+        return fill(finalize(state).reshape(noise_BFYXZ.shape))
+
     def step(state, number):
         level_BF = jnp.where(known_BF, 0.0, told[number])
-        velocity_BFYXZ = velocity(fill(finalize(state)), level_BF)
+        velocity_BFYXZ = velocity(latents(state), level_BF)
         if progress is not None:
             # One element of the velocity goes along, so that the call waits for it.
             jax.debug.callback(lambda number, _: progress(number), number, velocity_BFYXZ[0, 0, 0, 0, 0])
-        return update(state, velocity_BFYXZ, number, levels), None
+        return update(state, velocity_BFYXZ.reshape(B, F, -1), number, levels), None
 
-    state, _ = jax.lax.scan(step, initialize(noise_BFYXZ), jnp.arange(levels.shape[0] - 1))
-    return fill(finalize(state))
+    state, _ = jax.lax.scan(step, initialize(noise_BFYXZ.reshape(B, F, -1)), jnp.arange(levels.shape[0] - 1))
+    return latents(state)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sora_jax.layers import Dense, LayerNorm
+
 # Of the pictures CLIP was trained on, in [0, 1].
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -59,25 +61,6 @@ def preprocess(image_HWC: np.ndarray, size: int) -> np.ndarray:
     return np.asarray((middle - jnp.array(_MEAN)) / jnp.array(_STD), np.float32)
 
 
-def _dense(features: int, axes: tuple, name: str, dtype: Any) -> nn.Dense:
-    return nn.Dense(
-        features,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
-        dtype=dtype,
-        name=name,
-    )
-
-
-def _norm(epsilon: float, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
-        name=name,
-    )
-
-
 class VisionBlock(nn.Module):
     """Self-attention, then the feed-forward, each after a norm and added to its input."""
 
@@ -88,17 +71,18 @@ class VisionBlock(nn.Module):
     def __call__(self, x_BLD: jax.Array):
         config, dtype = self.config, self.dtype
         B, L, D = x_BLD.shape
-        h = _norm(config.epsilon, "attention_norm")(x_BLD).astype(dtype)
+        init = nn.initializers.lecun_normal()
+        h = LayerNorm(config.epsilon, name="attention_norm")(x_BLD).astype(dtype)
         q, k, v = (
-            _dense(D, ("width", "heads"), name, dtype)(h).reshape(B, L, config.heads, -1)
+            Dense(D, ("width", "heads"), dtype, init, name=name)(h).reshape(B, L, config.heads, -1)
             for name in ("query", "key", "value")
         )
         h = jax.nn.dot_product_attention(q, k, v).reshape(B, L, D)
-        x_BLD += _dense(D, ("heads", "width"), "out", dtype)(h)
-        h = _norm(config.epsilon, "feed_forward_norm")(x_BLD).astype(dtype)
-        h = _dense(config.feed_forward, ("width", "feed_forward"), "up", dtype)(h)
+        x_BLD += Dense(D, ("heads", "width"), dtype, init, name="out")(h)
+        h = LayerNorm(config.epsilon, name="feed_forward_norm")(x_BLD).astype(dtype)
+        h = Dense(config.feed_forward, ("width", "feed_forward"), dtype, init, name="up")(h)
         h = nn.gelu(h, approximate=False) if config.activation == "gelu" else h * nn.sigmoid(1.702 * h)
-        return x_BLD + _dense(D, ("feed_forward", "width"), "down", dtype)(h), None
+        return x_BLD + Dense(D, ("feed_forward", "width"), dtype, init, name="down")(h), None
 
 
 class VisionEncoder(nn.Module):
@@ -128,5 +112,5 @@ class VisionEncoder(nn.Module):
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BLD, _ = blocks(config, self.dtype, name="blocks")(_norm(config.epsilon, "norm_in")(x_BLD))
+        x_BLD, _ = blocks(config, self.dtype, name="blocks")(LayerNorm(config.epsilon, name="norm_in")(x_BLD))
         return x_BLD.astype(jnp.float32)

@@ -95,12 +95,13 @@ def test_names_come_from_prompts(tmp_path):
         (["red", "-o", "red.avi"], "must end in"),
         (["red", "-o", "none/red.mp4"], "no folder none"),
         (["red", "-o", "red.png"], "holds one frame"),
+        (["red", "--image", "none.png"], "takes no image"),
         (["red", "--num", "2", "-o", "red.mp4"], "folder"),
         (["red", "--num", "2", "-o", "none/out"], "cannot make the folder"),
     ],
 )
-def test_mistakes_end_in_one_line_before_sampling(generate, capsys, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.setattr(generate_module.Generator, "run", lambda *_, **__: pytest.fail("sampling has started"))
+def test_mistakes_end_in_one_line_before_loading(generate, capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setattr(generate_module, "load", lambda *_, **__: pytest.fail("a model is being loaded"))
     assert generate(*arguments) == 2
     assert message in one_line(capsys)
     assert not os.listdir(tmp_path)

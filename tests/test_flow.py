@@ -51,6 +51,14 @@ def test_loss_of_nothing_unknown_is_zero_not_nan(pair):
     assert flow.velocity_loss(pair[0], *pair, jnp.ones((2, 3), bool)) == 0.0
 
 
+def test_channel_weights_scale_each_channels_error():
+    predicted, x0, noise = (jax.random.normal(jax.random.key(i), (2, 3, 4, 4, 2)) for i in range(3))
+    unknown = jnp.zeros((2, 3), bool)
+    one_Z = [flow.velocity_loss(predicted, x0, noise, unknown, jnp.eye(2)[channel]) for channel in range(2)]
+    both = flow.velocity_loss(predicted, x0, noise, unknown, jnp.array([0.5, 3.0]))
+    np.testing.assert_allclose(both, 0.5 * one_Z[0] + 3.0 * one_Z[1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 def test_shift_keeps_the_ends_and_the_order(shift):
     level = np.linspace(0, 1, 101)

@@ -18,13 +18,14 @@ CODE = [*MODULES, *(path for part in ("configs", "experiments", "tests") for pat
 # A room may import from lower floors and from itself. Same floor means: they do not know one another.
 FLOORS = [
     ("errors",),
-    ("mesh", "flow", "video"),
+    ("mesh", "flow", "video", "tensors"),
+    ("layers", "attention"),
     ("text", "codec", "dit", "sampler", "vision"),
     ("data",),
     ("model_folder",),
-    ("interop", "request"),
+    ("interop", "request", "pipeline"),
     ("training", "generate"),
-    ("evaluation",),
+    ("evaluation", "plan"),
     ("cli",),
     ("__main__",),
 ]

@@ -13,6 +13,7 @@ import safetensors.numpy
 from sora_jax.errors import InputError
 from sora_jax.model_folder import (
     FORMAT_VERSION,
+    open_model_folder,
     read_codec,
     read_model_folder,
     write_codec,
@@ -166,6 +167,22 @@ def test_a_failure_keeps_the_older_model(folder, tiny_config, tiny_params, tmp_p
         write_model_folder(tmp_path / "fresh", tiny_config, tiny_params)
     assert os.listdir(tmp_path) == ["model"]
     assert read_model_folder(folder)[0] == tiny_config
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_in_the_middle_of_a_file_leaves_nothing(tiny_folder, tmp_path, monkeypatch, failure):
+    config, tensors = open_model_folder(tiny_folder)
+    last = max(tensors["dit"]["blocks"]["up"])
+
+    def pieces():
+        raise failure
+        yield
+
+    tensors["dit"]["blocks"]["up"][last] = dataclasses.replace(tensors["dit"]["blocks"]["up"][last], pieces=pieces)
+    expected = InputError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        write_model_folder(tmp_path / "fresh", config, tensors)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_codec_alone_survives_and_a_model_contains_one(tiny_config, tiny_params, tiny_folder, tmp_path):

@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sora_jax.attention import cross_attention
+from sora_jax.layers import Dense
+from sora_jax.mesh import constrain, gathered
+
 Initializer = Any
 Dtype = Any
 
@@ -44,6 +48,7 @@ def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: i
     if T == 0:
         return jnp.zeros((B, 0, H // stride, W // stride, features), x_BTHWC.dtype)
     y = 0
+    x_BTHWC = by_rows(x_BTHWC)
     for t in range(kt):
         tap = x_BTHWC[:, t : t + (T - 1) * stride_t + 1 : stride_t].reshape(B * T, H, W, C)
         y += lax.conv_general_dilated(
@@ -53,15 +58,19 @@ def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: i
             padding or ((kh // 2, kh // 2), (kw // 2, kw // 2)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-    return y.reshape(B, T, *y.shape[1:])
+    return by_rows(y.reshape(B, T, *y.shape[1:]))
+
+
+def by_rows(x_BTHWC: jax.Array) -> jax.Array:
+    """Each device has some rows of every frame; for a convolution the compiler exchanges those at the edges."""
+    return constrain(x_BTHWC, "batch", None, "rows", None, None)
 
 
 def _kernel_and_bias(module: nn.Module, shape: tuple[int, ...], init: Initializer, prefix: str = ""):
-    """Only output channels carry an axis name: activations are split by rows, kernels are small."""
     axes = (None,) * (len(shape) - 1) + ("codec_channels",)
     kernel = module.param(prefix + "kernel", nn.with_logical_partitioning(init, axes), shape)
     bias = module.param(prefix + "bias", nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]), shape[-1:])
-    return kernel.astype(module.dtype), bias.astype(module.dtype)
+    return gathered(kernel.astype(module.dtype), *axes), gathered(bias.astype(module.dtype), *axes[-1:])
 
 
 class CausalConv(nn.Module):
@@ -125,15 +134,11 @@ class FrameAttention(nn.Module):
     def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
         B, T, H, W, C = x_BTHWC.shape
         axes = (None, "codec_channels")
-        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:])
         h = RMSNorm(name="norm")(x_BTHWC)
-        qkv = nn.Dense(3 * C, kernel_init=init, bias_init=bias_init, dtype=self.dtype, name="qkv")(h)
+        qkv = Dense(3 * C, axes, self.dtype, nn.initializers.lecun_normal(), name="qkv")(h)
         q, k, v = jnp.split(qkv.reshape(B * T, H * W, 1, 3 * C), 3, axis=-1)
-        attended = jax.nn.dot_product_attention(q, k, v).reshape(B, T, H, W, C)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-        out = nn.Dense(C, kernel_init=zeros, bias_init=bias_init, dtype=self.dtype, name="out")
-        return x_BTHWC + out(attended)
+        attended = cross_attention(q[:, None], k, v).reshape(B, T, H, W, C)
+        return x_BTHWC + by_rows(Dense(C, axes, self.dtype, nn.initializers.zeros, name="out")(attended))
 
 
 class Downsample(nn.Module):

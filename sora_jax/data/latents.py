@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
+from jax.sharding import Sharding
 
 from sora_jax.data import loading
 from sora_jax.errors import InputError
@@ -24,24 +26,26 @@ def write_shards(
 ) -> list[Path]:
     """Writes `clips` clips in files of `shard`, skipping those that are there; a file appears when it is complete.
 
+    Of several processes each writes some of the files: when all have returned, all files are there.
+
     Args:
       encode: gives clips start to start + count: latents (F, Y, X, Z) and perhaps the layout (F, Y, X, C), both kept
         in float16, and captions, one on each line.
-      progress: called with the number of clips that have become available.
+      progress: called with the number of clips that this process need no longer care about.
       about: what the clips were made from, kept beside them.
 
     Raises:
       InputError: the folder holds clips made from something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "about.json").exists() and any(folder.glob("clips-*")):
+    if any(folder.glob("clips-*")) and not (folder / "about.json").exists():
         raise InputError(f"{folder} holds clips of unknown origin, without about.json; use a new --workdir")
     check_about(folder / "about.json", about)
     paths = []
-    for start in range(0, clips, shard):
+    for number, start in enumerate(range(0, clips, shard)):
         count = min(shard, clips - start)
         path = folder / f"clips-{start:07d}-{count}.array_record"
-        if not path.exists():
+        if number % jax.process_count() == jax.process_index() and not path.exists():
             unfinished = path.with_suffix(".unfinished")
             writer = ArrayRecordWriter(str(unfinished), "group_size:1")
             for clip in encode(start, count):
@@ -67,9 +71,11 @@ def check_about(path: Path, about: dict) -> None:
     """Writes down what the things beside `path` are made from; InputError if they were made from something else."""
     about = json.loads(json.dumps(about))
     if not path.exists():
-        hidden = path.with_name(f".{path.name}")
-        hidden.write_text(json.dumps(about, indent=1) + "\n")
-        hidden.replace(path)
+        if jax.process_index() == 0:
+            hidden = path.with_name(f".{path.name}")
+            hidden.write_text(json.dumps(about, indent=1) + "\n")
+            hidden.replace(path)
+        return
     before = json.loads(path.read_text())
     for name, value in about.items():
         if before.get(name) != value:
@@ -78,12 +84,21 @@ def check_about(path: Path, about: dict) -> None:
             )
 
 
-def batches(paths: Sequence[Path], batch: int, text_length: int, seed: int, start: int) -> Iterator[dict]:
+def first_latents(path: Path, count: int) -> np.ndarray:
+    """The latents of the first clips of a file: (count, F, Y, X, Z) float32."""
+    records = grain.sources.ArrayRecordDataSource([str(path)])
+    clips = [safetensors.numpy.load(records[i]) for i in range(min(count, len(records)))]
+    return np.stack([clip["latents"] for clip in clips]).astype(np.float32)
+
+
+def batches(
+    paths: Sequence[Path], batch: int, text_length: int, seed: int, start: int, sharding: Sharding | None = None
+) -> Iterator[dict]:
     """Shuffled batches from number `start` on: {"latents" (B, F, Y, X, Z) float16, "ids" (B, L) int32}, and "layout"
     (B, F, Y, X, C) float16 if the clips have one.
 
-    A function of `seed` and the number of the batch, with one of its captions for each clip; every process of a
-    multi-host run gets its own slice.
+    A function of `seed` and the number of the batch, with one of its captions for each clip; placed by `sharding`
+    (see `loading.batches`).
     """
 
     def read(record: bytes, rng: np.random.Generator) -> dict:
@@ -93,4 +108,4 @@ def batches(paths: Sequence[Path], batch: int, text_length: int, seed: int, star
         return {**clip, "ids": ids_L}
 
     source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-    return loading.batches(source, read, batch, seed, start)
+    return loading.batches(source, read, batch, seed, start, sharding)

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sora_jax import mesh as mesh_lib
+from sora_jax.attention import cross_attention, self_attention
 from sora_jax.dit.positions import rotary_angles, rotate
-from sora_jax.mesh import constrain
+from sora_jax.layers import Dense, LayerNorm, RMSNorm, layer_norm
 
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -84,13 +87,6 @@ def modulate(x_BFSD: jax.Array, modulation: Modulation) -> jax.Array:
     return x_BFSD * (1 + modulation.scale) + modulation.shift
 
 
-def layer_norm(x: jax.Array, epsilon: float) -> jax.Array:
-    """Zero mean and unit variance over the width, float32, nothing learned."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-
-
 def level_features(level: jax.Array, width: int) -> jax.Array:
     """Sinusoids of 1000 * level: (...) -> (..., width), cosines first (as in DDPM, arXiv:2006.11239)."""
     frequency = jnp.exp(-math.log(10000.0) * jnp.arange(width // 2) / (width // 2))
@@ -98,108 +94,62 @@ def level_features(level: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def dense(features: int, axes: tuple, name: str, dtype=jnp.float32, init=None) -> nn.Dense:
-    """A dense layer whose kernel carries the logical names `axes`."""
-    init = init or nn.initializers.xavier_uniform()
-    return nn.Dense(
-        features,
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
-        dtype=dtype,
-        name=name,
-    )
-
-
-def affine_norm(epsilon: float, name: str) -> nn.LayerNorm:
-    """A layer norm with a learned scale and bias."""
-    return nn.LayerNorm(
-        epsilon,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
-        name=name,
-    )
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the whole width, computed in float32."""
-
-    epsilon: float
-    axis: str = "heads"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon) * scale).astype(x.dtype)
-
-
-def attend(q_BNKE: jax.Array, k_BLKE: jax.Array, v_BLKE: jax.Array, block: int = 1024) -> jax.Array:
-    """Softmax attention, (B, N, K, E); many queries go in blocks, so that memory is linear in their number."""
-    B, N, K, E = q_BNKE.shape
-    if N <= 2 * block:
-        return jax.nn.dot_product_attention(q_BNKE, k_BLKE, v_BLKE)
-    blocks = -(-N // block)
-    q = jnp.pad(q_BNKE, ((0, 0), (0, blocks * block - N), (0, 0), (0, 0))).reshape(B, blocks, block, K, E)
-    # Scores are computed again on the way back: keeping them is what the blocks avoid.
-    one = jax.checkpoint(lambda q: jax.nn.dot_product_attention(q, k_BLKE, v_BLKE))
-    out = jax.lax.map(one, q.swapaxes(0, 1)).swapaxes(0, 1)
-    return out.reshape(B, blocks * block, K, E)[:, :N]
-
-
 class Attention(nn.Module):
-    """Multi-head attention of `x` to `context`, queries and keys RMS-normed, and turned if angles are given.
+    """Multi-head attention of the tokens to a context, queries and keys RMS-normed.
 
-    An `image` is a second context with keys and values of its own; what the queries find in both is added.
+    With angles (see `positions.py`) the context is the tokens themselves, and both are turned. An `image` is a second
+    context with keys and values of its own; what the queries find in both is added.
     """
 
     config: DiTConfig
-    out_init: Any
+    init: Any
     dtype: Any = jnp.float32
+    kernel: str = "auto"
 
     @nn.compact
     def __call__(
         self,
-        x_BND: jax.Array,
-        context_BLD: jax.Array,
-        angles_NE: jax.Array | None = None,
+        x_BFSD: jax.Array,
+        context: jax.Array,
+        angles: tuple | None = None,
         image_BLD: jax.Array | None = None,
+        tokens: int | None = None,
     ) -> jax.Array:
         config, into = self.config, ("width", "heads")
 
         def heads(y):
             return y.reshape(*y.shape[:-1], config.heads, config.head_width)
 
-        def keys_and_values(context, key, value):
-            k = RMSNorm(config.epsilon, name=f"{key}_norm")(dense(config.width, into, key, self.dtype)(context))
-            return heads(k), heads(dense(config.width, into, value, self.dtype)(context))
+        def normed(x, name):
+            y = Dense(config.width, into, self.dtype, name=name)(x)
+            return heads(RMSNorm(config.epsilon, "heads", name=f"{name}_norm")(y))
 
-        q = heads(RMSNorm(config.epsilon, name="query_norm")(dense(config.width, into, "query", self.dtype)(x_BND)))
-        k, v = keys_and_values(context_BLD, "key", "value")
-        if angles_NE is not None:
-            q, k = rotate(q, angles_NE), rotate(k, angles_NE)
-        out_BNKE = attend(q, k, v)
+        def value(x, name):
+            return heads(Dense(config.width, into, self.dtype, name=name)(x))
+
+        q, k, v = normed(x_BFSD, "query"), normed(context, "key"), value(context, "value")
+        if angles is not None:
+            out_BFSKE = self_attention(rotate(q, angles), rotate(k, angles), v, tokens, self.kernel)
+        else:
+            out_BFSKE = cross_attention(q, k, v, self.kernel)
         if image_BLD is not None:
-            out_BNKE += attend(q, *keys_and_values(image_BLD, "image_key", "image_value"))
-        return dense(config.width, ("heads", "width"), "out", self.dtype, self.out_init)(out_BNKE.reshape(x_BND.shape))
+            k, v = normed(image_BLD, "image_key"), value(image_BLD, "image_value")
+            out_BFSKE += cross_attention(q, k, v, self.kernel)
+        out = Dense(config.width, ("heads", "width"), self.dtype, self.init, name="out")
+        return out(out_BFSKE.reshape(x_BFSD.shape))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward. The residual stream and the modulation are float32."""
+    """Self-attention, cross-attention, feed-forward. Norms, modulation and sums are computed in float32."""
 
     config: DiTConfig
     dtype: Any = jnp.float32
+    kernel: str = "auto"
+    tokens: int | None = None  # of the S in a frame; the others only fill up
 
     @nn.compact
-    def __call__(self, x_BND, level_BF6D, text_BLD, angles_NE, image_BLD=None):
-        config, dtype = self.config, self.dtype
-        B, N, D = x_BND.shape
-        F = level_BF6D.shape[1]
-
-        def by_frame(x):
-            return x.reshape(B, F, N // F, D)
-
-        def by_token(x):
-            return constrain(x.reshape(B, N, D), "batch", "tokens", None)
+    def __call__(self, x_BFSD, level_BF6D, text_BLD, angles, image_BLD=None):
+        config, dtype, D = self.config, self.dtype, x_BFSD.shape[-1]
 
         # Gates come from zero-initialised parameters (and so do the outputs of the one branch without a gate): a
         # fresh block is the identity.
@@ -208,21 +158,23 @@ class Block(nn.Module):
         parts = jnp.moveaxis(level_BF6D + table, 2, 0)[:, :, :, None]
         attention, feed_forward = Modulation(*parts[:3]), Modulation(*parts[3:])
 
-        h = by_token(modulate(by_frame(layer_norm(x_BND, config.epsilon)), attention)).astype(dtype)
-        h = Attention(config, nn.initializers.xavier_uniform(), dtype, name="self_attention")(h, h, angles_NE)
-        x_BND += by_token(by_frame(h.astype(jnp.float32)) * attention.gate)
+        def add(x_BFSD, h_BFSD, gate=1.0):
+            return by_tokens((x_BFSD.astype(jnp.float32) + h_BFSD.astype(jnp.float32) * gate).astype(dtype))
 
-        cross_attention = Attention(config, nn.initializers.zeros, dtype, name="cross_attention")
-        h = affine_norm(config.epsilon, "cross_norm")(x_BND).astype(dtype)
-        h = cross_attention(h, text_BLD, image_BLD=image_BLD)
-        x_BND += h.astype(jnp.float32)
+        h = modulate(layer_norm(x_BFSD, config.epsilon), attention).astype(dtype)
+        attend = Attention(config, nn.initializers.xavier_uniform(), dtype, self.kernel, name="self_attention")
+        x_BFSD = add(x_BFSD, attend(h, h, angles, tokens=self.tokens), attention.gate)
 
-        h = by_token(modulate(by_frame(layer_norm(x_BND, config.epsilon)), feed_forward)).astype(dtype)
-        h = dense(config.feed_forward, ("width", "feed_forward"), "up", dtype)(h)
-        h = dense(D, ("feed_forward", "width"), "down", dtype)(nn.gelu(h, approximate=True))
-        x_BND += by_token(by_frame(h.astype(jnp.float32)) * feed_forward.gate)
-        self.sow("intermediates", "tokens", x_BND)  # kept only for those who ask
-        return x_BND, None
+        h = LayerNorm(config.epsilon, name="cross_norm")(x_BFSD).astype(dtype)
+        attend = Attention(config, nn.initializers.zeros, dtype, self.kernel, name="cross_attention")
+        x_BFSD = add(x_BFSD, attend(h, text_BLD, image_BLD=image_BLD))
+
+        h = modulate(layer_norm(x_BFSD, config.epsilon), feed_forward).astype(dtype)
+        h = Dense(config.feed_forward, ("width", "feed_forward"), dtype, name="up")(h)
+        h = Dense(D, ("feed_forward", "width"), dtype, name="down")(nn.gelu(h, approximate=True))
+        x_BFSD = add(x_BFSD, h, feed_forward.gate)
+        self.sow("intermediates", "tokens", x_BFSD)  # kept only for those who ask
+        return x_BFSD, None
 
 
 class ImageEmbedding(nn.Module):
@@ -238,10 +190,10 @@ class ImageEmbedding(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None))
             image_BLD += self.param("positions", init, (config.image_positions, config.image_width))
 
-        norm_in = affine_norm(1e-5, "norm_in")(image_BLD)
-        h = dense(config.image_width, (None, None), "up", self.dtype)(norm_in.astype(self.dtype))
-        h = dense(config.width, (None, "width"), "down", self.dtype)(nn.gelu(h, approximate=False))
-        return affine_norm(1e-5, "norm_out")(h.astype(jnp.float32)).astype(self.dtype)
+        h = LayerNorm(1e-5, name="norm_in")(image_BLD).astype(self.dtype)
+        h = nn.gelu(Dense(config.image_width, (None, None), self.dtype, name="up")(h), approximate=False)
+        h = Dense(config.width, (None, "width"), self.dtype, name="down")(h)
+        return LayerNorm(1e-5, name="norm_out")(h).astype(self.dtype)
 
 
 class DiT(nn.Module):
@@ -250,11 +202,16 @@ class DiT(nn.Module):
     Call: (latents_BFYXZ float32, level_BF float32 in [0, 1], text_BLD) -> velocity_BFYXZ float32. Configurations that
     ask for them also take condition_BFYXC, C being `condition_channels`, and image_BLD, D being `image_width`.
     Y and X are multiples of the patch. The text is not masked: padding is zeros, as Wan has it. Applied with
-    `mutable=["intermediates"]` it also gives the tokens after each block, (layers, B, N, D).
+    `mutable=["intermediates"]` it also gives the tokens after each block, (layers, B, F, S, D).
+
+    Attributes:
+      dtype: of the large products.
+      kernel: of attention (see `attention.py`).
     """
 
     config: DiTConfig
     dtype: Any = jnp.float32
+    kernel: str = "auto"
 
     @nn.compact
     def __call__(
@@ -273,17 +230,24 @@ class DiT(nn.Module):
         if config.condition_channels:
             latents_BFYXZ = jnp.concatenate([latents_BFYXZ, condition_BFYXC], axis=-1)
         patches = latents_BFYXZ.reshape(B, F, rows, py, columns, px, -1).transpose(0, 1, 2, 4, 3, 5, 6)
-        x_BND = dense(D, (None, "width"), "patches_in")(patches.reshape(B, F * rows * columns, -1))
-        x_BND = constrain(x_BND, "batch", "tokens", None)
+        x_BFSC = patches.reshape(B, F, rows * columns, -1)
+        # Each device of the mesh gets the same number of tokens of a frame.
+        tokens, fill = rows * columns, -(rows * columns) % mesh_lib.shares("tokens")
+        x_BFSC = by_tokens(jnp.pad(x_BFSC, ((0, 0), (0, 0), (0, fill), (0, 0))))
+        x_BFSD = by_tokens(Dense(D, (None, "width"), name="patches_in")(x_BFSC).astype(dtype))
+        time_FE, space_SE = rotary_angles(F, rows, columns, config.head_width)
+        angles = (time_FE, np.pad(space_SE, ((0, fill), (0, 0))))
 
         normal = nn.initializers.normal(0.02)
-        level = dense(D, (None, "width"), "level_in", init=normal)(level_features(level_BF, config.frequency_width))
-        level_BFD = dense(D, ("width", None), "level_out", init=normal)(nn.silu(level))
-        level_BF6D = dense(6 * D, ("width", None), "level_modulation", init=nn.initializers.zeros)(nn.silu(level_BFD))
-        level_BF6D = level_BF6D.reshape(B, F, 6, D)
+        level = Dense(D, (None, "width"), init=normal, name="level_in")(
+            level_features(level_BF, config.frequency_width)
+        )
+        level_BFD = Dense(D, ("width", None), init=normal, name="level_out")(nn.silu(level))
+        modulation = Dense(6 * D, ("width", None), init=nn.initializers.zeros, name="level_modulation")
+        level_BF6D = modulation(nn.silu(level_BFD)).reshape(B, F, 6, D)
 
-        text = dense(D, (None, "width"), "text_in", dtype)(text_BLD.astype(dtype))
-        text_BLD = dense(D, ("width", None), "text_out", dtype)(nn.gelu(text, approximate=True))
+        text = Dense(D, (None, "width"), dtype, name="text_in")(text_BLD)
+        text_BLD = Dense(D, ("width", None), dtype, name="text_out")(nn.gelu(text, approximate=True))
         image_BLD = ImageEmbedding(config, dtype, name="image")(image_BLD) if config.image_width else None
 
         blocks = nn.scan(
@@ -294,13 +258,18 @@ class DiT(nn.Module):
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        angles = jnp.asarray(rotary_angles(F, rows, columns, config.head_width))
-        x_BND, _ = blocks(config, dtype, name="blocks")(x_BND, level_BF6D, text_BLD, angles, image_BLD)
+        blocks = blocks(config, dtype, self.kernel, tokens, name="blocks")
+        x_BFSD, _ = blocks(x_BFSD, level_BF6D, text_BLD, angles, image_BLD)
 
         init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None))
         table = self.param("modulation_out", init, (2, D))
         shift, scale = jnp.split(table + level_BFD[:, :, None], 2, axis=2)
-        x = modulate(layer_norm(x_BND, config.epsilon).reshape(B, F, -1, D), Modulation(shift, scale))
-        x = dense(py * px * Z, ("width", None), "patches_out", init=nn.initializers.zeros)(x)
-        x = x.reshape(B, F, rows, columns, py, px, Z).transpose(0, 1, 2, 4, 3, 5, 6)
+        x = modulate(layer_norm(x_BFSD, config.epsilon), Modulation(shift, scale))
+        x = Dense(py * px * Z, ("width", None), init=nn.initializers.zeros, name="patches_out")(x)
+        x = x[:, :, :tokens].reshape(B, F, rows, columns, py, px, Z).transpose(0, 1, 2, 4, 3, 5, 6)
         return x.reshape(B, F, Y, X, Z)
+
+
+def by_tokens(x_BFSD: jax.Array) -> jax.Array:
+    """Each device has its tokens of every frame."""
+    return mesh_lib.constrain(x_BFSD, "batch", None, "tokens", None)

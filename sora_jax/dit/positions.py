@@ -11,22 +11,32 @@ def axis_widths(head_width: int) -> tuple[int, int, int]:
     return head_width - 2 * space, space, space
 
 
-def rotary_angles(frames: int, rows: int, columns: int, head_width: int) -> np.ndarray:
-    """Angle of each token and pair of coordinates, (N, E/2) float32; tokens in order frame, row, column."""
-    grid = np.meshgrid(np.arange(frames), np.arange(rows), np.arange(columns), indexing="ij")
-    angles = []
-    for position, width in zip(grid, axis_widths(head_width), strict=True):
-        frequency = 10000.0 ** (-np.arange(0, width, 2) / width)
-        angles.append(position.reshape(-1, 1) * frequency)
-    return np.concatenate(angles, axis=1).astype(np.float32)
+def rotary_angles(frames: int, rows: int, columns: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Angles of each frame, (F, Et/2) float32, and of each place in a frame, row by row, (S, E/2 - Et/2) float32."""
+    grid = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    time, *space = (
+        np.reshape(position, (-1, 1)) * 10000.0 ** (-np.arange(0, width, 2) / width)
+        for position, width in zip((np.arange(frames), *grid), axis_widths(head_width), strict=True)
+    )
+    return time.astype(np.float32), np.concatenate(space, axis=1).astype(np.float32)
 
 
-def rotate(x_BNKE: jax.Array, angles_NE: jax.Array) -> jax.Array:
-    """Turns each pair of coordinates (i, i + E/2) by its angle, in float32.
+def rotate(x_BFSKE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns each pair of coordinates (i, i + E/2) by its angle, as `rotary_angles` gives them, in float32.
 
     Pairs are half a head apart, not neighbours: only whole halves move, which the TPU's lanes like. Attention is the
     same for any pairing that queries and keys share, so weights for neighbouring pairs load by reordering columns.
     """
-    cos, sin = jnp.cos(angles_NE)[:, None, :], jnp.sin(angles_NE)[:, None, :]
-    a, b = jnp.split(x_BNKE.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNKE.dtype)
+    time_FE, space_SE = (jnp.asarray(part) for part in angles)
+    shape = (len(time_FE), len(space_SE))
+
+    def turned(function):
+        time = jnp.broadcast_to(function(time_FE)[:, None], (*shape, time_FE.shape[1]))
+        space = jnp.broadcast_to(function(space_SE), (*shape, space_SE.shape[1]))
+        return jnp.concatenate([time, space], axis=-1)[:, :, None]
+
+    cos, sin = turned(jnp.cos), turned(jnp.sin)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    E = x_BFSKE.shape[-1]
+    swap = jnp.asarray(np.roll(np.eye(E), E // 2, axis=0), x_BFSKE.dtype)
+    return (x_BFSKE * cos + (x_BFSKE @ swap) * sin).astype(x_BFSKE.dtype)

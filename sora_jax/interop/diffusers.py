@@ -1,7 +1,7 @@
 """Wan models as published, in the folder layout of diffusers: `model_index.json` and a folder for each part.
 
-Configs become a `ModelConfig`, tensors our parameters (`names.py`), one at a time; nothing is imported from diffusers,
-and only safetensors are read.
+Configs become a `ModelConfig`, tensors our parameters (`names.py`), one at a time and when they are needed; nothing is
+imported from diffusers, and only safetensors are read.
 """
 
 import json
@@ -13,14 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import safetensors
+import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from sora_jax.codec import CodecConfig
 from sora_jax.dit import DiTConfig
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, one_line
 from sora_jax.interop import names
-from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, memory_dtype
+from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, described_by, memory_dtype
+from sora_jax.tensors import FORMATS, PICKLES, Tensor, TensorFile, spans
 from sora_jax.text import FileTokenizer, TextConfig
 from sora_jax.vision import VisionConfig
 
@@ -45,29 +47,35 @@ _OTHER_SCHEDULES = (
     "solver_p",
     "rescale_betas_zero_snr",
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def read_pipeline_folder(path: Path, dtype: str = "float32") -> tuple[ModelConfig, dict[str, Any], FileTokenizer]:
-    """A published model: its config, its parameters on the device for computing in `dtype`, and its tokenizer.
+def open_pipeline_folder(
+    path: Path, dtype: str = "float32", mesh: Mesh | None = None
+) -> tuple[ModelConfig, dict[str, Any], FileTokenizer]:
+    """A published model: its config, its parameters for computing in `dtype`, and its tokenizer.
+
+    The parameters are `Tensor`s, checked against the headers of the files and yet to be read.
+
+    Args:
+      mesh: the devices where the parameters belong; by default the one that JAX has by default.
 
     Raises:
-      InputError: naming the file and what is wrong with it.
+      InputError: naming the file and what is wrong with it, or the parameter that the mesh cannot divide.
     """
-    try:
-        config = pipeline_config(path)
-        expected = {part: _flatten(tree) for part, tree in abstract_params(config).items()}
-    except InputError:
-        raise
-    except Exception as error:  # any config, and any module, may object in its own way
-        raise InputError(f"{path} describes no possible model: {' '.join(str(error).split())[:200]}") from error
+    config = pipeline_config(path)
+    with described_by(path):
+        expected = {part: _flatten(tree) for part, tree in abstract_params(config, mesh).items()}
     tokenizer = FileTokenizer(path / "tokenizer" / "tokenizer.json")
-    # Everything is checked against the headers before anything large is read.
-    files = {part: _Tensors(path / _FOLDERS[part]) for part in config.parts}
-    sources = {part: _sources(config, part, expected[part]) for part in config.parts}
+    params = {}
     for part in config.parts:
-        _check(files[part], sources[part], expected[part], _unneeded(config, part))
-    params = {part: dict(_read(part, files[part], sources[part], expected[part], dtype)) for part in config.parts}
+        files, sources = _Files(path / _FOLDERS[part]), _sources(config, part, expected[part])
+        _check(files, sources, expected[part], _unneeded(config, part))
+        params[part] = {
+            ours: Tensor(
+                leaf.shape, memory_dtype(part, ours, dtype), partial(_pieces, files, sources[ours]), leaf.sharding
+            )
+            for ours, leaf in expected[part].items()
+        }
     return config, {part: traverse_util.unflatten_dict(tree, sep=".") for part, tree in params.items()}, tokenizer
 
 
@@ -76,24 +84,27 @@ def read_pipeline_folder(path: Path, dtype: str = "float32") -> tuple[ModelConfi
 
 def pipeline_config(path: Path) -> ModelConfig:
     """The config of the model in the folder `path`, from its JSON files alone."""
-    index = _json(path / "model_index.json")
-    _one_of(path / "model_index.json", index, "_class_name", "WanPipeline", "WanImageToVideoPipeline")
-    low = (index.get("transformer_2") or [None])[0] is not None
-    boundary = index.get("boundary_ratio")
-    if low and boundary is None:
-        raise InputError(f"{path / 'model_index.json'} names a transformer_2 but no boundary_ratio")
-    dit = dit_config(path / "transformer" / "config.json")
-    if low and dit_config(path / "transformer_2" / "config.json") != dit:
-        raise InputError(f"{path}: transformer and transformer_2 have different sizes")
-    return ModelConfig(
-        text=text_config(path / "text_encoder" / "config.json"),
-        codec=codec_config(path / "vae" / "config.json"),
-        dit=dit,
-        sampling=sampling_config(path / "scheduler" / "scheduler_config.json", dit, low, index.get("expand_timesteps")),
-        boundary=boundary if low else None,
-        known_frames=bool(index.get("expand_timesteps")),
-        vision=vision_config(path / "image_encoder" / "config.json") if dit.image_width else None,
-    )
+    with described_by(path):
+        index = _json(path / "model_index.json")
+        _one_of(path / "model_index.json", index, "_class_name", "WanPipeline", "WanImageToVideoPipeline")
+        low = (index.get("transformer_2") or [None])[0] is not None
+        boundary = index.get("boundary_ratio")
+        if low and boundary is None:
+            raise InputError(f"{path / 'model_index.json'} names a transformer_2 but no boundary_ratio")
+        dit = dit_config(path / "transformer" / "config.json")
+        if low and dit_config(path / "transformer_2" / "config.json") != dit:
+            raise InputError(f"{path}: transformer and transformer_2 have different sizes")
+        return ModelConfig(
+            text=text_config(path / "text_encoder" / "config.json"),
+            codec=codec_config(path / "vae" / "config.json"),
+            dit=dit,
+            sampling=sampling_config(
+                path / "scheduler" / "scheduler_config.json", dit, low, index.get("expand_timesteps")
+            ),
+            boundary=boundary if low else None,
+            known_frames=bool(index.get("expand_timesteps")),
+            vision=vision_config(path / "image_encoder" / "config.json") if dit.image_width else None,
+        )
 
 
 def text_config(path: Path) -> TextConfig:
@@ -232,7 +243,7 @@ def _json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{path} is damaged: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is no config: it holds no JSON object")
     return values
@@ -254,8 +265,8 @@ def _one_of(path: Path, values: dict, name: str, *possible: Any) -> Any:
 # Tensors
 
 
-class _Tensors:
-    """The tensors of a folder's safetensors, in one file or in shards with an index."""
+class _Files:
+    """The safetensors of a folder, one file or shards with an index, and where each tensor is."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -270,35 +281,48 @@ class _Tensors:
         else:
             paths = [path for path in (folder / f"{stem}.safetensors" for stem in stems) if path.is_file()]
         if not paths:
-            pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in _PICKLES]
+            pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]
             hint = f" ({pickles[0]} is a pickle, which is never read: convert it to safetensors)" if pickles else ""
             raise InputError(f"{folder} has no safetensors{hint}")
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._place_of = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self._place_of: dict[str, tuple[TensorFile, str]] = {}
         for path in paths:
-            file = self._open(path)
-            for stored in file.keys():
+            file = TensorFile(path)
+            for stored, shape in file.shapes.items():
                 name = stored.removeprefix("vision_model.")  # as older versions of the image encoder are saved
-                header = file.get_slice(stored)
-                if header.get_dtype() not in ("F32", "F16", "BF16"):
-                    raise InputError(
-                        f"{path}: the tensor {name} is {header.get_dtype()}; only F32, F16, BF16 can be read"
-                    )
-                self.shapes[name] = tuple(header.get_shape())
-                self._place_of[name] = path, stored
+                kind = file.formats[stored]
+                if kind not in FORMATS:
+                    raise InputError(f"{path}: the tensor {name} is {kind}; only {', '.join(FORMATS)} can be read")
+                self.shapes[name], self.dtypes[name] = shape, FORMATS[kind]
+                self._place_of[name] = file, stored
 
-    def _open(self, path: Path):
-        try:
-            return safetensors.safe_open(path, "np")
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror or 'no such file'}") from error
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    def read(self, name: str) -> np.ndarray:
+        file, stored = self._place_of[name]
+        return file.read(stored)
 
-    def read(self, name: str):
-        path, stored = self._place_of[name]
-        # Opened for each tensor: an open file keeps every page in memory that was ever touched.
-        return self._open(path).get_tensor(stored)
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        file, stored = self._place_of[name]
+        return file.pieces(stored)
+
+
+def _pieces(files: _Files, source: names.Source) -> Iterator[np.ndarray]:
+    """A parameter of ours, layer by layer where it is a stack of them."""
+    if not source.stacked:
+        name = source.names[0]
+        yield from files.pieces(name) if source.convert is names.as_is else [source.convert(files.read(name))]
+        return
+    dtypes = {files.dtypes[name] for name in source.names}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype("float32")
+    size = dtype.itemsize * math.prod(files.shapes[source.names[0]])
+    for layers in spans(len(source.names), size):
+        piece = None
+        for number, name in enumerate(source.names[layers]):
+            layer = source.convert(files.read(name))
+            if piece is None:
+                piece = np.empty((layers.stop - layers.start, *layer.shape), dtype)
+            piece[number] = layer
+        yield piece
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -326,7 +350,7 @@ def _unneeded(config: ModelConfig, part: str) -> Callable[[str], bool]:
 
 
 def _check(
-    tensors: _Tensors,
+    files: _Files,
     sources: dict[str, names.Source],
     expected: dict[str, Any],
     unneeded: Callable[[str], bool],
@@ -336,46 +360,19 @@ def _check(
     for ours, source in sources.items():
         shape = expected[ours].shape[1:] if source.stacked else expected[ours].shape
         for name in source.names:
-            if name not in tensors.shapes:
-                raise InputError(f"{tensors.folder}: the tensor {name} is missing")
-            found = tensors.shapes[name]
+            if name not in files.shapes:
+                raise InputError(f"{files.folder}: the tensor {name} is missing")
+            found = files.shapes[name]
             try:
                 converted = jax.eval_shape(source.convert, jax.ShapeDtypeStruct(found, jnp.float32)).shape
             except (TypeError, ValueError, IndexError):
                 converted = None
             if converted != shape:
                 raise InputError(
-                    f"{tensors.folder}: the tensor {name} is {list(found)}, of {math.prod(found)} numbers; the config "
+                    f"{files.folder}: the tensor {name} is {list(found)}, of {math.prod(found)} numbers; the config "
                     f"asks for {math.prod(shape)}, as {list(shape)} here"
                 )
             used.add(name)
-    if left := {name for name in tensors.shapes.keys() - used if not unneeded(name)}:
+    if left := {name for name in files.shapes.keys() - used if not unneeded(name)}:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise InputError(f"{tensors.folder}: the tensor {min(left)}{more} is not part of this model")
-
-
-def _read(
-    part: str, tensors: _Tensors, sources: dict[str, names.Source], expected: dict, dtype: str
-) -> Iterator[tuple[str, jax.Array]]:
-    """Parameters on the device. Of the host's memory one tensor at a time is used."""
-    for ours, source in sources.items():
-        kind = memory_dtype(part, ours, dtype)
-        if not source.stacked:
-            yield ours, _on_device(tensors, source, source.names[0], kind)
-            continue
-        stack = jnp.zeros(expected[ours].shape, kind)
-        for layer, name in enumerate(source.names):
-            stack = _put(stack, _on_device(tensors, source, name, kind), layer)
-        yield ours, stack
-
-
-def _on_device(tensors: _Tensors, source: names.Source, name: str, dtype: jnp.dtype) -> jax.Array:
-    array = jnp.asarray(source.convert(tensors.read(name)), dtype)
-    if not jnp.isfinite(array).all():
-        raise InputError(f"{tensors.folder} is damaged: the tensor {name} is not finite")
-    return array
-
-
-@partial(jax.jit, donate_argnums=0)
-def _put(stack, layer, number):
-    return stack.at[number].set(layer)
+        raise InputError(f"{files.folder}: the tensor {min(left)}{more} is not part of this model")

@@ -1,4 +1,4 @@
-"""Low-rank adaptations (LoRA, arXiv:2106.09685) of a transformer, merged into its parameters at load.
+"""Low-rank adaptations (LoRA, arXiv:2106.09685) of a transformer, merged into its parameters as these are read.
 
     kernel + scale * alpha / rank * up @ down
 
@@ -8,35 +8,54 @@ Two layouts of safetensors are common, and both are read:
     diffusion_model.blocks.0.self_attn.q.lora_down.weight   by Wan's own names, with .alpha beside it; also written
     lora_unet_blocks_0_self_attn_q.lora_down.weight         with underscores
 
-Beside the matrices, files may hold whole differences of weights (.diff) and of biases (.diff_b).
+Beside the matrices, files may hold whole differences of weights (.diff) and of biases (.diff_b), and all of them are
+added. diffusers (as of 0.42) leaves some out: those of norms, as the files that have any have zeros there; those of
+whole weights other than the last layer's; and those of the modulation's bias in files that do not change its weight.
 """
 
+import dataclasses
 import json
 import re
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
 from sora_jax.dit import DiTConfig
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, one_line
 from sora_jax.interop import names
+from sora_jax.tensors import FORMATS, Tensor, TensorFile
 
 
 class _Change(NamedTuple):
-    """What is added to one layer: `scale` times up @ down to its kernel, and the rest as it is."""
+    """What is added to one layer: `scale` times up @ down to its kernel, and the rest as it is; names of tensors."""
 
-    down: np.ndarray | None = None  # (rank, in)
-    up: np.ndarray | None = None  # (out, rank)
+    file: TensorFile
+    down: str | None = None  # (rank, in)
+    up: str | None = None  # (out, rank)
     scale: float = 1.0
-    diff: np.ndarray | None = None  # to the whole weight
-    diff_b: np.ndarray | None = None  # to the bias
+    diff: str | None = None  # to the whole weight
+    diff_b: str | None = None  # to the bias
+
+    def shape(self, leaf: str) -> tuple[int, ...] | None:
+        """Of what is added to the weight, (out, in), or the bias; None if nothing is."""
+        shapes = self.file.shapes
+        if leaf == "weight" and self.down is not None:
+            return shapes[self.up][0], shapes[self.down][1]
+        name = {"weight": self.diff, "bias": self.diff_b}.get(leaf)
+        return None if name is None else shapes[name]
+
+    def read(self, leaf: str) -> np.ndarray:
+        """What is added, in double precision: it is rounded once."""
+        name = {"weight": self.diff, "bias": self.diff_b}[leaf]
+        diff = 0.0 if name is None else self.file.read(name).astype(np.float64)
+        if leaf == "bias" or self.down is None:
+            return diff
+        down, up = (self.file.read(name).astype(np.float64) for name in (self.down, self.up))
+        return self.scale * up @ down + diff
 
 
 _SUFFIX = re.compile(r"\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight$|\.(alpha|diff|diff_b)$")
@@ -63,7 +82,7 @@ _WAN_NAMES = (
 
 
 def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, low: bool = False) -> Any:
-    """The transformer's parameters with the adaptation in `path` added.
+    """The transformer's parameters, `Tensor`s, with the adaptation in `path` added when they are read.
 
     Args:
       low: whether this is the transformer for low noise levels; a file may have parts for both.
@@ -72,66 +91,61 @@ def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, 
       InputError: the file is damaged, or does not fit this transformer in all its parts.
     """
     path = Path(path)
-    changes = _read(path, low)
+    changes = _read(TensorFile(path), low)
     flat = traverse_util.flatten_dict(params, sep=".")
-    del params
     used = set()
-    for ours in list(flat):
+    for ours, tensor in flat.items():
         source = names.dit(config, ours)
+        here = tensor.shape[1:] if source.stacked else tensor.shape
+        added = {}
         for layer, theirs in enumerate(source.names):
             module, _, leaf = theirs.rpartition(".")
             change = changes.get(module)
-            if change is None or leaf not in ("weight", "bias"):
+            shape = change.shape(leaf) if change else None
+            if change and leaf in ("weight", "bias"):
+                used.add(module)
+            if shape is None:
                 continue
-            used.add(module)
-            added = _weight(change) if leaf == "weight" else change.diff_b
-            if added is None:
-                continue
-            here = flat[ours].shape[1:] if source.stacked else flat[ours].shape
-            if added.T.shape != here:
-                raise InputError(f"{path}: it changes {theirs} as {list(added.shape)}; here it is {list(here[::-1])}")
-            added = np.asarray(source.convert(scale * added), np.float32)
-            # The old array is given up: a transformer does not fit twice.
-            flat[ours] = _add(jnp.asarray(flat.pop(ours)), added, layer if source.stacked else None)
+            if shape[::-1] != here:
+                raise InputError(f"{path}: it changes {theirs} as {list(shape)}; here it is {list(here[::-1])}")
+            added[layer] = partial(_added, change, leaf, source.convert, scale)
+        if added:
+            flat[ours] = dataclasses.replace(tensor, pieces=partial(_pieces, tensor, added, source.stacked))
     if left := changes.keys() - used:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise InputError(f"{path}: it changes {min(left)}{more}, which this transformer does not have")
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
-@partial(jax.jit, donate_argnums=0)
-def _add(parameter, added, layer):
-    place = slice(None) if layer is None else layer
-    return parameter.at[place].set((parameter[place].astype(jnp.float32) + added).astype(parameter.dtype))
+def _added(change: _Change, leaf: str, convert: Callable, scale: float) -> np.ndarray:
+    return convert(scale * change.read(leaf))
 
 
-def _weight(change: _Change) -> np.ndarray | None:
-    """What is added to the weight, (out, in), in double precision: it is rounded once."""
-    if change.down is None:
-        return change.diff
-    product = change.scale * change.up.astype(np.float64) @ change.down.astype(np.float64)
-    return product if change.diff is None else product + change.diff
+def _pieces(tensor: Tensor, added: dict[int, Callable], stacked: bool) -> Iterator[np.ndarray]:
+    """The pieces of a parameter with what is `added` to it, or to some of its layers; float32."""
+    whole, start = None if stacked else added[0](), 0
+    for piece in tensor.pieces():
+        piece = piece.astype(np.float32)
+        if stacked:
+            for layer in range(start, start + len(piece)):
+                if layer in added:
+                    piece[layer - start] += added[layer]()
+        else:
+            piece += whole[start : start + len(piece)]
+        start += len(piece)
+        yield piece
 
 
-def _read(path: Path, low: bool) -> dict[str, _Change]:
+def _read(file: TensorFile, low: bool) -> dict[str, _Change]:
     """Changes by the published name of the layer."""
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise InputError(f"{path} is a pickle, which is never read: convert it to safetensors")
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            for name in file.keys():
-                if file.get_slice(name).get_dtype() not in ("F32", "F16", "BF16"):
-                    raise InputError(f"{path}: {name} is {file.get_slice(name).get_dtype()}, which cannot be read")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or 'no such file'}") from error
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    path, tensors = file.path, list(file.shapes)
+    for name, format in file.formats.items():
+        if format not in FORMATS:
+            raise InputError(f"{path}: {name} is {format}, which cannot be read")
     if all(any(name.startswith(part) for name in tensors) for part in _PARTS):
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(_PARTS[low])}
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
+        tensors = [name for name in tensors if name.startswith(_PARTS[low])]
+    found: dict[str, dict[str, str]] = {}
+    for name in tensors:
         suffix = _SUFFIX.search(name)
         if not suffix:
             raise InputError(f"{path}: {name} is no part of a low-rank adaptation that can be read")
@@ -139,21 +153,23 @@ def _read(path: Path, low: bool) -> dict[str, _Change]:
         parts = found.setdefault(_module(name[: suffix.start()]), {})
         if role in parts:
             raise InputError(f"{path}: {name} is there twice, under two names")
-        parts[role] = tensor
+        parts[role] = name
     if not found:
         raise InputError(f"{path} holds no low-rank adaptation")
-    alpha, by_root = _scaling(path, metadata)
+    alpha, by_root = _scaling(path, file.metadata)
     changes = {}
     for module, parts in found.items():
-        down, up = parts.get("down"), parts.get("up")
-        scale = 1.0
+        scale, down, up = 1.0, *(file.shapes.get(parts.get(role)) for role in ("down", "up"))
         if down is not None or up is not None:
-            if down is None or up is None or down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+            if down is None or up is None or len(down) != 2 or len(up) != 2 or up[1] != down[0]:
                 raise InputError(f"{path}: {module} needs a lower and an upper matrix of one rank")
-            rank = down.shape[0]
-            top = float(parts["alpha"].reshape(-1)[0]) if "alpha" in parts else rank if alpha is None else alpha
+            rank = down[0]
+            own = float(file.read(parts["alpha"]).reshape(-1)[0]) if "alpha" in parts else None
+            top = own if own is not None else rank if alpha is None else alpha
             scale = top / (rank**0.5 if by_root else rank)
-        changes[module] = _Change(down, up, scale, parts.get("diff"), parts.get("diff_b"))
+        changes[module] = _Change(
+            file, parts.get("down"), parts.get("up"), scale, parts.get("diff"), parts.get("diff_b")
+        )
     return changes
 
 
@@ -164,7 +180,7 @@ def _scaling(path: Path, metadata: dict[str, str]) -> tuple[float | None, bool]:
         values = {name.rpartition(".")[2]: value for name, value in config.items()}
         alpha = None if values.get("lora_alpha") is None else float(values["lora_alpha"])
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: its metadata are damaged: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{path}: its metadata are damaged: {one_line(error)}") from error
     if values.get("alpha_pattern"):
         raise InputError(f"{path}: an alpha for each layer in the metadata cannot be read")
     return alpha, bool(values.get("use_rslora"))

@@ -23,7 +23,7 @@ class Source(NamedTuple):
     convert: Callable  # one published tensor -> (that layer of) our parameter; array methods only, so JAX can trace it
 
 
-def _as_is(x):
+def as_is(x):
     return x
 
 
@@ -126,7 +126,7 @@ def dit(config: DiTConfig, name: str) -> Source:
     elif not parts:  # the tables of modulation and positions have a leading axis of one
         convert = _first
     else:
-        convert = partial(_halves, head_width=config.head_width) if turned else _as_is
+        convert = partial(_halves, head_width=config.head_width) if turned else as_is
     return _source(theirs, config.layers, convert)
 
 
@@ -150,7 +150,7 @@ TEXT_COPIES = {"encoder.embed_tokens.weight"}  # the embedding once more, in som
 
 def text(layers: int, name: str) -> Source:
     """The source of the text encoder's parameter `name`."""
-    return _source(_TEXT[name], layers, _linear if name.endswith("kernel") else _as_is)
+    return _source(_TEXT[name], layers, _linear if name.endswith("kernel") else as_is)
 
 
 _VISION = {
@@ -172,9 +172,9 @@ _VISION = {
 def vision(layers: int, name: str) -> Source:
     """The source of the image encoder's parameter `name`."""
     if name in _VISION:
-        return _source(_VISION[name], layers, _patches_2d if name == "patches_kernel" else _as_is)
+        return _source(_VISION[name], layers, _patches_2d if name == "patches_kernel" else as_is)
     module, leaf = name.rsplit(".", 1)
-    return _source(f"{_VISION[module]}.{_LEAF[leaf]}", layers, _linear if leaf == "kernel" else _as_is)
+    return _source(f"{_VISION[module]}.{_LEAF[leaf]}", layers, _linear if leaf == "kernel" else as_is)
 
 
 def is_after_vision(layers: int, name: str) -> bool:
@@ -191,7 +191,7 @@ def codec(config: CodecConfig, name: str) -> Source:
     if leaf == "scale":
         return _source(f"{theirs}.gamma", 0, _flat)
     if leaf == "bias":
-        return _source(f"{theirs}.bias", 0, _as_is)
+        return _source(f"{theirs}.bias", 0, as_is)
     is_2d = path[-1].endswith(("_up", "_down")) and not theirs.endswith("time_conv")
     convert = _pointwise if "attention" in path else _convolution_2d if is_2d else _convolution
     return _source(f"{theirs}.weight", 0, convert)

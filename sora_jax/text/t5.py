@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sora_jax.layers import Dense, RMSNorm
 from sora_jax.text.tokenizer import PAD
 
 
@@ -58,18 +59,6 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
     return np.where(distance_LL < exact, distance_LL, far_LL) + half * (offset_LL > 0)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32."""
-
-    epsilon: float = 1e-6
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon) * scale).astype(x.dtype)
-
-
 class PositionBias(nn.Module):
     """A learned bias per head and bucket: (K, L, L) float32."""
 
@@ -96,8 +85,7 @@ class EncoderBlock(nn.Module):
         B, L, _ = x_BLD.shape
 
         def dense(features, axes, std, name):
-            init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
+            return Dense(features, axes, self.dtype, nn.initializers.normal(std), use_bias=False, name=name)
 
         into, out_of = ("width", "heads"), ("heads", "width")
         bias_KLL = PositionBias(config, name="positions")(L) if shared_bias is None else shared_bias

@@ -7,17 +7,28 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sora_jax.errors import InputError
+from sora_jax.training.hosts import HostLost
 from sora_jax.training.state import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one work directory; the newest `keep` stay."""
+    """The checkpoints of one work directory; the newest `keep` stay. Several processes do everything together.
+
+    As a context it waits at the end for what is being written, unless a process is lost that was to write some of it.
+    """
 
     def __init__(self, workdir: Path, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is not HostLost:
+            self.close()
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -56,7 +67,7 @@ class Checkpoints:
         if step is None:
             raise InputError(f"there is no checkpoint in {self._manager.directory}")
         # It may have been written by other devices than are here: all of it goes to the first of these.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
             self._manager.item_metadata(step).tree,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from sora_jax.codec import Codec, CodecConfig
@@ -18,6 +19,7 @@ from sora_jax.data.worlds.render import render, render_at
 from sora_jax.data.worlds.scenes import sample_scene
 from sora_jax.errors import InputError
 from sora_jax.model_folder import read_codec
+from sora_jax.training import hosts
 
 HELD_OUT_SEED = 2**31  # training seeds are small: held-out clips come from keys that training never uses
 
@@ -69,11 +71,12 @@ def render_clips(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
 
 
 def cut_window(clip: dict, rng: np.random.Generator, config: ConfigDict) -> dict:
-    """{"video": a window of a stored clip, somewhere}, uint8 (T, H, W, 3)."""
+    """{"video": a window of a stored clip, somewhere}, float32 (T, H, W, 3) in [-1, 1]."""
     video_THWC = clip["video"]
     sides = (config.frames, config.crop, config.crop)
     corner = [rng.integers(0, whole - side + 1) for whole, side in zip(video_THWC.shape, sides, strict=False)]
-    return {"video": video_THWC[tuple(slice(start, start + side) for start, side in zip(corner, sides, strict=True))]}
+    window_THWC = video_THWC[tuple(slice(start, start + side) for start, side in zip(corner, sides, strict=True))]
+    return {"video": window_THWC.astype(np.float32) / 127.5 - 1}
 
 
 class CodecTask:
@@ -109,24 +112,26 @@ class CodecTask:
         """The parameters of the codec in a model folder, for a run that goes on from them."""
         return read_codec(path)[1]
 
-    def batches(self, start: int) -> Iterator[np.ndarray | jax.Array]:
-        """One batch of windows for each step from `start` on."""
+    def batches(self, start: int, sharding: Sharding | None = None) -> Iterator[jax.Array]:
+        """One batch of windows for each step from `start` on, placed by `sharding`."""
         config = self.config
         if self._train is not None:
             cut = functools.partial(cut_window, config=config)
-            for batch in loading.batches(self._train, cut, config.batch, config.seed, start):
-                yield batch["video"].astype(np.float32) / 127.5 - 1
+            for batch in loading.batches(self._train, cut, config.batch, config.seed, start, sharding):
+                yield batch["video"]
             return
-        draw = jax.jit(lambda key: render_windows(key, config.batch, config))
+        # Every device draws its own part.
+        draw = jax.jit(lambda key: render_windows(key, config.batch, config), out_shardings=sharding)
         for step in itertools.count(start):
             yield draw(jax.random.fold_in(jax.random.key(config.seed), step))
 
     @functools.cached_property
-    def _held_out_clips(self) -> jax.Array:
+    def _held_out_clips(self) -> np.ndarray:
         """Eight whole clips that training does not see, (B, T, H, W, 3) float32 in [-1, 1]."""
         source = self._held_out
         if source is None:
-            return jax.jit(lambda key: render_clips(key, 8, self.config))(jax.random.key(HELD_OUT_SEED))
+            with hosts.alone():
+                return np.asarray(jax.jit(lambda key: render_clips(key, 8, self.config))(jax.random.key(HELD_OUT_SEED)))
         return np.stack([source[i]["video"] for i in range(min(8, len(source)))]).astype(np.float32) / 127.5 - 1
 
     def loss(self, params, video_BTHWC: jax.Array, key: jax.Array):
@@ -148,7 +153,7 @@ class CodecTask:
     def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out PSNR, and held-out clips above their reconstructions, uint8 (T, H, W, 3)."""
         video = self._held_out_clips
-        rebuilt = jax.jit(self.codec.apply)({"params": meta.unbox(params)}, video)
-        pair = jnp.concatenate([jnp.concatenate(list(v), axis=2) for v in (video[:4], rebuilt[:4])], axis=1)
-        frames = np.asarray(jnp.round((pair + 1) * 127.5), np.uint8)
+        rebuilt = hosts.whole(jax.jit(self.codec.apply)({"params": meta.unbox(params)}, video))
+        pair = np.concatenate([np.concatenate(list(v), axis=2) for v in (video[:4], rebuilt[:4])], axis=1)
+        frames = np.round((pair + 1) * 127.5).astype(np.uint8)
         return {"held_out_psnr": float(psnr(video, rebuilt))}, {"reconstruction": frames}

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -24,16 +25,18 @@ from sora_jax.data.worlds.layout import CHANNELS, layout
 from sora_jax.data.worlds.render import Truth
 from sora_jax.data.worlds.scenes import Scene
 from sora_jax.dit import DiT, DiTConfig
-from sora_jax.dit.model import dense
 from sora_jax.errors import InputError
+from sora_jax.layers import Dense, layer_norm
 from sora_jax.model_folder import ModelConfig, SamplingConfig, read_codec, read_model_folder, write_codec
 from sora_jax.text import T5Encoder, TextConfig, tokenize
+from sora_jax.training import hosts
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.codec_task import codec_config as codec_config_of
 
 _ENCODE_BATCH = 8
 _STATISTICS_CLIPS = 256
 _HELD_OUT_CLIPS = 16
+_SEEN_CLIPS = 2
 
 
 def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
@@ -44,7 +47,9 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
     kept = workdir / "codec"
     about = {"codec": str(config.codec), "frames": config.frames, "size": config.size, "data": _origin(config)}
     latents_lib.check_about(workdir / "codec.about.json", about)
-    if not kept.exists():
+    missing = not kept.exists()
+    hosts.wait("codec is looked for")
+    if missing:
         source = Path(config.codec)
         if (source / "checkpoints").is_dir():
             codec_config, params = codec_of_run(source)
@@ -52,7 +57,9 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
             codec_config, params = read_codec(source)
         if not codec_config.latents_std:
             codec_config = _with_statistics(codec_config, params, config)
-        write_codec(kept, codec_config, params)
+        if hosts.is_first():
+            write_codec(kept, codec_config, params)
+        hosts.wait("codec is written")
     return read_codec(kept)
 
 
@@ -72,11 +79,8 @@ def codec_of_run(source: Path) -> tuple[CodecConfig, dict]:
     config = ConfigDict(json.loads((source / "config.json").read_text()))
     if config.task != "codec":
         raise InputError(f"config.codec is {source}, which trains a {config.task}; it must be a codec run or a model")
-    checkpoints = Checkpoints(source)
-    try:
+    with Checkpoints(source) as checkpoints:
         return codec_config_of(config), checkpoints.restore_any()["ema"]
-    finally:
-        checkpoints.close()
 
 
 def _with_statistics(codec_config: CodecConfig, params, config: ConfigDict) -> CodecConfig:
@@ -131,6 +135,11 @@ def _encode_videos(codec_config, params, video_BTHWC):
     return Codec(codec_config).apply({"params": params}, video_BTHWC, method="encode")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(codec_config, params, latents_BFYXZ):
+    return Codec(codec_config).apply({"params": params}, latents_BFYXZ, method="decode")
+
+
 _layout = jax.jit(layout, static_argnums=(2, 3, 4))
 
 
@@ -165,14 +174,14 @@ def model_config(config: ConfigDict, codec_config: CodecConfig) -> ModelConfig:
 
 
 class Aligner(nn.Module):
-    """Reads the layout of the clean clip off tokens in the middle of the DiT: (B, N, D) -> (B, N, CHANNELS)."""
+    """Reads the layout of the clean clip off tokens in the middle of the DiT: (..., D) -> (..., CHANNELS)."""
 
     width: int
 
     @nn.compact
-    def __call__(self, tokens_BND: jax.Array) -> jax.Array:
-        norm_BND = nn.LayerNorm(use_bias=False, use_scale=False)(tokens_BND)
-        return dense(CHANNELS, ("width", None), "out")(nn.silu(dense(self.width, ("width", None), "hidden")(norm_BND)))
+    def __call__(self, tokens_BFSD: jax.Array) -> jax.Array:
+        hidden = Dense(self.width, ("width", None), name="hidden")(layer_norm(tokens_BFSD, 1e-6))
+        return Dense(CHANNELS, ("width", None), name="out")(nn.silu(hidden))
 
 
 class DiTTask:
@@ -195,6 +204,7 @@ class DiTTask:
         self.aligner = Aligner(self.dit_config.width)
         self.latent_shape = self.codec_config.latent_shape(config.frames, config.size, config.size)
         self._paths = self._encode_clips(workdir / "latents")
+        self._weight_Z = self._channel_weights(config.flow.seen_share)
         self._loss, self._held_out = jax.jit(self.loss), None
 
     def _encode_clips(self, folder: Path) -> list[Path]:
@@ -205,8 +215,8 @@ class DiTTask:
         patch = self.dit_config.patch
         about = {"codec": str(config.codec), "frames": config.frames, "size": config.size, "patch": patch}
         about |= _origin(config)
-        with tqdm(total=count, unit="clip", desc="encode clips") as bar:
-            return latents_lib.write_shards(
+        with tqdm(total=count, unit="clip", desc="encode clips", disable=not hosts.is_first()) as bar:
+            paths = latents_lib.write_shards(
                 folder,
                 count,
                 config.data.shard,
@@ -214,6 +224,27 @@ class DiTTask:
                 bar.update,
                 about,
             )
+        hosts.wait("clips are encoded")
+        return paths
+
+    def _channel_weights(self, share: float) -> np.ndarray:
+        """Weights (Z,) of mean one: this share of the loss counts what an error does to the frames one sees.
+
+        Latent channels are alike in variance, but not in what they do: in the bundled codec a third of them makes
+        nine tenths of all change in the decoded frames, and others next to none. The decoder tells.
+        """
+        if not share:
+            return np.ones(self.codec_config.latent_channels, np.float32)
+        latents = latents_lib.first_latents(self._paths[0], _SEEN_CLIPS)
+        noise = 0.3 * np.random.default_rng(0).standard_normal(latents.shape[:-1], np.float32)
+        decoded = _decode(self.codec_config, self.codec_params, latents)
+
+        def change(channel):
+            changed = latents + noise[..., None] * (np.arange(latents.shape[-1]) == channel)
+            return jnp.mean((_decode(self.codec_config, self.codec_params, changed) - decoded) ** 2)
+
+        seen_Z = np.array([change(channel) for channel in range(latents.shape[-1])])
+        return hosts.of_first(np.float32(1 - share + share * seen_Z / seen_Z.mean()))
 
     def initialize(self, key: jax.Array):
         """Fresh parameters, boxed with their axis names."""
@@ -226,7 +257,7 @@ class DiTTask:
             "dit": self.dit.init(dit_key, latents, jnp.zeros(latents.shape[:2]), text_BLD)["params"],
         }
         if self.config.align.weight:
-            params["aligner"] = self.aligner.init(aligner_key, jnp.zeros((1, 1, self.dit_config.width)))["params"]
+            params["aligner"] = self.aligner.init(aligner_key, jnp.zeros((1, 1, 1, self.dit_config.width)))["params"]
         return params
 
     def pretrained(self, path: str):
@@ -234,9 +265,10 @@ class DiTTask:
         params = read_model_folder(path)[1]
         return {"text": params["text"], "dit": params["dit"]}
 
-    def batches(self, start: int) -> Iterator[dict]:
-        """One batch for each step from `start` on."""
-        return latents_lib.batches(self._paths, self.config.batch, self.text_config.length, self.config.seed, start)
+    def batches(self, start: int, sharding: Sharding | None = None) -> Iterator[dict]:
+        """One batch for each step from `start` on, placed by `sharding`."""
+        config = self.config
+        return latents_lib.batches(self._paths, config.batch, config.text.length, config.seed, start, sharding)
 
     def loss(self, params, batch: dict, key: jax.Array):
         config = self.config
@@ -254,13 +286,16 @@ class DiTTask:
         velocity_BFYXZ, kept = self.dit.apply(
             {"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD, mutable=["intermediates"]
         )
-        loss = velocity_loss = flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF)
-        metrics = {"velocity_loss": velocity_loss}
+        loss = flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF, self._weight_Z)
+        metrics = {"velocity_loss": flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF)}
+        if config.flow.seen_share:
+            metrics["seen_loss"] = loss
         if config.align.weight:
-            tokens_BND = kept["intermediates"]["blocks"]["tokens"][0][config.align.layer - 1]
             layout_BFYXC = batch["layout"].astype(jnp.float32)
-            read_BNC = self.aligner.apply({"params": params["aligner"]}, tokens_BND)
-            metrics["align_loss"] = jnp.mean((read_BNC.reshape(layout_BFYXC.shape) - layout_BFYXC) ** 2)
+            layout_BFSC = layout_BFYXC.reshape(B, F, -1, CHANNELS)
+            tokens_BFSD = kept["intermediates"]["blocks"]["tokens"][0][config.align.layer - 1]
+            read_BFSC = self.aligner.apply({"params": params["aligner"]}, tokens_BFSD[:, :, : layout_BFSC.shape[2]])
+            metrics["align_loss"] = jnp.mean((read_BFSC - layout_BFSC) ** 2)
             loss += config.align.weight * metrics["align_loss"]
         return loss, metrics
 
@@ -269,7 +304,8 @@ class DiTTask:
         if self._held_out is None:
             clips, available = _clips(self.config, held_out=True)
             clips = clips(0, min(_HELD_OUT_CLIPS, available))
-            clips = list(_encode(self.codec_config, self.codec_params, clips, self.dit_config.patch))
+            with hosts.alone():
+                clips = list(_encode(self.codec_config, self.codec_params, clips, self.dit_config.patch))
             captions = [clip.pop("captions").split("\n")[0] for clip in clips]
             # Each clip several times, to see it at many levels.
             held_out = {name: np.stack([clip[name] for clip in clips * 4]) for name in clips[0]}
@@ -300,8 +336,8 @@ class DiTTask:
         prompts = list(self.config.prompts)
         ids_BL = tokenize([*prompts, *[""] * len(prompts)], self.text_config.length)
         noise = jax.random.normal(jax.random.key(0), (len(prompts), *self.latent_shape))
-        video = self._sample(params, self.codec_params, ids_BL, noise)
-        frames = np.asarray(jnp.round((video + 1) * 127.5), np.uint8)
+        video = hosts.whole(self._sample(params, self.codec_params, ids_BL, noise))
+        frames = np.round((video + 1) * 127.5).astype(np.uint8)
         frames = np.pad(frames, [(0, -len(prompts) % 4), *[(0, 0)] * 4])
         rows = [np.concatenate(list(frames[i : i + 4]), axis=2) for i in range(0, len(frames), 4)]
         return np.concatenate(rows, axis=1)

@@ -1,4 +1,7 @@
-"""The training loop: restore, step, log, preview, save. The same for every task, on whatever devices there are."""
+"""The training loop: restore, step, log, preview, save. The same for every task, on whatever devices there are.
+
+With several processes (see `hosts.py`) each runs all of this, and the first alone writes logs and previews.
+"""
 
 import contextlib
 import json
@@ -6,6 +9,7 @@ import math
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +21,7 @@ from tqdm import tqdm
 from sora_jax import mesh as mesh_lib
 from sora_jax.errors import InputError
 from sora_jax.model_folder import read_codec, write_model_folder
+from sora_jax.training import hosts
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.video import Video
@@ -80,22 +85,27 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
     Raises:
       InputError: the configuration does not fit the work directory, or the loss is no longer finite.
+      HostLost: another process of the run is gone.
     """
     workdir = Path(workdir)
     mesh = mesh_lib.make_mesh(**config.mesh)
     _check(config, workdir, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
-    with jax.set_mesh(mesh):
-        task = make_task(config, workdir)
+    with hosts.watched():
+        hosts.check_shared(workdir)
+        with hosts.alone():
+            task = make_task(config, workdir)
         optimizer = state_lib.make_optimizer(config.optimizer, config.steps)
-        abstract, make = initial_state(task, optimizer, config, mesh)
-        checkpoints = Checkpoints(workdir)
-        try:
-            state = make() if checkpoints.latest() is None else checkpoints.restore(abstract)
-            _write_config(config, workdir)
-            _run(config, workdir, task, optimizer, checkpoints, state, mesh_lib.batch_sharding(mesh))
-        finally:
-            checkpoints.close()
+        with jax.set_mesh(mesh):
+            abstract, make = initial_state(task, optimizer, config, mesh)
+            with Checkpoints(workdir) as checkpoints, hosts.watched():
+                state = make() if checkpoints.latest() is None else checkpoints.restore(abstract)
+                try:
+                    _run(config, workdir, task, optimizer, checkpoints, state, mesh_lib.batch_sharding(mesh))
+                except KeyboardInterrupt:
+                    # The state of an interrupted step has been donated; what counts is the last finished checkpoint.
+                    tqdm.write(f"interrupted; step {checkpoints.latest()} is saved in {workdir}")
+                    raise
 
 
 # What a work directory's data and weights were made with, and a later start may not change.
@@ -133,17 +143,82 @@ def _write_config(config: ConfigDict, workdir: Path) -> None:
     hidden.replace(workdir / "config.json")
 
 
-def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -> None:
-    from tensorboardX import SummaryWriter
+class _Log:
+    """What one sees of a run: metrics.jsonl, TensorBoard and a progress bar, by the first process alone."""
 
+    def __init__(self, config: ConfigDict, workdir: Path, start: int):
+        self._first, self._path = hosts.is_first(), workdir / "metrics.jsonl"
+        self._bar = tqdm(
+            total=config.steps,
+            initial=start,
+            unit="step",
+            desc=f"train {config.task}",
+            smoothing=0.05,
+            disable=not self._first,
+        )
+        if self._first:
+            from tensorboardX import SummaryWriter
+
+            # What was logged after the checkpoint is logged again.
+            _forget_after(self._path, start)
+            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        if self._first:
+            tqdm.write(text)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if not self._first:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        with open(self._path, "a") as log:
+            log.write(json.dumps({"step": step, **values}) + "\n")
+        shown = {k: f"{values[k]:.4g}" for k in ("loss", "clips_per_second") if k in values}
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
+
+    def videos(self, step: int, videos: dict[str, np.ndarray]) -> None:
+        """Videos, uint8 (T, H, W, 3), for TensorBoard, which plays an animated GIF given as an image."""
+        if not self._first:
+            return
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        for name, frames in videos.items():
+            with tempfile.TemporaryDirectory() as folder:
+                gif = Video(frames, fps=8).save(Path(folder, "preview.gif")).read_bytes()
+            _, height, width, _ = frames.shape
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+            self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._first:
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[list[str]]:
+    """A list that SIGTERM, sent to a process alone, puts a word into. Of several, JAX listens: `hosts.preempted`."""
+    asked = []
+    if jax.process_count() > 1:
+        yield asked
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append("SIGTERM"))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -> None:
     step = state_lib.make_step(task.loss, optimizer, config.seed, config.ema_decay)
     start = int(state.step)
-    # What was logged after the checkpoint is logged again.
-    _forget_after(workdir / "metrics.jsonl", start)
-    writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-    bar = tqdm(total=config.steps, initial=start, unit="step", desc=f"train {config.task}", smoothing=0.05)
-    stopping = []
-    previous_handler = signal.signal(signal.SIGTERM, lambda *_: stopping.append("SIGTERM"))
+    if hosts.is_first():
+        _write_config(config, workdir)
     window, window_start = [], time.perf_counter()
     pending = None  # metrics of the step before: reading them does not hold up the step that is running
 
@@ -157,23 +232,19 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
             raise InputError(f"the {bad} is {values[bad]} at step {number}; {kept}: try a lower learning rate")
         window.append(values)
 
-    try:
-        for number, batch in zip(range(start, config.steps), task.batches(start), strict=False):
-            state, metrics = step(state, jax.device_put(batch, batch_sharding))
+    with contextlib.closing(_Log(config, workdir, start)) as log, _sigterm() as sigterm:
+        for number, batch in zip(range(start, config.steps), task.batches(start, batch_sharding), strict=False):
+            state, metrics = step(state, batch)
             if pending:
                 check(*pending)
             pending = (number, metrics)
-            bar.update()
+            log.advance()
             done = number + 1
+            stopping = bool(sigterm) or hosts.preempted(done)
             if done % config.log_every == 0 and window:
                 seconds, window_start = time.perf_counter() - window_start, time.perf_counter()
                 means = {name: float(np.mean([v[name] for v in window])) for name in window[0]}
-                means["clips_per_second"] = len(window) * config.batch / seconds
-                for name, value in means.items():
-                    writer.add_scalar(name, value, done)
-                with open(workdir / "metrics.jsonl", "a") as log:
-                    log.write(json.dumps({"step": done, **means}) + "\n")
-                bar.set_postfix({k: f"{means[k]:.4g}" for k in ("loss", "clips_per_second")}, refresh=False)
+                log.scalars(done, means | {"clips_per_second": len(window) * config.batch / seconds})
                 window.clear()
             last = done == config.steps
             if done % config.checkpoint_every == 0 or last or stopping:
@@ -181,20 +252,15 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
                 pending = None
                 checkpoints.save(state)
             if (done % config.preview_every == 0 or last) and not stopping:
-                _preview(writer, workdir, *task.preview(state.ema), done)
+                # All processes compute it: each has a part of the parameters.
+                scalars, videos = task.preview(state.ema)
+                log.scalars(done, scalars)
+                log.videos(done, videos)
             if stopping:
-                tqdm.write(f"{stopping[0]}: saved step {done} in {workdir}")
+                log.say(f"SIGTERM: saved step {done} in {workdir}")
                 return
         if start >= config.steps:
-            tqdm.write(f"{workdir} is at step {start} already; config.steps is {config.steps}")
-    except KeyboardInterrupt:
-        # The state of an interrupted step has been donated; what counts is the last finished checkpoint.
-        tqdm.write(f"interrupted; step {checkpoints.latest()} is saved in {workdir}")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)
-        bar.close()
-        writer.close()
+            log.say(f"{workdir} is at step {start} already; config.steps is {config.steps}")
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -209,28 +275,6 @@ def _forget_after(path: Path, step: int) -> None:
     hidden = path.with_name(f".{path.name}")
     hidden.write_text("".join(kept))
     hidden.replace(path)
-
-
-def _preview(writer, workdir: Path, scalars: dict[str, float], videos: dict[str, np.ndarray], step: int) -> None:
-    """Numbers and pictures of the averaged weights, to TensorBoard and to the work directory."""
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    for name, value in scalars.items():
-        writer.add_scalar(name, value, step)
-    with open(workdir / "metrics.jsonl", "a") as log:
-        log.write(json.dumps({"step": step, **scalars}) + "\n")
-    for name, frames in videos.items():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "preview.gif"
-            Video(frames, fps=8).save(path)
-            image = Summary.Image(
-                height=frames.shape[1],
-                width=frames.shape[2],
-                colorspace=3,
-                encoded_image_string=path.read_bytes(),
-            )
-        # TensorBoard plays an animated GIF given as an image.
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
 
 def export(workdir: str | Path, out: str | Path, codec: str | Path | None = None) -> Path:
@@ -255,11 +299,8 @@ def export(workdir: str | Path, out: str | Path, codec: str | Path | None = None
     codec_config, codec_params = read_codec(workdir / "codec")
     if codec is not None:
         codec_params = _with_decoder(codec_params, codec_of_run(Path(codec))[1], codec)
-    checkpoints = Checkpoints(workdir)
-    try:
+    with Checkpoints(workdir) as checkpoints:
         params = checkpoints.restore_any()["ema"]
-    finally:
-        checkpoints.close()
     params = {"text": params["text"], "dit": params["dit"], "codec": codec_params}
     return write_model_folder(out, model_config(config, codec_config), params, "float16")
 

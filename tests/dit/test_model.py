@@ -9,8 +9,9 @@ import pytest
 from flax.core import meta
 
 from sora_jax.dit import DiT, DiTConfig
-from sora_jax.dit.model import REMAT_POLICIES, Block, layer_norm, level_features
+from sora_jax.dit.model import REMAT_POLICIES, Block, level_features
 from sora_jax.dit.positions import rotary_angles
+from sora_jax.layers import layer_norm
 
 CONFIG = DiTConfig(
     3, heads=2, head_width=12, feed_forward=32, layers=2, text_width=8, patch=(1, 2, 2), frequency_width=16
@@ -77,8 +78,7 @@ def test_fresh_model_predicts_zero(shapes, inputs, apply):
 
 
 def test_fresh_block_is_the_identity():
-    N = F * 6
-    x = np.random.default_rng(0).normal(size=(B, N, CONFIG.width)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(B, F, 6, CONFIG.width)).astype(np.float32)
     modulation = np.zeros((B, F, 6, CONFIG.width), np.float32)  # what a fresh model's level gives
     text = np.random.default_rng(1).normal(size=(B, L, CONFIG.width)).astype(np.float32)
     angles = rotary_angles(F, 2, 3, CONFIG.head_width)
@@ -120,7 +120,7 @@ def literal(params, latents, level, text):
         for y in range(Y // 2)
         for x in range(X // 2)
     ]
-    h = dense("patches_in", np.stack(tokens, axis=1))
+    h = dense("patches_in", np.stack(tokens, axis=1)).reshape(B, F, -1, CONFIG.width)
     level_BFD = dense("level_out", jax.nn.silu(dense("level_in", level_features(level, CONFIG.frequency_width))))
     level_BF6D = dense("level_modulation", jax.nn.silu(level_BFD)).reshape(B, level.shape[1], 6, CONFIG.width)
     text = dense("text_out", jax.nn.gelu(dense("text_in", text), approximate=True))
@@ -130,7 +130,7 @@ def literal(params, latents, level, text):
         h, _ = Block(CONFIG).apply({"params": block}, h, level_BF6D, text, angles)
     shift, scale = (np.repeat(params["modulation_out"][i] + level_BFD, F // level.shape[1], axis=1) for i in (0, 1))
     per_frame = len(tokens) // F
-    h = layer_norm(h, CONFIG.epsilon)
+    h = layer_norm(h, CONFIG.epsilon).reshape(B, len(tokens), -1)
     h = dense("patches_out", h * (1 + np.repeat(scale, per_frame, 1)) + np.repeat(shift, per_frame, 1))
     velocity = np.zeros(latents.shape, np.float32)
     for n, patch in enumerate(np.asarray(h).swapaxes(0, 1)):

@@ -19,17 +19,18 @@ def test_shares_are_even_and_use_up_the_head(head_width):
 
 def test_scores_depend_on_relative_positions_only():
     grid, head_width = (5, 6, 7), 32
-    angles = rotary_angles(*grid, head_width).reshape(*grid, -1)
-    q, k = np.random.default_rng(0).normal(size=(2, 1, 8, 2, head_width)).astype(np.float32)
+    time, space = rotary_angles(*grid, head_width)
+    space = space.reshape(*grid[1:], -1)
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 2, 4, 2, head_width)).astype(np.float32)
 
     def scores(f, y, x):
-        window_NE = angles[f : f + 2, y : y + 2, x : x + 2].reshape(8, -1)
-        return np.einsum("bnke,bmke->bknm", rotate(q, window_NE), rotate(k, window_NE))
+        window = time[f : f + 2], space[y : y + 2, x : x + 2].reshape(4, -1)
+        return np.einsum("bfske,bgtke->bkfsgt", rotate(q, window), rotate(k, window))
 
     here = scores(0, 0, 0)
     for shift in [(3, 0, 0), (0, 4, 0), (0, 0, 5), (1, 2, 3)]:
         np.testing.assert_allclose(scores(*shift), here, atol=1e-4)
-    unrotated = np.einsum("bnke,bmke->bknm", q, k)
+    unrotated = np.einsum("bfske,bgtke->bkfsgt", q, k)
     assert np.abs(here - unrotated).max() > 0.1
 
 
@@ -37,7 +38,8 @@ def test_scores_depend_on_relative_positions_only():
 def test_every_axis_turns_its_own_coordinates(axis):
     grid = [1, 1, 1]
     grid[axis] = 2
-    first, second = rotary_angles(*grid, 24)
+    time, space = rotary_angles(*grid, 24)
+    first, second = (np.concatenate([time[i if axis == 0 else 0], space[0 if axis == 0 else i]]) for i in (0, 1))
     ends = np.cumsum([0, *axis_widths(24)]) // 2
     turned = np.zeros(12, bool)
     turned[ends[axis] : ends[axis + 1]] = True
@@ -46,6 +48,6 @@ def test_every_axis_turns_its_own_coordinates(axis):
 
 
 def test_rotation_keeps_lengths():
-    x = np.random.default_rng(0).normal(size=(1, 12, 2, 16)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(1, 2, 6, 2, 16)).astype(np.float32)
     turned = rotate(x, rotary_angles(2, 2, 3, 16))
     np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)

@@ -86,9 +86,11 @@ def transformer(
     condition=0,
     image=0,
     positions=0,
+    patch=(1, 2, 2),
 ):
     return randomise(
         WanTransformer3DModel(
+            patch_size=patch,
             num_attention_heads=heads,
             attention_head_dim=head_width,
             in_channels=channels + condition,
@@ -171,7 +173,7 @@ def channels_last(x):
 
 
 @torch.no_grad()
-def run_dit(module, latents_BFYXZ, thousandths_BF, text_BLD):
+def run_dit(module, latents_BFYXZ, thousandths_BF, text_BLD, image_BLD=None):
     """The velocity; a level for each frame is given to each of its patches, as the 5B pipeline does."""
     B, F, Y, X, _ = latents_BFYXZ.shape
     _, py, px = module.config.patch_size
@@ -179,7 +181,10 @@ def run_dit(module, latents_BFYXZ, thousandths_BF, text_BLD):
         levels = torch.tensor(thousandths_BF[:, 0])
     else:
         levels = torch.tensor(np.repeat(thousandths_BF, (Y // py) * (X // px), axis=1))
-    inputs = (channels_first(latents_BFYXZ).to(module.dtype), levels, torch.tensor(text_BLD).to(module.dtype))
+    inputs = [channels_first(latents_BFYXZ).to(module.dtype), levels, torch.tensor(text_BLD).to(module.dtype)]
+    if image_BLD is not None:
+        images = 2 if module.config.pos_embed_seq_len else 1  # they stand one below the other
+        inputs.append(torch.tensor(image_BLD).reshape(B * images, -1, image_BLD.shape[-1]))
     return channels_last(module(*inputs, return_dict=False)[0].float())
 
 

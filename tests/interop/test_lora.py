@@ -11,6 +11,7 @@ import safetensors.numpy
 import sora_jax
 from sora_jax.cli import main
 from sora_jax.errors import InputError
+from sora_jax.tensors import Tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -123,7 +124,8 @@ def test_differences_of_biases_and_norms_and_the_alpha_of_the_metadata(tensors, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), merged, by_hand)
 
 
-def test_what_does_not_fit_is_named(matrices, tmp_path, capsys):
+def test_what_does_not_fit_is_named_before_a_model_is_read(matrices, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Tensor, "place", lambda _: pytest.fail("a parameter is being read"))
     path = tmp_path / "style.safetensors"
     down, up = matrices["blocks.0.attn1.to_q"]
 

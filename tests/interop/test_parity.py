@@ -17,7 +17,13 @@ pytest.importorskip("transformers")
 import jax  # noqa: E402
 import safetensors.numpy  # noqa: E402
 import torch  # noqa: E402
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel  # noqa: E402
 
 import sora_jax  # noqa: E402
@@ -42,6 +48,8 @@ make = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(make)
 
 TOLERANCE = 1e-5
+KINDS = ("t2v", "ti2v", "a14b", "i2v", "flf", "i2v-a14b")  # as in make.py, and Wan 2.2's image to video
+FROM_IMAGE = ("i2v", "flf", "i2v-a14b")
 
 
 def difference(found, expected) -> float:
@@ -50,15 +58,16 @@ def difference(found, expected) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.fixture(scope="module", params=range(3))
-def random(request):
-    torch.manual_seed(request.param)
-    return np.random.default_rng(request.param)
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def kind(random):
-    return str(random.choice(("t2v", "ti2v", "a14b")))
+def random(kind):
+    seed = KINDS.index(kind)
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +77,35 @@ def folder_and_pipeline(random, kind, tmp_path_factory):
     channels, text_width = int(random.choice([4, 6, 12])), int(random.choice([16, 40]))
     layers = int(random.integers(1, 4))
 
-    def transformer():
-        return make.transformer(channels, heads, head_width, int(random.choice([32, 80])), layers, text_width, 64)
-
-    first = transformer()
-    sizes = first.config
-    second = None
-    if kind == "a14b":
-        second = make.transformer(channels, heads, head_width, sizes.ffn_dim, layers, text_width, 64)
     time = ((True, True), (False, True))[int(random.integers(2))]
-    made = WanPipeline(
-        tokenizer=make.tokenizer(),
-        text_encoder=make.text_encoder(text_width, int(random.integers(1, 4)), 8, 24, int(random.integers(1, 4))),
-        vae=make.codec(kind, channels, int(random.choice([4, 8])), 8, (1, 2, 2), time, int(random.integers(1, 3))),
-        scheduler=make.scheduler(kind),
-        transformer=first,
-        transformer_2=second,
-        boundary_ratio=0.9 if kind == "a14b" else None,
-        expand_timesteps=kind == "ti2v",
-    )
+    feed_forward, options = int(random.choice([32, 80])), {}
+    if kind != "ti2v":  # its pipeline asks for patches of 2 by 2
+        options["patch"] = (1, int(random.integers(1, 3)), int(random.integers(1, 3)))
+    encoder, processor = None, None
+    if kind in FROM_IMAGE:
+        options["condition"] = 2 ** sum(time) + channels
+    if kind in ("i2v", "flf"):
+        options["image"] = int(random.choice([20, 32]))
+        options["positions"] = 10 if kind == "flf" else 0
+        encoder, processor = make.image_encoder(options["image"])
+
+    def transformer():
+        return make.transformer(channels, heads, head_width, feed_forward, layers, text_width, 64, **options)
+
+    parts = {
+        "tokenizer": make.tokenizer(),
+        "text_encoder": make.text_encoder(text_width, int(random.integers(1, 4)), 8, 24, int(random.integers(1, 4))),
+        "vae": make.codec(kind, channels, int(random.choice([4, 8])), 8, (1, 2, 2), time, int(random.integers(1, 3))),
+        "scheduler": make.scheduler(kind),
+        "transformer": transformer(),
+        "transformer_2": transformer() if kind.endswith("a14b") else None,
+        "boundary_ratio": 0.9 if kind.endswith("a14b") else None,
+        "expand_timesteps": kind == "ti2v",
+    }
+    if kind in FROM_IMAGE:
+        made = WanImageToVideoPipeline(**parts, image_encoder=encoder, image_processor=processor)
+    else:
+        made = WanPipeline(**parts)
     made.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("parity") / kind
     made.save_pretrained(folder)
@@ -101,12 +120,20 @@ def generator(folder_and_pipeline):
 @pytest.mark.parametrize("frames", [1, 3])
 def test_dit(folder_and_pipeline, generator, random, frames):
     sizes = (int(random.integers(1, 3)), frames, 2 * int(random.integers(1, 5)), 2 * int(random.integers(1, 5)))
-    latents = random.normal(size=(*sizes, generator.config.dit.latent_channels)).astype(np.float32)
+    dit = generator.config.dit
+    latents, condition = (
+        random.normal(size=(*sizes, channels)).astype(np.float32)
+        for channels in (dit.latent_channels, dit.condition_channels)
+    )
+    image = None
+    if dit.image_width:
+        image = random.normal(size=(sizes[0], dit.image_positions or 7, dit.image_width)).astype(np.float32)
     text = random.normal(size=(sizes[0], 512, generator.config.text.width)).astype(np.float32)
     for levels in (random.integers(0, 1000, sizes[:2]), random.integers(0, 1000, (sizes[0], 1)).repeat(frames, 1)):
-        expected = make.run_dit(folder_and_pipeline[1].transformer, latents, levels, text)
-        apply = jax.jit(DiT(generator.config.dit).apply)
-        found = apply({"params": generator.params["dit"]}, latents, np.float32(levels / 1000), text)
+        both = np.concatenate([latents, condition], axis=-1)
+        expected = make.run_dit(folder_and_pipeline[1].transformer, both, levels, text, image)
+        apply, params = jax.jit(DiT(dit).apply), {"params": generator.params["dit"]}
+        found = apply(params, latents, np.float32(levels / 1000), text, condition, image)
         assert difference(found, expected) < TOLERANCE
 
 
@@ -136,12 +163,16 @@ def test_pipeline(folder_and_pipeline, generator, kind, random):
     size = tuple(2 * config.codec.stride_space * int(random.integers(1, 4)) for _ in range(2))
     size = tuple(-(-side // 16) * 16 for side in size)  # the public pipeline asks for it
     frames, steps = 1 + config.codec.stride_time * int(random.integers(0, 3)), int(random.integers(1, 8))
+    if kind in FROM_IMAGE:
+        frames = 1 + 4 * int(random.integers(2, 4))  # the public codec reads four at a time, whatever its stride
     noise = random.normal(size=(1, *config.codec.latent_shape(frames, *size))).astype(np.float32)
     guidance = float(random.uniform(1.5, 6))
-    low = float(random.uniform(1.5, 6)) if kind == "a14b" else None
+    low = float(random.uniform(1.5, 6)) if kind.endswith("a14b") else None
+    first, last = make.pictures(random, 70, 50)
+    first, last = first if kind in FROM_IMAGE else None, last if kind == "flf" else None
     prompt, negative = "a red ball, behind a wall", "cube &amp; wall"
     expected = make.run_pipeline(
-        folder_and_pipeline[1], prompt, negative, noise, size, frames, steps, guidance, guidance_low=low
+        folder_and_pipeline[1], prompt, negative, noise, size, frames, steps, guidance, low, first, last
     )
     video = generator.generate(
         prompt,
@@ -152,6 +183,8 @@ def test_pipeline(folder_and_pipeline, generator, kind, random):
         steps=steps,
         guidance=guidance,
         guidance_low=low,
+        image=first,
+        last_image=last,
         progress=False,
     )
     assert -10 * np.log10(np.mean((video.frames / 255.0 - expected) ** 2)) > 45
@@ -221,6 +254,7 @@ def reference(part, preset):
             num_layers=dit.layers,
             image_dim=dit.image_width or None,
             added_kv_proj_dim=dit.width if dit.image_width else None,
+            pos_embed_seq_len=dit.image_positions or None,
         )
 
 

@@ -66,8 +66,8 @@ def stop_after(monkeypatch, task, steps):
     """Makes the task's batches end with an exception, after `steps` of them in one run."""
     batches = task.batches
 
-    def cut(self, start):
-        for number, batch in enumerate(batches(self, start)):
+    def cut(self, start, sharding):
+        for number, batch in enumerate(batches(self, start, sharding)):
             if number == steps:
                 raise Stop
             yield batch
@@ -88,6 +88,19 @@ def test_interrupted_codec_run_equals_uninterrupted(codec_run, tmp_path, monkeyp
     assert_same(final_state(codec_run), final_state(tmp_path / "run"))
     steps = [[json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] for run in (codec_run, log.parent)]
     assert steps[0] == steps[1] == [2, 4, 4]
+
+
+def test_interrupted_run_with_muon_equals_uninterrupted(tmp_path, monkeypatch):
+    from sora_jax.training.codec_task import CodecTask
+
+    config = codec_config("--config.steps=3", "--config.optimizer.name=muon")
+    loop.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, CodecTask, 2)
+        with pytest.raises(Stop):
+            loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
+    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "run"))
 
 
 def test_interrupted_dit_run_equals_uninterrupted(dit_run, codec_run, tmp_path, monkeypatch):
@@ -116,8 +129,8 @@ def test_sigterm_saves_and_returns(tmp_path, monkeypatch):
 
     batches = CodecTask.batches
 
-    def terminate(self, start):
-        for number, batch in enumerate(batches(self, start)):
+    def terminate(self, start, sharding):
+        for number, batch in enumerate(batches(self, start, sharding)):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
@@ -150,8 +163,8 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
 
     batches = CodecTask.batches
 
-    def spoiled(self, start):
-        for number, batch in enumerate(batches(self, start)):
+    def spoiled(self, start, sharding):
+        for number, batch in enumerate(batches(self, start, sharding)):
             yield batch * np.nan if number == 3 else batch
 
     monkeypatch.setattr(CodecTask, "batches", spoiled)
@@ -246,6 +259,20 @@ def test_alignment_trains_the_tokens_and_is_not_exported(dit_run, codec_run, tmp
         "dit.safetensors",
         "text.safetensors",
     ]
+
+
+def test_a_channel_weighs_in_the_loss_as_it_is_seen(dit_run, codec_run):
+    task = make_task(dit_config(codec_run, "--config.flow.seen_share=0.75"), dit_run)
+    kernel = task.codec_params["decoder"]["conv_in"]["kernel"]
+    kernel[..., 0, :] = 0  # the decoder is blind to this channel,
+    kernel[..., 1, :] *= 10  # and sees this one well
+    # Through the mixing of channels before the decoder, each one would be seen in all.
+    mixing = task.codec_params["post_quant"]["kernel"]
+    mixing[...] = np.eye(mixing.shape[-1])
+    weight_Z = task._channel_weights(0.75)
+    np.testing.assert_allclose([weight_Z.mean(), weight_Z[0], weight_Z.min()], [1, 0.25, 0.25], rtol=1e-5)
+    assert weight_Z[1] == weight_Z.max() > 1.2
+    np.testing.assert_array_equal(task._channel_weights(0.0), np.ones(len(weight_Z)))
 
 
 def test_a_decoder_trained_alone_can_be_exported_beside_the_transformer(dit_run, codec_run, tmp_path):

@@ -24,7 +24,7 @@ ZOOM_RANGE = 1.6
 _MARGIN = 0.02  # free space kept between an object and the frame's edge
 _LEAST_TRAVEL = 0.45
 _DWELL = 0.4
-_KIND_ODDS = (0.35, 0.15, 0.10, 0.10, 0.10, 0.20)
+_KIND_ODDS = (0.22, 0.25, 0.09, 0.09, 0.10, 0.25)
 _MOTION_ODDS = (0.12, 0.12, 0.12, 0.12, 0.12, 0.06, 0.06, 0.06, 0.06, 0.16)
 # In a pair: side by side, one above the other.
 _COLUMN_ODDS = (0.55, 0, 0, 0.15, 0.15, 0, 0, 0, 0, 0.15)

@@ -1,0 +1,335 @@
+"""Turns a config and a sweep into runs, each with its own work folder, and starts them.
+
+    python experiments/launch.py --config configs/worlds_dit.py --on local --config.steps=1000
+    python experiments/launch.py --config configs/worlds_dit.py --on processes=4 --config.mesh.fsdp=2
+    python experiments/launch.py --config configs/worlds_dit.py --on tpu-vm=my-pod --zone us-west4-a --runs /mnt/runs
+    python experiments/launch.py --config configs/worlds_dit.py --on slurm --nodes 2 --gpus-per-node 8
+    python experiments/launch.py --config configs/worlds_dit.py --on gke --image IMAGE --claim runs --topology 4x4
+
+`--sweep config.optimizer.learning_rate=1e-3,2e-3` makes a run of every value, and of every combination where it is
+given twice. `--dry-run` prints what would be run, ready to be pasted into a shell. Runs on this machine come one after
+another; the exit code is 1 if one of them failed.
+
+A run that was started before goes on from its newest checkpoint. With several hosts the folder of the runs must be
+one that all of them share (Filestore, NFS, a mounted bucket), and `sora-jax` must be installed on each.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sora_jax.cli import load_config
+from sora_jax.errors import InputError
+
+GRACE = 60  # seconds that a process has for saving, once it is to stop
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its name and the words that follow `sora-jax`."""
+
+    name: str
+    arguments: list[str]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is typed into a shell."""
+
+    words: list[str]
+    text: str = ""  # what it reads
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        words = [f"{name}={value}" for name, value in self.environment.items()] + [shlex.join(self.words)]
+        return " ".join(words) + (f" <<'EOF'\n{self.text}EOF" if self.text else "")
+
+
+def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folder: str) -> list[Run]:
+    """One run for every combination of the swept values.
+
+    Args:
+        sweep: words like "config.optimizer.learning_rate=1e-3,2e-3".
+        overrides: words like "--config.steps=1000", for all runs.
+        folder: where the work folders are.
+
+    Raises:
+        InputError: the config does not take these values, or two runs would have the same name.
+    """
+    fields, values = [], []
+    for word in sweep:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not name.startswith("config.") or not equals or "" in text.split(","):
+            raise InputError(f"--sweep {word} must look like config.FIELD=VALUE,VALUE")
+        fields.append(name)
+        values.append(text.split(","))
+    # The last part of a field's name is enough, unless two of them have the same.
+    short = [name.rsplit(".", 1)[1] for name in fields]
+    short = [last if short.count(last) == 1 else name for last, name in zip(short, fields, strict=True)]
+    path, _, argument = config.partition(":")
+    runs = []
+    for chosen in itertools.product(*values):
+        swept = [f"--{name}={value}" for name, value in zip(fields, chosen, strict=True)]
+        load_config(config, [*overrides, *swept])  # a mistake is found here, not on a cluster an hour later
+        parts = [f"{name}={value}" for name, value in zip(short, chosen, strict=True)]
+        name = re.sub(r"[^\w.=+-]+", "-", "-".join([Path(path).stem, *[argument][: bool(argument)], *parts]))
+        arguments = ["train", "--config", config, "--workdir", f"{folder}/{name}", *overrides, *swept]
+        runs.append(Run(name, arguments))
+    if len({run.name for run in runs}) < len(runs):
+        raise InputError("two runs of this sweep have the same name; a value is given twice")
+    return runs
+
+
+def on_this_machine(run: Run, processes: int) -> list[Command]:
+    """A command for each process. Several find one another by what `sora-jax train` reads from the environment."""
+    words = [sys.executable, "-m", "sora_jax", *run.arguments]
+    if processes == 1:
+        return [Command(words, environment={"JAX_NUM_PROCESSES": "1"})]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [Command(words, environment=common | {"JAX_PROCESS_ID": str(index)}) for index in range(processes)]
+
+
+def on_tpu_vm(run: Run, options: argparse.Namespace, name: str) -> Command:
+    """https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh; JAX finds the hosts of a pod itself."""
+    where = [f"--zone={options.zone}"] if options.zone else []
+    train = (f"cd {shlex.quote(options.folder)} && " if options.folder else "") + shlex.join(
+        ["sora-jax", *run.arguments]
+    )
+    return Command(["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *where, "--worker=all", f"--command={train}"])
+
+
+def on_slurm(run: Run, options: argparse.Namespace) -> Command:
+    """https://slurm.schedmd.com/sbatch.html and srun.html; JAX finds the tasks itself and gives each of them one GPU.
+
+    SIGTERM comes before the time is up, so that the run is saved; a requeued job goes on from there.
+    """
+    gpus = [f"--gpus-per-node={options.gpus_per_node}"] if options.gpus_per_node else []
+    settings = [
+        f"--job-name={run.name}",
+        f"--nodes={options.nodes}",
+        f"--ntasks-per-node={options.gpus_per_node or 1}",
+        *gpus,
+        f"--output={options.runs}/{run.name}-%j.out",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=TERM@{2 * GRACE}",
+        *[f"--{setting}" for setting in options.sbatch],
+    ]
+    lines = [f"#SBATCH {setting}\n" for setting in settings]
+    srun = shlex.join(["srun", "--kill-on-bad-exit=1", "sora-jax", *run.arguments])
+    return Command(["sbatch"], "#!/bin/bash\n" + "".join(lines) + f"\n{srun}\n")
+
+
+def on_gke(run: Run, options: argparse.Namespace) -> Command:
+    """A JobSet with a pod on each host of a TPU slice, as JSON, which kubectl reads like YAML.
+
+    https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice has the node selectors and the limits,
+    https://jobset.sigs.k8s.io/docs/concepts the rest. GKE tells JAX the names of the hosts.
+    """
+    if not options.image or not options.claim:
+        raise InputError("--on gke needs --image and --claim, a volume claim that is mounted at --runs")
+    chips = math.prod(int(side) for side in options.topology.split("x"))
+    if chips % options.chips_per_host:
+        raise InputError(f"--topology {options.topology} has {chips} chips; {options.chips_per_host} are on a host")
+    hosts = chips // options.chips_per_host
+    container = {
+        "name": "train",
+        "image": options.image,
+        "command": ["sora-jax", *run.arguments],
+        "ports": [{"containerPort": 8471}],  # TPU hosts talk to one another here
+        "resources": {"limits": {"google.com/tpu": options.chips_per_host}},
+        "volumeMounts": [{"name": "runs", "mountPath": options.runs}],
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE,
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": options.tpu,
+            "cloud.google.com/gke-tpu-topology": options.topology,
+        },
+        "containers": [container],
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}}],
+    }
+    job = {
+        "completionMode": "Indexed",
+        "parallelism": hosts,
+        "completions": hosts,
+        "backoffLimit": 0,  # one pod that fails ends all; the set starts them again
+        "template": {"spec": pod},
+    }
+    manifest = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": _kubernetes_name(run.name),
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "failurePolicy": {"maxRestarts": options.restarts},
+            "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+    return Command(["kubectl", "apply", "-f", "-"], json.dumps(manifest, indent=2) + "\n")
+
+
+def _kubernetes_name(name: str) -> str:
+    """Lower-case letters, digits and dashes, short enough for the names of pods that are made from it."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return plain if len(plain) <= 40 else f"{plain[:33].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM."""
+
+
+def start(commands: Sequence[Command]) -> str | None:
+    """Runs the commands side by side until all have ended; if one fails, the others are stopped.
+
+    Returns:
+        What went wrong, or None.
+
+    Raises:
+        Stopped: a signal came; it has been passed on, and nothing runs any more.
+    """
+    children = []
+    try:
+        for command in commands:
+            # In sessions of their own: Ctrl-C in the terminal reaches them through this program alone, once.
+            child = subprocess.Popen(
+                command.words,
+                env={**os.environ, **command.environment},
+                stdin=subprocess.PIPE if command.text else subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            children.append(child)
+            if command.text:
+                child.communicate(command.text.encode())
+        codes = [None]
+        while None in codes and not any(codes):
+            time.sleep(0.1)
+            codes = [child.poll() for child in children]
+        failed = next((index for index, code in enumerate(codes) if code), None)
+        if failed is None:
+            return None
+        code, which = codes[failed], f"process {failed}: " if len(children) > 1 else ""
+        # The others notice by themselves that one is gone, and say so.
+        _end(children, None)
+        return f"{which}exit code {code}" if code > 0 else f"{which}killed by {signal.Signals(-code).name}"
+    except FileNotFoundError as error:
+        raise InputError(f"there is no command {error.filename} here") from error
+    except Stopped as stopped:
+        _end(children, stopped.args[0])
+        raise
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+
+
+def _end(children: Sequence[subprocess.Popen], number: int | None) -> None:
+    """Waits until the children have ended, after a signal if one is given."""
+    deadline = time.monotonic() + GRACE
+    for child in children:
+        if number and child.poll() is None:
+            child.send_signal(number)
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def launcher(options: argparse.Namespace) -> Callable[[Run], list[Command]]:
+    """What makes the commands of a run, by `--on`."""
+    kind, _, value = options.on.partition("=")
+    if kind == "local" and not value:
+        return lambda run: on_this_machine(run, 1)
+    if kind == "processes" and value.isdecimal() and int(value) > 0:
+        return lambda run: on_this_machine(run, int(value))
+    if kind == "tpu-vm" and value:
+        return lambda run: [on_tpu_vm(run, options, value)]
+    if kind == "slurm" and not value:
+        return lambda run: [on_slurm(run, options)]
+    if kind == "gke" and not value:
+        return lambda run: [on_gke(run, options)]
+    raise InputError(f"--on {options.on} is none of: local, processes=N, tpu-vm=NAME, slurm, gke")
+
+
+def _topology(text: str) -> str:
+    if not re.fullmatch(r"\d+(x\d+){1,2}", text):
+        raise argparse.ArgumentTypeError(f"must be like 4x4 or 2x2x4, not {text!r}")
+    return text
+
+
+def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE[:ARG]", help="as for sora-jax train; --config.FIELD=VALUE likewise")
+    add("--on", required=True, metavar="WHERE", help="local, processes=N, tpu-vm=NAME, slurm or gke")
+    add("--sweep", action="append", default=[], metavar="config.FIELD=A,B", help="a run for each; can be repeated")
+    add("--runs", default="runs", metavar="DIR", help="where the work folders are (default: runs)")
+    add("--dry-run", action="store_true", help="print the commands and manifests")
+    add("--zone", help="tpu-vm: the zone (default: gcloud's)")
+    add("--folder", metavar="DIR", help="tpu-vm: the folder on the hosts that the config's path starts from")
+    add("--nodes", type=int, default=1, help="slurm: nodes (default: 1)")
+    add("--gpus-per-node", type=int, default=0, help="slurm: GPUs on each, with a process for each (default: none)")
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="slurm: such as partition=a100, time=24:00:00")
+    add("--image", help="gke: the container image, with sora-jax in it")
+    add("--claim", help="gke: the persistent volume claim that is mounted at --runs")
+    add("--tpu", default="tpu-v5-lite-podslice", help="gke: the kind of TPU (default: tpu-v5-lite-podslice)")
+    add("--topology", type=_topology, default="4x4", help="gke: the chips of the slice (default: 4x4)")
+    add("--chips-per-host", type=int, default=4, help="gke: chips on each host of it (default: 4)")
+    add("--restarts", type=int, default=10, help="gke: how often it starts again when a host fails (default: 10)")
+    return parser.parse_known_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0, 1 if a run failed, 2 for a mistake, 128 + the number of the signal that stopped it."""
+    options, overrides = _options(arguments)
+
+    def stop(number, _):
+        raise Stopped(number)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    failures = 0
+    try:
+        make = launcher(options)
+        for run in make_runs(options.config, options.sweep, overrides, options.runs):
+            commands = make(run)
+            print(f"# {run.name}\n" + " &\n".join(map(str, commands)), flush=True)
+            if options.dry_run:
+                continue
+            if options.on == "slurm":  # which cannot write its output into a folder that is not there
+                Path(options.runs).mkdir(parents=True, exist_ok=True)
+            problem = start(commands)
+            failures += problem is not None
+            print(f"# {run.name}: {problem or 'done'}", file=sys.stderr if problem else sys.stdout, flush=True)
+    except InputError as error:
+        print(f"launch: error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"launch: stopped by {signal.Signals(stopped.args[0]).name}", file=sys.stderr)
+        return 128 + stopped.args[0]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

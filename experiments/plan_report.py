@@ -1,0 +1,69 @@
+"""What published models need on TPU slices, as a table: `python experiments/plan_report.py [-o docs/plan.md]`.
+
+Needs `sora-jax[tpu]` for the TPU's compiler, and no TPU. Each row takes half a minute on two quiet cores.
+"""
+
+import argparse
+from pathlib import Path
+
+from sora_jax import plan
+
+CASES = (
+    # model, topology, size, frames
+    ("wan2.2-t2v-a14b", "v6e:2x4", (720, 1280), 81),
+    ("wan2.2-t2v-a14b", "v5p:2x2x1", (720, 1280), 81),
+    ("wan2.1-t2v-14b", "v6e:2x4", (720, 1280), 81),
+    ("wan2.1-t2v-14b", "v5p:2x2x2", (720, 1280), 81),
+    ("wan2.1-t2v-1.3b", "v6e:1x1", (480, 832), 81),
+    ("wan2.1-t2v-1.3b", "v5e:1x1", (480, 832), 81),
+    ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 121),
+    ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 1441),
+    ("bundled", "v5e:1x1", (128, 128), 17),
+)
+HEAD = """# What models need on TPU slices
+
+Written by `python experiments/plan_report.py`, from the TPU compiler's own memory report; no TPU was used. GiB per
+chip; the step is one of the sampler, both branches of guidance as one batch, bfloat16. "At least" is the largest of
+arithmetic at the chip's peak, weights once from HBM, and bytes over the interconnect: no measurement of time.
+
+"""
+COLUMNS = (
+    ("model", "slice", "video", "mesh", "step: arguments + heap = HBM", "text, decoding: HBM")
+    + ("received a step", "a step at least", "")
+)  # fmt: skip
+
+
+def row(model: str, topology: str, size: tuple[int, int], frames: int) -> str:
+    config = plan.model_config(model)
+    chip, number = plan.chips(topology)
+    mesh, _ = plan.choose_mesh(config, size, frames, number)
+    job = plan.Job(model, "", topology, mesh, size, frames)
+    needs = plan.needs(job)
+    step, cells = needs["denoise"], [model, topology, f"{frames} x {size[0]} x {size[1]}", mesh]
+    if step.error:
+        cells += [step.error, "", "", ""]
+    else:
+        sizes = [f"{x / plan.GIB:.2f}" for x in (step.arguments, step.heap, step.hbm)]
+        others = [needs[part].error or f"{needs[part].hbm / plan.GIB:.2f}" for part in ("text", "decode")]
+        cells += [
+            f"{sizes[0]} + {sizes[1]} = {sizes[2]}",
+            ", ".join(others),
+            f"{sum(step.collectives.values()) / plan.GIB:.1f}",
+            f"{max(step.bounds(chip).values()):.3f} s",
+        ]
+    return f"| {' | '.join(cells)} | {plan.verdict(job, needs, config.sampling.steps)} |\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/plan.md"))
+    output = parser.parse_args().output
+    text = HEAD + f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    for case in CASES:
+        text += row(*case)
+        output.write_text(text)  # after each row: a long run may be cut short
+        print(text.splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Attention: one meaning, several kernels for one device, and three ways to share it among the devices of `context`.
+
+Kernels (`KERNELS`), chosen by the platform that a program is compiled for unless one is named:
+
+    xla      everywhere; queries in blocks, so that memory is linear in their number
+    splash   the Pallas kernel for TPUs
+    cudnn    cuDNN's flash attention on GPUs
+
+Each device of `context` has a part of the tokens of every frame. Tokens attend to all others by
+
+    Ulysses (arXiv:2309.14509)  an all-to-all gives each device all tokens of a part of the heads, and another one back
+    ring (arXiv:2310.01889)     keys and values go round, and results over parts of the keys are combined
+    both                        Ulysses within groups of devices, as large as heads divide; rings across the groups
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax import mesh as mesh_lib
+from sora_jax.errors import InputError
+
+(_CONTEXT,) = mesh_lib.RULES["tokens"]
+_TOKENS, _TEXT = ("batch", None, "tokens", "heads", None), ("batch", None, "heads", None)
+_SCORES = 2**26  # how many attention scores the XLA kernel holds at a time
+_BLOCK_Q, _BLOCK_K = 1024, 1024  # of the splash kernel
+_FEW = 2048  # queries; below this there is little to gain from the TPU's kernel
+
+
+def self_attention(q_BFSKE, k_BFSKE, v_BFSKE, tokens: int | None = None, kernel: str = "auto") -> jax.Array:
+    """Softmax attention of every token to every token of all frames; all (B, F, S, K, E), as is the result.
+
+    Args:
+      tokens: how many of the S tokens of a frame there are; the others only fill up, and are not attended to.
+      kernel: "auto" or one of `KERNELS`.
+    """
+    S = q_BFSKE.shape[2]
+    tokens = S if tokens is None else tokens
+    share = partial(_share, devices=mesh_lib.shares("tokens"), tokens=None if tokens == S else tokens, kernel=kernel)
+    return mesh_lib.per_device(share, (_TOKENS,) * 3, q_BFSKE, k_BFSKE, v_BFSKE)
+
+
+def cross_attention(q_BFSKE, k_BLKE, v_BLKE, kernel: str = "auto") -> jax.Array:
+    """Softmax attention of every token to the same L keys, which every device has."""
+
+    def share(q, k, v):
+        return attend(q.reshape(q.shape[0], -1, *q.shape[3:]), k, v, kernel=kernel).reshape(q.shape)
+
+    return mesh_lib.per_device(share, (_TOKENS, _TEXT, _TEXT), q_BFSKE, k_BLKE, v_BLKE)
+
+
+def _share(q, k, v, *, devices: int, tokens: int | None, kernel: str):
+    """Self-attention of one device's part of the tokens, with collectives over `context`."""
+    B, F, S, K, E = q.shape
+    if devices == 1:
+        flat = [x.reshape(B, F * S, K, E) for x in (q, k, v)]
+        return attend(*flat, _valid([0], F, S, tokens), kernel).reshape(q.shape)
+    group = math.gcd(K, devices)  # Ulysses within groups of neighbours
+    rounds = devices // group
+    if group > 1:
+        groups = None if rounds == 1 else np.arange(devices).reshape(rounds, group).tolist()
+        whole = partial(jax.lax.all_to_all, axis_name=_CONTEXT, axis_index_groups=groups, tiled=True)
+        q, k, v = (whole(x, split_axis=3, concat_axis=2) for x in (q, k, v))
+    flat = [x.reshape(B, F * S * group, K // group, E) for x in (q, k, v)]
+    if rounds == 1:
+        out = attend(*flat, _valid(range(group), F, S, tokens), kernel)
+    else:
+        out = _ring(*flat, rounds, group, partial(_valid, frames=F, part=S, tokens=tokens), kernel)
+    out = out.reshape(B, F, S * group, K // group, E)
+    return whole(out, split_axis=2, concat_axis=3) if group > 1 else out
+
+
+def _valid(devices, frames: int, part: int, tokens: int | None):
+    """Which keys of the parts that these devices hold are tokens: bool (L,), or None if all are."""
+    if tokens is None:
+        return None
+    number = jnp.asarray(devices)[:, None] * part + jnp.arange(part)
+    return jnp.tile((number < tokens).reshape(-1), frames)
+
+
+def _ring(q, k, v, rounds: int, group: int, valid, kernel: str):
+    """Attention to the keys of every group in turn, each result weighted by its share of the sum of exponentials."""
+    devices = rounds * group
+    onward = [(i, (i + group) % devices) for i in range(devices)]
+    here = jax.lax.axis_index(_CONTEXT) // group
+
+    @jax.checkpoint
+    def look(k, v, number):
+        part = ((here - number) % rounds) * group + jnp.arange(group)
+        return attend(q, k, v, valid(part), kernel, with_log_sum=True)
+
+    def step(carry, number):
+        k, v, out, log_sum = carry
+        k, v = (jax.lax.ppermute(x, _CONTEXT, onward) for x in (k, v))
+        return (k, v, *_combine(out, log_sum, *look(k, v, number))), None
+
+    out, log_sum = look(k, v, 0)
+    carry = (k, v, out.astype(jnp.float32), log_sum)
+    (_, _, out, _), _ = jax.lax.scan(step, carry, jnp.arange(1, rounds))
+    return out.astype(q.dtype)
+
+
+def _combine(out, log_sum, more, more_log_sum):
+    total = jnp.logaddexp(log_sum, more_log_sum)
+    old, new = (jnp.exp(part - total)[..., None] for part in (log_sum, more_log_sum))
+    return out * old + more.astype(jnp.float32) * new, total
+
+
+# Kernels: (q_BNKE, k_BLKE, v_BLKE, valid_L, with_log_sum) -> out_BNKE, and if asked for log_sum_BNK float32, the
+# logarithm of the sum of the exponentials of the scores.
+
+
+def attend(q_BNKE, k_BLKE, v_BLKE, valid_L=None, kernel: str = "auto", with_log_sum: bool = False):
+    """Softmax attention on one device, by the kernel of that name; `valid_L` are the keys that count."""
+    if kernel not in (*KERNELS, "auto"):
+        raise InputError(f"attention kernel {kernel!r} does not exist; there are auto, {', '.join(KERNELS)}")
+    arrays = (q_BNKE, k_BLKE, v_BLKE) + (() if valid_L is None else (valid_L,))
+
+    def run(name, *arrays):
+        q, k, v, *valid = arrays
+        return KERNELS[name](q, k, v, valid[0] if valid else None, with_log_sum)
+
+    if kernel != "auto":
+        return run(kernel, *arrays)
+    N, E = q_BNKE.shape[1], q_BNKE.shape[3]
+    choice = {}
+    if N >= _FEW and E % 128 == 0:
+        choice["tpu"] = partial(run, "splash")
+    # JAX asks for the installed cuDNN while tracing, so that this one cannot be lowered for elsewhere.
+    if jax.default_backend() == "gpu" and q_BNKE.dtype != jnp.float32 and E % 8 == 0 and E <= 128 and valid_L is None:
+        choice["cuda"] = partial(run, "cudnn")
+    if not choice:
+        return run("xla", *arrays)
+    return jax.lax.platform_dependent(*arrays, default=partial(run, "xla"), **choice)
+
+
+def _xla(q, k, v, valid_L, with_log_sum):
+    B, N, K, E = q.shape
+
+    def one(q):
+        scores_BKNL = jnp.einsum("bnke,blke->bknl", q, k, preferred_element_type=jnp.float32) * E**-0.5
+        if valid_L is not None:
+            scores_BKNL = jnp.where(valid_L, scores_BKNL, -1e30)
+        log_sum_BKN = jax.nn.logsumexp(scores_BKNL, axis=-1)
+        weights_BKNL = jnp.exp(scores_BKNL - log_sum_BKN[..., None]).astype(v.dtype)
+        out_BNKE = jnp.einsum("bknl,blke->bnke", weights_BKNL, v)
+        return (out_BNKE, log_sum_BKN.swapaxes(1, 2)) if with_log_sum else out_BNKE
+
+    block = max(_SCORES // (B * K * k.shape[1]), 128)
+    if N <= 2 * block:
+        return one(q)
+    blocks = -(-N // block)
+    block = -(-N // blocks)
+    q = jnp.pad(q, ((0, 0), (0, blocks * block - N), (0, 0), (0, 0))).reshape(B, blocks, block, K, E)
+    # Scores are computed again on the way back: keeping them is what the blocks avoid.
+    out = jax.lax.map(jax.checkpoint(one), q.swapaxes(0, 1))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, blocks * block, *x.shape[3:])[:, :N], out)
+
+
+def _cudnn(q, k, v, valid_L, with_log_sum):
+    mask = None if valid_L is None else jnp.broadcast_to(valid_L, (1, 1, q.shape[1], k.shape[1]))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn", return_residual=with_log_sum)
+
+
+def _splash(q, k, v, valid_L, with_log_sum, interpret: bool = False):
+    if not with_log_sum:
+        return _splash_forward(q, k, v, valid_L, False, interpret)
+
+    # The kernel has no gradient where it gives the sums too.
+    @jax.custom_vjp
+    def run(q, k, v):
+        return _splash_forward(q, k, v, valid_L, True, interpret)
+
+    def forward(q, k, v):
+        return run(q, k, v), (q, k, v)
+
+    def backward(arrays, cotangents):
+        return jax.vjp(lambda q, k, v: _xla(q, k, v, valid_L, True), *arrays)[1](cotangents)
+
+    run.defvjp(forward, backward)
+    return run(q, k, v)
+
+
+def _splash_forward(q, k, v, valid_L, with_log_sum, interpret):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    N, L, (K, E) = q.shape[1], k.shape[1], q.shape[2:]
+    block_q, block_k = (min(most, -(-n // 128) * 128) for most, n in ((_BLOCK_Q, N), (_BLOCK_K, L)))
+    fill_q, fill_k = -N % block_q, -L % block_k
+    segments = None
+    if valid_L is not None or fill_k:
+        valid_L = jnp.ones(L, bool) if valid_L is None else valid_L
+        kv = jnp.pad(~valid_L, (0, fill_k), constant_values=True).astype(jnp.int32)
+        segments = splash.SegmentIds(q=jnp.zeros(N + fill_q, jnp.int32), kv=kv)
+    run = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((N + fill_q, L + fill_k)) for _ in range(K)]),
+        block_sizes=splash.BlockSizes(
+            block_q=block_q,
+            block_kv=block_k,
+            block_kv_compute=min(block_k, 512),
+            block_q_dkv=block_q,
+            block_kv_dkv=block_k,
+            block_kv_dkv_compute=min(block_k, 512),
+            use_fused_bwd_kernel=True,
+        ),
+        save_residuals=with_log_sum,
+        interpret=interpret,
+    )
+
+    def padded(x_BNKE, fill):
+        return jnp.pad(x_BNKE.swapaxes(1, 2), ((0, 0), (0, 0), (0, fill), (0, 0)))
+
+    q = padded((q * E**-0.5).astype(q.dtype), fill_q)  # the kernel takes scores as they are
+    out = jax.vmap(run, (0, 0, 0, None))(q, padded(k, fill_k), padded(v, fill_k), segments)
+    if with_log_sum:
+        return out[0][:, :, :N].swapaxes(1, 2), out[1][0][:, :, :N].swapaxes(1, 2)
+    return out[:, :, :N].swapaxes(1, 2)
+
+
+KERNELS = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}

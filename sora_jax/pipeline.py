@@ -1,0 +1,116 @@
+"""What happens on the device between a prompt's ids and the frames: pure functions of a config and parameters.
+
+    ids -> encode_text -> denoise (noise -> latents) -> decode -> frames
+
+They are compiled for a mesh when called under one (`jax.set_mesh`), and can be compiled without any device.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax import sampler
+from sora_jax.codec import Codec
+from sora_jax.codec import vae as codec_lib
+from sora_jax.dit import DiT
+from sora_jax.mesh import constrain
+from sora_jax.model_folder import ModelConfig
+from sora_jax.text import T5Encoder
+from sora_jax.vision import VisionEncoder
+
+
+class Given(NamedTuple):
+    """What the images of a request give the transformer; each part is None where the model or the request has none.
+
+    Attributes:
+        latents_1FYXZ, known_1F: latent frames that stay as they are, and which those are.
+        condition_1FYXC: channels beside the latents.
+        image_1LD: features of the images.
+    """
+
+    latents_1FYXZ: jax.Array | None = None
+    known_1F: jax.Array | None = None
+    condition_1FYXC: jax.Array | None = None
+    image_1LD: jax.Array | None = None
+
+
+def encode_text(config: ModelConfig, dtype: Any, params: Any, ids_BL: jax.Array) -> jax.Array:
+    """Token ids to features (B, L, D) float32."""
+    return T5Encoder(config.text, dtype).apply({"params": params}, ids_BL)
+
+
+def see(config: ModelConfig, dtype: Any, params: Any, image_BHWC: jax.Array) -> jax.Array:
+    """Preprocessed pictures to features (B, L, D) float32."""
+    return VisionEncoder(config.vision).apply({"params": params}, image_BHWC)
+
+
+def draw_noise(seeds_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise (B, *shape) float32, of each seed alone, whatever else is in the batch and on whatever mesh."""
+    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds_B)
+    return constrain(noise, "batch", *[None] * len(shape))
+
+
+def denoise(
+    config: ModelConfig,
+    dtype: Any,
+    dits: Sequence[Any],
+    noise_BFYXZ: jax.Array,
+    text_BLD: jax.Array,
+    schedule: sampler.Schedule,
+    guidance_2: jax.Array,
+    given: Given | None = None,
+    *,
+    is_guided: bool = True,
+    kernel: str = "auto",
+    progress: Callable[[Any], None] | None = None,
+) -> jax.Array:
+    """Latents (B, F, Y, X, Z) float32 from noise, in one scan over the steps.
+
+    Args:
+        dits: the parameters of the transformer, or of the two for high and low noise levels.
+        text_BLD: features of the prompts, and with `is_guided` after them those of the negative prompts.
+        guidance_2: the strength of guidance at high and at low noise levels.
+        kernel: of attention (see `attention.py`).
+        progress: as `sampler.sample` has it.
+    """
+
+    given = given or Given()
+
+    def repeat(x, batch):
+        return None if x is None else jnp.broadcast_to(x, (batch, *x.shape[1:]))
+
+    def with_dit(params, guidance):
+        def velocity(x_BFYXZ, level_BF):
+            condition, image = (repeat(x, len(x_BFYXZ)) for x in (given.condition_1FYXC, given.image_1LD))
+            return DiT(config.dit, dtype, kernel).apply(
+                {"params": params}, x_BFYXZ, level_BF, text_BLD, condition, image
+            )
+
+        return sampler.guided(velocity, guidance) if is_guided else velocity
+
+    velocity = with_dit(dits[0], guidance_2[0])
+    if config.boundary is not None:
+        low = with_dit(dits[1], guidance_2[1])
+        boundary, high = config.boundary - 1e-6, velocity  # float32 may round a level down
+
+        def velocity(x_BFYXZ, level_BF):
+            return jax.lax.cond(jnp.max(level_BF) >= boundary, high, low, x_BFYXZ, level_BF)
+
+    known = None
+    if given.known_1F is not None:
+        known = tuple(repeat(x, len(noise_BFYXZ)) for x in (given.latents_1FYXZ, given.known_1F))
+    return sampler.sample(velocity, noise_BFYXZ, schedule, config.sampling.solver, known, progress=progress)
+
+
+def decode(config: ModelConfig, params: Any, state: dict, latents_BFYXZ: jax.Array, first: bool):
+    """The next latent frames of a video to frames, (B, T, H, W, 3) uint8, and the state for those after them."""
+    codec = Codec(config.codec)
+    video_BTHWC, state = codec_lib.piece(codec, params, state, latents_BFYXZ, first, "decode")
+    return jnp.round((video_BTHWC + 1) * 127.5).astype(jnp.uint8), state
+
+
+def encode(config: ModelConfig, params: Any, state: dict, video_BTHWC: jax.Array, first: bool):
+    """The next frames of a video, in [-1, 1], to latents, and the state for those after them."""
+    return codec_lib.piece(Codec(config.codec), params, state, video_BTHWC, first, "encode")

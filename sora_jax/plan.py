@@ -1,0 +1,524 @@
+"""What a model needs on a TPU slice, told by the TPU's own compiler, without a TPU.
+
+The programs that `generate` runs (text encoder, the scan of denoising steps, decoder) are compiled for a topology,
+each in a process of its own: an impossible program can end the process that compiles it. What comes out tells
+
+    memory        arguments, outputs and packed heap: "HBM alloc", the figure by which the compiler refuses
+    interconnect  bytes that each chip receives, by kind of collective, loops counted as often as they run
+
+Operations are counted in the traced program: matrix products and convolutions, two for each multiplication and
+addition.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from sora_jax import mesh as mesh_lib
+from sora_jax import pipeline, sampler
+from sora_jax.errors import InputError
+from sora_jax.generate import read_config
+from sora_jax.interop.presets import PRESETS
+from sora_jax.model_folder import ModelConfig, abstract_params, memory_dtype
+
+GIB = 2**30
+PARTS = ("text", "denoise", "decode")
+_STEPS = 2  # of the scan that is compiled; what a step costs does not depend on their number
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Figures of a chip: HBM in bytes, the rest per second. Interconnect: bytes that come in over all links.
+
+    From https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x.
+    """
+
+    hbm: float
+    operations: float
+    hbm_bandwidth: float
+    interconnect: float
+
+
+CHIPS = {
+    "v4": Chip(32e9, 275e12, 1228e9, 300e9),
+    "v5e": Chip(16e9, 197e12, 819e9, 200e9),
+    "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32e9, 918e12, 1640e9, 400e9),
+    "tpu7x": Chip(192e9, 2307e12, 7380e9, 1200e9),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile: a preset's name or a model folder, one of `PARTS`, and for what."""
+
+    model: str
+    part: str
+    topology: str
+    mesh: str
+    size: tuple[int, int]
+    frames: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one part needs, bytes and operations per chip; of the denoising, per step.
+
+    Attributes:
+        arguments, heap, hbm: bytes; hbm is what the compiler allocates, with outputs and padding.
+        operations: of matrix products and convolutions.
+        parameters: bytes of them that rest on the chip; those of the other parts are there too.
+        weights: bytes of them that the chip's products read.
+        collectives: bytes received, by kind.
+        seconds: that compiling took.
+        error: in place of all these, why it does not compile.
+    """
+
+    arguments: int = 0
+    heap: int = 0
+    hbm: int = 0
+    operations: float = 0.0
+    parameters: int = 0
+    weights: int = 0
+    collectives: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    error: str = ""
+
+    def bounds(self, chip: Chip) -> dict[str, float]:
+        """Seconds that arithmetic, HBM and interconnect take at least."""
+        return {
+            "arithmetic": self.operations / chip.operations,
+            "hbm": self.weights / chip.hbm_bandwidth,
+            "interconnect": sum(self.collectives.values()) / chip.interconnect,
+        }
+
+
+def model_config(model: str) -> ModelConfig:
+    """The config of a preset, a model folder, or "bundled"."""
+    if model in PRESETS:
+        return PRESETS[model]
+    if model != "bundled" and not Path(model).is_dir():
+        raise InputError(f"{model} is neither a model folder nor one of bundled, {', '.join(PRESETS)}")
+    return read_config(None if model == "bundled" else model)
+
+
+def chips(topology: str) -> tuple[Chip, int]:
+    """The kind of chip, and how many there are, in a topology like "v6e:2x4"."""
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise InputError(
+            f"topology {topology!r} must be a kind of chip and their arrangement, such as v6e:2x4 or v5p:2x2x2; "
+            f"kinds are {', '.join(CHIPS)}"
+        )
+    return CHIPS[kind], math.prod(map(int, shape.split("x")))
+
+
+def choose_mesh(config: ModelConfig, size: tuple[int, int], frames: int, number: int) -> tuple[str, str]:
+    """A mesh for generating one video on `number` chips, and why this one."""
+    _, Y, X, _ = config.codec.latent_shape(frames, *size)
+    tokens = Y * X // math.prod(config.dit.patch)
+    context = max(n for n in range(1, number + 1) if number % n == 0 and _divides(config, n, tokens))
+    tensor = math.gcd(number // context, config.dit.heads)
+    data = number // context // tensor
+    reason = f"context={context} divides the {tokens} tokens of a frame and every width"
+    if context > 1:
+        group = math.gcd(context, config.dit.heads // tensor)
+        reason += f", all-to-all among {group}" + (f", rings of {context // group}" if group < context else "")
+    if tensor > 1:
+        reason += f"; tensor={tensor} takes what is left, dividing {config.dit.heads} heads"
+    if data > 1:
+        reason += f"; data={data} is of use to several videos"
+    return f"data={data},context={context},tensor={tensor}", reason
+
+
+def _divides(config: ModelConfig, shares: int, tokens: int) -> bool:
+    return not (tokens % shares or config.dit.width % shares or config.text.width % shares)
+
+
+def meshes(config: ModelConfig, size: tuple[int, int], frames: int, number: int) -> list[str]:
+    """Meshes that make sense for one video with guidance: its two branches along `data`, the rest shared."""
+    _, Y, X, _ = config.codec.latent_shape(frames, *size)
+    tokens = Y * X // math.prod(config.dit.patch)
+    found = []
+    for data in (1, 2):
+        for tensor in range(1, number + 1):
+            if number % (data * tensor) or config.dit.heads % tensor or config.text.heads % tensor:
+                continue
+            context = number // data // tensor
+            if _divides(config, context, tokens):
+                found.append(f"data={data},context={context},tensor={tensor}")
+    return found
+
+
+def needs(job: Job, parts: tuple[str, ...] = PARTS, full: bool = False) -> dict[str, Need]:
+    """What each part of a model needs (see `compile_part`); a bar counts the parts."""
+    bar = tqdm(parts, desc="compiling", unit="part", leave=False)
+    return {part: compile_part(dataclasses.replace(job, part=part), full) for part in bar}
+
+
+def search(job: Job, steps: int) -> dict[str, dict[str, Need]]:
+    """The denoising step on every mesh that makes sense, the fastest of those that fit first."""
+    chip, number = chips(job.topology)
+    config = model_config(job.model)
+    found = {}
+    for mesh in tqdm(meshes(config, job.size, job.frames, number), desc="searching", unit="mesh"):
+        found[mesh] = needs(dataclasses.replace(job, mesh=mesh), ("denoise",))
+
+    def rank(mesh):
+        need = found[mesh]["denoise"]
+        return bool(need.error) or need.hbm > chip.hbm, sum(need.bounds(chip).values()), need.hbm
+
+    return {mesh: found[mesh] for mesh in sorted(found, key=rank)}
+
+
+# One program, compiled in a process of its own
+
+
+def compile_part(job: Job, full: bool = False) -> Need:
+    """What a part needs. Only with `full` is code generated, which takes most of the time and tells nothing of this;
+    but an impossible kernel is found only there.
+
+    Raises:
+        InputError: libtpu is not installed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock file: there is no TPU to share
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*planned",
+        }
+        command = [sys.executable, "-m", "sora_jax.plan", json.dumps(dataclasses.asdict(job))]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+        started = time.perf_counter()
+        try:
+            while not full and process.poll() is None and not _report(Path(folder)):
+                time.sleep(0.2)
+            if not full and process.poll() is None:
+                time.sleep(1.0)  # the report is being written
+                process.kill()
+            out, errors = process.communicate()
+        finally:
+            process.kill()
+        seconds = time.perf_counter() - started
+        answer = next((line for line in reversed(out.splitlines()) if line.startswith("{")), None)
+        values = json.loads(answer) if answer else {}
+        if "input_error" in values:
+            raise InputError(values["input_error"])
+        report = _report(Path(folder))
+        if (process.returncode and full) or not report:
+            return Need(error=_reason(errors), seconds=seconds)
+        hbm = int(re.search(r"\(color=0\)\s+Total bytes: (\d+)", report)[1])
+        texts = [path.read_text() for path in Path(folder).glob("*planned*.after_optimizations.txt")]
+        collectives = count_collectives(texts[0], _STEPS if job.part == "denoise" else 1) if texts else {}
+        arguments = values["arguments"]
+        return Need(
+            arguments=arguments,
+            heap=hbm - arguments,
+            hbm=hbm,
+            operations=values["operations"],
+            parameters=values["parameters"],
+            weights=values["weights"],
+            collectives=collectives,
+            seconds=seconds,
+        )
+
+
+def _report(folder: Path) -> str:
+    for path in folder.glob("*planned*memory-usage-report.txt"):
+        text = path.read_text()
+        if "Total bytes" in text:
+            return text
+    return ""
+
+
+def _reason(errors: str) -> str:
+    lines = [line for line in errors.splitlines() if "RESOURCE_EXHAUSTED" in line or "Error" in line]
+    return " ".join((lines or errors.splitlines() or ["the compiler ended without a word"])[-1].split())[:300]
+
+
+def _worker(job: Job) -> None:
+    """Lowers and compiles; prints what only this process knows before it starts compiling."""
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        print(json.dumps({"input_error": "planning needs the TPU compiler: pip install 'sora-jax[tpu]'"}))
+        return
+    from jax.experimental import topologies
+
+    bounds = {"chips_per_host_bounds": [1, 1, 1]} if job.topology.endswith(":1x1") else {}
+    try:
+        topology = topologies.get_topology_desc(job.topology, platform="tpu", **bounds)
+        mesh = mesh_lib.parse_mesh(job.mesh, devices=topology.devices)
+        function, arguments, donated = program(job, mesh)
+    except InputError as error:
+        print(json.dumps({"input_error": str(error)}))
+        return
+    except Exception as error:  # the compiler's library objects in its own ways
+        print(json.dumps({"input_error": f"topology {job.topology}: {' '.join(str(error).split())[:200]}"}))
+        return
+    local = jax.tree.map(_on_one_device, arguments)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+    values = {
+        "arguments": sum(_bytes_here(leaf) for leaf in jax.tree.leaves(arguments)),
+        "parameters": sum(_bytes_here(leaf) for leaf in jax.tree.leaves(arguments[0])),
+        "operations": count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps=_STEPS) / mesh.size,
+        "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments[0]))
+        // mesh.shape["tensor"],
+    }
+    print(json.dumps(values), flush=True)
+    lowered.compile()
+
+
+def _on_one_device(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _bytes_here(leaf) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def program(job: Job, mesh: jax.sharding.Mesh):
+    """The function of a part, its abstract arguments with their places, parameters first, and which are donated."""
+    config = model_config(job.model)
+    dtype = jnp.dtype(job.dtype)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = abstract_params(config, mesh)
+
+    def held(part):
+        def in_memory(path, leaf):
+            kind = memory_dtype(part, jax.tree_util.keystr(path, simple=True, separator="."), job.dtype)
+            return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=leaf.sharding)
+
+        return jax.tree.map_with_path(in_memory, params[part])
+
+    def array(shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    F, Y, X, Z = config.codec.latent_shape(job.frames, *job.size)
+    guided = config.sampling.guidance != 1
+    texts = job.batch * (2 if guided else 1)
+    if job.part == "text":
+
+        def planned(params, ids_BL):
+            return pipeline.encode_text(config, dtype, params, ids_BL)
+
+        return planned, (held("text"), array((texts, config.text.length), jnp.int32)), ()
+    if job.part == "decode":
+        # As `generate` decodes: the first latent frame, then one after the other with what went before.
+        def planned(params, state, latents_BFYXZ):
+            return pipeline.decode(config, params, state, latents_BFYXZ, False)
+
+        with jax.set_mesh(mesh):
+            first = partial(pipeline.decode, config, first=True)
+            _, state = jax.eval_shape(first, held("codec"), {}, array((1, 1, Y, X, Z)))
+            state = jax.tree.map(lambda leaf: _by_rows(leaf, mesh), state)
+        return planned, (held("codec"), state, array((1, 1, Y, X, Z))), 1
+
+    dits = [held(part) for part in config.parts if part.startswith("dit")]
+    schedule = sampler.Schedule(array((_STEPS + 1,)), array((_STEPS,)))
+    given = pipeline.Given(
+        condition_1FYXC=array((1, F, Y, X, config.dit.condition_channels)) if config.dit.condition_channels else None,
+        image_1LD=array((1, config.vision.tokens, config.vision.width)) if config.vision else None,
+    )
+
+    def planned(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given):
+        return pipeline.denoise(
+            config, dtype, dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=guided
+        )
+
+    text = array((texts, config.text.length, config.text.width))
+    return planned, (dits, array((job.batch, F, Y, X, Z)), text, schedule, array((2,)), given), 1
+
+
+def _by_rows(leaf, mesh):
+    with jax.set_mesh(mesh):
+        spec = mesh_lib.spec(leaf.shape, ("batch", None, "rows", None, None))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+
+# Counting
+
+
+def count_operations(jaxpr: Any, steps: int = 1) -> float:
+    """Operations of the matrix products and convolutions of a traced program; loops count as often as they run.
+
+    The outermost loop, of so many `steps`, counts once. Of the branches of a condition the costliest counts.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * inner
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features
+        elif name == "scan":
+            length = params["length"]
+            if steps > 1 and length == steps:
+                total += count_operations(params["jaxpr"].jaxpr)
+            else:
+                total += length * count_operations(params["jaxpr"].jaxpr, steps)
+        elif name == "cond":
+            total += max(count_operations(branch.jaxpr, steps) for branch in params["branches"])
+        else:
+            for value in params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    total += count_operations(inner, steps)
+    return total
+
+
+_KINDS = ("all-gather", "all-to-all", "collective-permute", "all-reduce", "reduce-scatter")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+def count_collectives(text: str, steps: int = 1) -> dict[str, float]:
+    """Bytes that each chip receives in a compiled program (HLO text), by kind of collective.
+
+    Loops count as often as they run, but for the outermost one of so many `steps`. Of the branches of a condition the
+    costliest counts.
+    """
+    bodies, entry, name = {}, None, None
+    for line in text.splitlines():
+        if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", line):
+            name = start[2]
+            entry = name if start[1] else entry
+            bodies[name] = []
+        elif name and line.startswith("  "):
+            bodies[name].append(line)
+
+    def turns(condition: str) -> int:
+        """Of a loop that counts from 0 up to a constant, as those of `scan` do."""
+        constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[condition]))
+        return max(map(int, constants), default=1)
+
+    def count(name: str, steps: int) -> dict[str, float]:
+        total = dict.fromkeys(_KINDS, 0.0)
+
+        def add(other, times=1.0):
+            for kind, size in other.items():
+                total[kind] += times * size
+
+        for line in bodies.get(name, ()):
+            if found := re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line):
+                total[found[2]] += _received(found[1], found[2], bool(found[3]), line)
+            elif re.search(r" while\(", line):
+                times = turns(re.search(r"condition=%?([\w.\-]+)", line)[1])
+                is_steps = steps > 1 and times == steps
+                add(count(re.search(r"body=%?([\w.\-]+)", line)[1], 1 if is_steps else steps), 1 if is_steps else times)
+            elif branches := re.search(r"branch_computations=\{(.*?)\}", line):
+                options = [count(branch.strip().lstrip("%"), steps) for branch in branches[1].split(",")]
+                add(max(options, key=lambda option: sum(option.values())))
+            else:
+                for called in re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
+                    add(count(called, steps))
+        return total
+
+    return {kind: size for kind, size in count(entry, steps).items() if size}
+
+
+def _received(shapes: str, kind: str, is_start: bool, line: str) -> float:
+    """Bytes a chip receives by one collective of that result: its own part is there already."""
+    sizes = [
+        _BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, dims in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", shapes)
+    ]
+    # The start of an asynchronous collective gives its operand and its result.
+    result = (max(sizes) if is_start else sum(sizes)) if sizes else 0
+    group = _group_size(line)
+    others = (group - 1) / group
+    return {
+        "all-gather": result * others,
+        "all-to-all": result * others,
+        "collective-permute": result,
+        "all-reduce": 2 * result * others,
+        "reduce-scatter": result * (group - 1),
+    }[kind]
+
+
+def _group_size(line: str) -> int:
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    return 2
+
+
+# What is printed
+
+
+def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
+    """The plan in words, one row to a part."""
+    chip, _ = chips(job.topology)
+    rows = [
+        f"{job.model} on {job.topology} (chips of {chip.hbm / 1e9:.0f} GB), mesh {job.mesh}: "
+        f"{job.frames} frames of {job.size[0]}x{job.size[1]}, batch {job.batch}, {job.dtype}",
+        "per chip      arguments     heap      HBM  of all  operations  interconnect  at least  compiled",
+    ]
+    names = {"text": "text", "denoise": "one step", "decode": "1 latent"}
+    for part, need in needs.items():
+        if need.error:
+            rows.append(f"  {names[part]:<11} does not compile: {need.error}")
+            continue
+        received = sum(need.collectives.values())
+        rows.append(
+            f"  {names[part]:<11} {need.arguments / GIB:6.2f} GiB {need.heap / GIB:5.2f} GiB {need.hbm / GIB:5.2f} GiB "
+            f"{need.hbm / chip.hbm:6.0%} {need.operations / 1e12:8.2f} T {received / GIB:10.2f} GiB "
+            f"{max(need.bounds(chip).values()):8.3f} s {need.seconds:7.0f} s"
+        )
+        if need.collectives:
+            parts = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in need.collectives.items())
+            rows.append(f"  {'':<11} {parts}")
+    rows.append(verdict(job, needs, steps))
+    return "\n".join(rows)
+
+
+def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
+    """Whether it fits, and how long a video takes at least."""
+    chip, _ = chips(job.topology)
+    if failed := [part for part, need in needs.items() if need.error]:
+        return f"does not fit: {', '.join(failed)} cannot be compiled"
+    everything = sum(need.parameters for need in needs.values())
+    most = {part: need.hbm + everything - need.parameters for part, need in needs.items()}
+    if over := [part for part, size in most.items() if size > chip.hbm]:
+        sizes = ", ".join(f"{part} needs {most[part] / GIB:.1f} GiB with the parameters of the others" for part in over)
+        return f"does not fit in {chip.hbm / GIB:.1f} GiB: {sizes}"
+    F = model_config(job.model).codec.latent_shape(job.frames, *job.size)[0]
+    times = {"text": 1, "denoise": steps, "decode": F * job.batch}
+    seconds = sum(times[part] * max(need.bounds(chip).values()) for part, need in needs.items())
+    return (
+        f"fits: at most {max(most.values()) / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; "
+        f"{steps} steps and decoding take {seconds:.1f} s at least"
+    )
+
+
+if __name__ == "__main__":
+    values = json.loads(sys.argv[1])
+    _worker(Job(**{**values, "size": tuple(values["size"])}))

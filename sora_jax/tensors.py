@@ -1,0 +1,148 @@
+"""Tensors in safetensors files, read and written piece by piece: no model has to fit into the host's memory."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from sora_jax.errors import InputError, one_line
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# As the files name the precisions, in the order in which tensors of each stand in a file.
+FORMATS = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16")}
+_NAMES = {dtype: name for name, dtype in FORMATS.items()}
+_EXPONENT = {FORMATS["F16"]: np.uint16(0x7C00), FORMATS["BF16"]: np.uint16(0x7F80)}
+_PIECE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is read when it is needed, piece by piece.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: in which it is wanted.
+        pieces: reads it: arrays that follow one another along the first axis, in the precision of their source.
+        sharding: where it is wanted; None is the default device.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[np.ndarray]]
+    sharding: Sharding | None = None
+
+    def read(self) -> np.ndarray:
+        """The whole tensor, in the host's memory."""
+        pieces = [piece.astype(self.dtype, copy=False) for piece in self.pieces()]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def place(self) -> jax.Array:
+        """The whole tensor on its devices. No other memory ever holds more than a piece of it."""
+        pieces = self.pieces()
+        first = next(pieces)
+        if first.shape == self.shape:
+            return jax.device_put(first.astype(self.dtype, copy=False), self.sharding)
+        whole, start, sharding = jnp.zeros(self.shape, self.dtype, device=self.sharding), 0, None
+        if isinstance(self.sharding, NamedSharding):
+            sharding = NamedSharding(self.sharding.mesh, PartitionSpec(None, *self.sharding.spec[1:]))
+        for piece in chain([first], pieces):
+            whole = _put(whole, jax.device_put(piece, sharding), start, self.sharding)
+            start += len(piece)
+            whole.block_until_ready()  # or pieces would wait in memory for the devices
+        return whole
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(whole: jax.Array, piece: jax.Array, start: int, sharding: Sharding | None) -> jax.Array:
+    whole = jax.lax.dynamic_update_slice_in_dim(whole, piece.astype(whole.dtype), start, 0)
+    return whole if sharding is None else jax.lax.with_sharding_constraint(whole, sharding)
+
+
+def spans(count: int, size: int) -> Iterator[slice]:
+    """`count` rows of `size` bytes each in runs of a few megabytes, or single rows if they are larger."""
+    step = max(1, _PIECE_BYTES // max(size, 1))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+class TensorFile:
+    """A safetensors file, of which only the header is read at first.
+
+    Attributes:
+        path: of the file.
+        shapes: of its tensors, by name.
+        formats: their precisions, as the file names them (keys of `FORMATS`, or others that cannot be read).
+        metadata: what else the header says.
+
+    Raises:
+        InputError: naming the file, if it cannot be read or is damaged; later also for the tensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open() as file:
+            headers = {name: file.get_slice(name) for name in file.keys()}
+            self.shapes = {name: tuple(header.get_shape()) for name, header in headers.items()}
+            self.formats = {name: header.get_dtype() for name, header in headers.items()}
+            self.metadata: dict[str, str] = file.metadata() or {}
+
+    def _open(self):
+        if self.path.suffix in PICKLES:
+            raise InputError(f"{self.path} is a pickle, which is never read: convert it to safetensors")
+        try:
+            return safetensors.safe_open(self.path, "np")
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror or 'no such file'}") from error
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{self.path} is damaged: {one_line(error)}") from error
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The tensor `name`, or some rows of it, in the precision of the file."""
+        # Opened each time: an open file keeps every page in memory that was ever touched.
+        with self._open() as file:
+            array = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        if not _is_finite(array):
+            raise InputError(f"{self.path} is damaged: the tensor {name} is not finite")
+        return array
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor `name`, some rows at a time."""
+        shape = self.shapes[name]
+        size = FORMATS[self.formats[name]].itemsize * int(np.prod(shape))
+        if size <= _PIECE_BYTES:
+            yield self.read(name)
+        else:
+            yield from (self.read(name, rows) for rows in spans(shape[0], size // shape[0]))
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype not in _EXPONENT:
+        return bool(np.isfinite(array).all())
+    ones = _EXPONENT[array.dtype]  # the test of these bits is ten to a hundred times as fast as NumPy's own
+    return not array.size or (array.view(np.uint16) & ones).max() != ones
+
+
+def write(path: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file piece by piece: the bytes that `safetensors.numpy.save` makes of whole arrays."""
+    order = list(_NAMES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header, end = {}, 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.dtype.itemsize * int(np.prod(tensor.shape))
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for piece in tensors[name].pieces():
+                file.write(np.ascontiguousarray(piece, tensors[name].dtype).reshape(-1).view(np.uint8).data)

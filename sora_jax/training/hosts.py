@@ -1,0 +1,135 @@
+"""Several processes, one on each host, that train one model: `jax.distributed`, and what they have to agree about.
+
+All of them run the same program on the same work folder. A process alone does none of this.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sora_jax import mesh as mesh_lib
+from sora_jax.errors import InputError
+
+# Seconds without a sign of life after which JAX ends all processes, and that one which is done waits for the others.
+_HEARTBEAT, _SHUTDOWN = 40, 60
+
+
+class HostLost(Exception):
+    """Another process is gone, and something that was computed with it has failed.
+
+    Where nothing fails but only waits, as on TPUs, JAX ends the process by itself after some silence of the other.
+    """
+
+
+def connect() -> None:
+    """Joins the other processes of this run, if there are any. It comes before everything else of JAX.
+
+    JAX itself finds them on TPU pods, under SLURM and in Kubernetes. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of
+    process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name them; JAX_NUM_PROCESSES=1 says that there are none.
+
+    Raises:
+      InputError: there are others, but they cannot be joined.
+    """
+    count, index = (_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    if count == 1 or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            num_processes=count,
+            process_id=index,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_SHUTDOWN,
+        )
+    except ValueError as error:
+        # Nothing says that there are others: a laptop, a notebook, a single host.
+        if "JAX_COORDINATOR_ADDRESS" in os.environ or count:
+            raise InputError(f"cannot join the other processes: {_line(error)}") from error
+    except (RuntimeError, OSError) as error:
+        # A program that has used JAX before it trains has joined the others before, or is alone.
+        if "must be called before" not in str(error):
+            raise InputError(
+                f"cannot join the other processes: {_line(error)}; if there are none, set JAX_NUM_PROCESSES=1"
+            ) from error
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is not None and not text.isdecimal():
+        raise InputError(f"the environment variable {name} is {text!r}; it must be a whole number")
+    return None if text is None else int(text)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what is written once: logs, previews, configurations."""
+    return jax.process_index() == 0
+
+
+def alone() -> contextlib.AbstractContextManager:
+    """Sets a mesh of the devices of this process, for what each process computes by itself."""
+    return jax.set_mesh(mesh_lib.make_mesh(devices=jax.local_devices()))
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array whose parts are with several processes, in each of them; all have to ask."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def of_first(array: np.ndarray) -> np.ndarray:
+    """What the first process has computed, in all of them, where rounding may differ."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def wait(name: str) -> None:
+    """Returns when all processes are here; what each of them has written until then, all of them see."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def check_shared(folder: Path) -> None:
+    """Raises InputError if the processes do not see the same folder."""
+    if jax.process_count() == 1:
+        return
+    path, token = folder / ".shared", int.from_bytes(secrets.token_bytes(3))
+    token = int(multihost_utils.broadcast_one_to_all(token))
+    if is_first():
+        path.write_text(str(token))
+    wait("shared folder")
+    seen = path.read_text() if path.exists() else ""
+    all_see = multihost_utils.process_allgather(int(seen == str(token)))
+    if not all_see.all():
+        missing = ", ".join(str(index) for index, sees in enumerate(all_see) if not sees)
+        raise InputError(f"{folder} must be one folder that all hosts share; process {missing} sees another one")
+
+
+def preempted(step: int) -> bool:
+    """Whether all processes are to save and stop after this step, since one of them was sent SIGTERM.
+
+    JAX agrees on a step that none of them has passed; every process has to ask at every step.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Turns the errors that JAX raises where another process is gone into HostLost."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        # The CPU's collectives raise a ValueError.
+        from_jax = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+        if jax.process_count() == 1 or not from_jax or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise HostLost(
+            f"process {jax.process_index()} of {jax.process_count()} has lost another one ({_line(error)}); "
+            "started again, the run goes on from its newest checkpoint"
+        ) from error

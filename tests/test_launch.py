@@ -1,0 +1,174 @@
+"""The launcher: what it would run, word by word, and what it runs here."""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny import TINY_CODEC
+
+from sora_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden_launch"
+CONFIG = ["--config", "configs/worlds_codec.py"]
+
+
+@pytest.fixture(scope="module")
+def launch():
+    spec = importlib.util.spec_from_file_location("launch", ROOT / "experiments" / "launch.py")
+    module = sys.modules["launch"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["launch"]
+
+
+@pytest.mark.parametrize(
+    "name,arguments",
+    {
+        "tpu_vm": ["--on", "tpu-vm=pod", "--zone", "us-west4-a", "--folder", "my sora", "--sweep", "config.seed=0,1"],
+        "slurm": ["--on", "slurm", "--nodes", "2", "--gpus-per-node", "8", "--sbatch", "time=24:00:00"],
+        "gke": ["--on", "gke", "--image", "registry/sora:1", "--claim", "runs", "--topology", "2x2x4"]
+        + ["--tpu", "tpu-v5p-slice", "--sweep", "config.optimizer.learning_rate=1e-3"],
+    }.items(),
+)
+def test_what_would_run_elsewhere(launch, name, arguments, capsys):
+    overrides = ["--config.steps=10", "--config.codec.multipliers=(1, 2)"]
+    assert launch.main([*CONFIG, "--runs", "/runs", "--dry-run", *arguments, *overrides]) == 0
+    assert capsys.readouterr().out == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_what_would_run_here(launch, capsys):
+    assert launch.main([*CONFIG, "--on", "processes=2", "--dry-run"]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "# worlds_codec" and len(lines) == 2 and lines[0].endswith(" &")
+    for index, line in enumerate(lines):
+        assert line.startswith("JAX_COORDINATOR_ADDRESS=127.0.0.1:") and f"PROCESSES=2 JAX_PROCESS_ID={index} " in line
+        assert "-m sora_jax train --config configs/worlds_codec.py --workdir runs/worlds_codec" in line
+
+
+def test_a_sweep_gives_every_combination_a_folder_of_its_own(launch):
+    sweep = ["config.optimizer.learning_rate=1e-3,2e-3", "config.codec.width=8", "config.loss.kl=0,1"]
+    runs = launch.make_runs(CONFIG[1], sweep, ["--config.steps=5"], "folder")
+    assert [run.name for run in runs] == [
+        f"worlds_codec-learning_rate={rate}-width=8-kl={kl}" for rate in ("1e-3", "2e-3") for kl in "01"
+    ]
+    assert runs[0].arguments[3:] == [
+        "--workdir",
+        "folder/worlds_codec-learning_rate=1e-3-width=8-kl=0",
+        "--config.steps=5",
+        "--config.optimizer.learning_rate=1e-3",
+        "--config.codec.width=8",
+        "--config.loss.kl=0",
+    ]
+    # Fields of the same name are told apart.
+    (run,) = launch.make_runs(CONFIG[1], ["config.codec.width=8", "config.mesh.data=1", "config.data.dir=a/b"], [], "r")
+    assert run.name == "worlds_codec-width=8-data=1-dir=a-b"
+    (run,) = launch.make_runs("configs/worlds_dit.py", ["config.text.width=8", "config.text.heads=2"], [], "r")
+    assert run.name == "worlds_dit-width=8-heads=2"
+    (run,) = launch.make_runs("configs/worlds_dit.py", ["config.text.heads=8", "config.dit.heads=2"], [], "r")
+    assert run.name == "worlds_dit-config.text.heads=8-config.dit.heads=2"
+
+
+def test_a_config_can_take_an_argument(launch, tmp_path):
+    path = tmp_path / "sized.py"
+    path.write_text("def get_config(size='s'): return dict(task='codec', size=size)\n")
+    for config, name in ((f"{path}:xl", "sized-xl"), (str(path), "sized")):
+        (run,) = launch.make_runs(config, [], [], "runs")
+        assert run.name == name and run.arguments[:3] == ["train", "--config", config]
+
+
+def test_names_of_kubernetes_are_short_and_differ(launch):
+    names = {launch._kubernetes_name("worlds_dit-" + "learning_rate=1e-3-" * 5 + end) for end in "ab"}
+    assert len(names) == 2 and all(len(name) <= 40 and name.strip("-") == name for name in names)
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["--on", "moon"], "none of: local"),
+        (["--on", "processes=0"], "none of: local"),
+        (["--on", "gke"], "--image and --claim"),
+        (["--on", "gke", "--image", "a", "--claim", "b", "--topology", "1x1"], "1 chips; 4 are on a host"),
+        (["--on", "local", "--sweep", "seed=1"], "must look like"),
+        (["--on", "local", "--sweep", "config.seed=1,1"], "same name"),
+        (["--on", "local", "--sweep", "config.sed=1"], "did you mean seed"),
+        (["--on", "local", "--config.steps=many"], "must be int"),
+    ],
+)
+def test_a_mistake_is_one_line(launch, arguments, said, capsys):
+    assert launch.main([*CONFIG, "--dry-run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("launch: error: ") and error.count("\n") == 1 and said in error
+
+
+def python(launch, script):
+    return launch.Command([sys.executable, "-c", script])
+
+
+def test_how_processes_end_is_told(launch, monkeypatch):
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    good, bad = python(launch, ""), python(launch, "raise SystemExit(3)")
+    killed = python(launch, "import os; os.kill(os.getpid(), 9)")
+    endless = python(launch, "while True: pass")
+    assert launch.start([good]) is None and launch.start([good, good]) is None
+    assert launch.start([bad]) == "exit code 3"
+    begin = time.monotonic()
+    assert launch.start([endless, killed]) == "process 1: killed by SIGKILL"
+    assert time.monotonic() - begin < 20
+    with pytest.raises(InputError, match="there is no command no-such-tool"):
+        launch.start([launch.Command(["no-such-tool"])])
+    reading = python(launch, "import sys; sys.exit(sys.stdin.read() != 'text')")
+    assert launch.start([launch.Command(reading.words, "text")]) is None
+
+
+def test_ctrl_c_stops_what_was_started(launch, tmp_path, monkeypatch, capsys):
+    script = """
+import pathlib, sys, time
+path = pathlib.Path(sys.argv[1])
+try:
+    path.write_text("runs")
+    time.sleep(100)
+except KeyboardInterrupt:
+    path.write_text("stopped")
+"""
+    paths = [tmp_path / "0", tmp_path / "1"]
+    commands = [launch.Command([sys.executable, "-c", script, str(path)]) for path in paths]
+    monkeypatch.setattr(launch, "on_this_machine", lambda run, processes: commands)
+
+    def interrupt():
+        while not all(path.exists() and path.read_text() == "runs" for path in paths):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert launch.main([*CONFIG, "--on", "processes=2"]) == 130
+    assert [path.read_text() for path in paths] == ["stopped", "stopped"]
+    assert "launch: stopped by SIGINT" in capsys.readouterr().err
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def test_a_sweep_runs_here_in_one_process_and_in_two(launch, tmp_path, monkeypatch, capfd):
+    """The second value cannot be trained with; both ways of running say so, and agree on the first."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    overrides = [*TINY_CODEC, "--config.steps=2", "--config.log_every=1"]
+    for where in ("local", "processes=2"):
+        arguments = [*CONFIG, "--on", where, "--runs", str(tmp_path / where), "--sweep", "config.batch=2,0"]
+        assert launch.main([*arguments, *overrides]) == 1
+        said = capfd.readouterr()
+        assert "# worlds_codec-batch=2: done" in said.out
+        assert "# worlds_codec-batch=0: " in said.err and "exit code 2" in said.err
+        assert "sora-jax: error: config.batch is 0" in said.err and "Traceback" not in said.err
+    one, two = (losses(tmp_path / where / "worlds_codec-batch=2") for where in ("local", "processes=2"))
+    assert len(one) == 1
+    assert two == pytest.approx(one, rel=1e-4)

@@ -1,0 +1,162 @@
+"""What a plan counts and says. Whether a program fits is the TPU compiler's word, where it is installed."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sora_jax import plan
+from sora_jax.cli import main
+from sora_jax.dit import DiT
+from sora_jax.errors import InputError
+from sora_jax.interop.presets import PRESETS
+
+LAST = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: (lambda a, b: a @ b, jnp.zeros((8, 16)), jnp.zeros((16, 32))),
+        lambda: (
+            lambda x, k: jax.lax.conv_general_dilated(
+                x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            ),
+            jnp.zeros((1, 9, 9, 4)),
+            jnp.zeros((3, 3, 4, 8)),
+        ),
+        lambda: (lambda q, k, v: jax.nn.dot_product_attention(q, k, v), *[jnp.zeros((1, 64, 2, 16))] * 3),
+    ],
+    ids=["product", "convolution", "attention"],
+)
+def test_operations_are_those_the_compiler_counts(function):
+    function, *inputs = function()
+    counted = plan.count_operations(jax.make_jaxpr(function)(*inputs).jaxpr)
+    compiled = jax.jit(function).lower(*inputs).compile().cost_analysis()["flops"]
+    # The compiler also counts what is done element by element.
+    assert 0.85 * compiled < counted <= compiled
+
+
+def test_a_loop_counts_as_often_as_it_runs_but_the_steps_once():
+    def scan(length):
+        return lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, None, length)[0]
+
+    def both(x):
+        return jax.lax.scan(lambda x, _: (scan(5)(x), None), x, None, 3)[0]
+
+    x = jnp.zeros((4, 4))
+    one = 2 * 4**3
+    assert plan.count_operations(jax.make_jaxpr(scan(5))(x).jaxpr) == 5 * one
+    assert plan.count_operations(jax.make_jaxpr(both)(x).jaxpr) == 15 * one
+    assert plan.count_operations(jax.make_jaxpr(both)(x).jaxpr, steps=3) == 5 * one
+
+
+def test_a_step_of_wan_costs_what_its_sizes_say():
+    """2 operations per parameter of the blocks and token, and attention: 4 N^2 D for each layer and video."""
+    config = dataclasses.replace(PRESETS["wan2.1-t2v-1.3b"].dit, layers=1)
+    D, M, N, L = config.width, config.feed_forward, 21 * 30 * 52, 512
+    shapes = (1, 21, 60, 104, 16), (1, 21), (1, L, 4096)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    params = jax.eval_shape(DiT(config).init, jax.random.key(0), *inputs)
+    counted = plan.count_operations(jax.make_jaxpr(DiT(config).apply)(params, *inputs).jaxpr)
+    products = 2 * N * (4 * D * D + 2 * D * D + 2 * D * M) + 2 * L * 2 * D * D
+    attention = 4 * N * (N + L) * D
+    # Beside the block: patches, text and levels, and heads turned by position.
+    assert products + attention < counted < 1.02 * (products + attention)
+
+
+HLO = """HloModule jit_planned
+%inside (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %gather = bf16[64,16]{1,0} all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %swap = f32[8,4]{1,0} collective-permute(%y), source_target_pairs={{0,1}}
+}
+%until (p: (s32[], f32[8,4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(10)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+%steps (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %loop = (s32[], f32[8,4]) while(%t), condition=%until, body=%inside
+}
+%twice (p: (s32[], f32[8,4])) -> pred[] {
+  %n2 = s32[] constant(2)
+}
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %sum = f32[8,4]{1,0} all-reduce(%a), replica_groups=[2,4]<=[8], to_apply=%add
+  %loop2 = (s32[], f32[8,4]) while(%t), condition=%twice, body=%steps
+  %all = (f32[8,4]{1,0}, f32[32,4]{1,0}) all-gather-start(%a), replica_groups=mesh['x'=2,'y'=4] {'y'}
+}
+"""
+
+
+def test_collectives_are_counted_by_what_arrives():
+    gather, swap, total, start = 64 * 16 * 2 * 3 / 4, 8 * 4 * 4, 2 * 8 * 4 * 4 * 3 / 4, 32 * 4 * 4 * 3 / 4
+    assert plan.count_collectives(HLO, steps=2) == {
+        "all-gather": 10 * gather + start,
+        "collective-permute": 10 * swap,
+        "all-reduce": total,
+    }
+    assert plan.count_collectives(HLO)["collective-permute"] == 20 * swap
+
+
+@pytest.mark.parametrize("topology", ["v6e", "v6e:8", "v9:2x4", "v6e:2x4x", ""])
+def test_topologies_that_do_not_exist_are_refused(topology, capsys):
+    assert main(["plan", "--model", "bundled", "--topology", topology]) == 2
+    assert "such as v6e:2x4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--model", "wan3"], "neither a model folder nor one of bundled, wan2.1-t2v-1.3b"),
+        (["--model", "bundled", "--size", "100x128"], "height must be a multiple of 32"),
+        (["--model", "bundled", "--frames", "16"], "frames must be 1 + a multiple of 4"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(words, message, capsys):
+    assert main(["plan", "--topology", "v6e:1x1", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_mesh_is_chosen_that_divides():
+    a14b, small = PRESETS["wan2.2-t2v-a14b"], PRESETS["wan2.1-t2v-1.3b"]
+    assert plan.choose_mesh(a14b, (720, 1280), 81, 8)[0] == "data=1,context=8,tensor=1"
+    # 1560 tokens a frame: 16 does not divide them, 8 does.
+    mesh, reason = plan.choose_mesh(small, (480, 832), 81, 16)
+    assert mesh == "data=1,context=8,tensor=2" and "rings of 4" in reason
+    assert "data=2,context=4,tensor=1" in plan.meshes(a14b, (720, 1280), 81, 8)
+
+
+def test_the_verdict_adds_up():
+    job = plan.Job("wan2.1-t2v-1.3b", "", "v5e:1x1", "data=1", (480, 832), 81)
+    need = plan.Need(arguments=4, heap=4, hbm=8 * plan.GIB, operations=197e12, parameters=4 * plan.GIB)
+    needs = {"text": need, "denoise": need, "decode": need}
+    # 8 GiB beside 8 GiB of the others' parameters do not fit in 16 GB.
+    assert plan.verdict(job, needs, 10).startswith("does not fit in 14.9 GiB: text needs 16.0 GiB")
+    needs = dict.fromkeys(needs, dataclasses.replace(need, hbm=6 * plan.GIB))
+    # One second each: the text, 10 steps, 21 latent frames.
+    assert plan.verdict(job, needs, 10).endswith("10 steps and decoding take 32.0 s at least")
+    needs["decode"] = plan.Need(error="too large")
+    assert plan.verdict(job, needs, 10) == "does not fit: decode cannot be compiled"
+    assert "does not compile: too large" in plan.describe(job, needs, 10)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
+def test_without_the_compiler_the_extra_is_named(capsys):
+    assert main(["plan", "--model", "bundled", "--topology", "v6e:1x1"]) == 2
+    assert "pip install 'sora-jax[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sora-jax[tpu]")
+def test_the_tpu_compiler_answers(capsys):
+    assert main(["plan", "--model", "bundled", "--topology", "v5e:2x2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["verdict"].startswith("fits") and answer["mesh"] == "data=1,context=4,tensor=1"
+    for need in answer["parts"].values():
+        assert need["hbm"] == need["arguments"] + need["heap"] and need["operations"] > 0
+    assert {"all-to-all", "all-gather"} <= answer["parts"]["denoise"]["collectives"].keys()
+    with pytest.raises(InputError, match="does not multiply"):
+        plan.compile_part(plan.Job("bundled", "text", "v5e:2x2", "data=3", (128, 128), 17))

@@ -1,0 +1,120 @@
+"""Reading, placing and writing in pieces gives what doing it at once would."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from sora_jax import tensors as tensors_lib
+from sora_jax.errors import InputError
+from sora_jax.tensors import Tensor, TensorFile
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {"b": (7, 3), "a": (2, 3, 4), "ä.kernel": (5,), "scalar": (), "norm": (4, 2)}
+DTYPES = {"b": "float32", "a": "bfloat16", "ä.kernel": "float32", "scalar": "float32", "norm": "bfloat16"}
+
+EIGHT_DEVICES = """
+import sys
+import jax, numpy as np
+import sora_jax
+from sora_jax import tensors
+from sora_jax.generate import convert
+from sora_jax.errors import InputError
+from sora_jax.mesh import make_mesh
+from sora_jax.model_folder import abstract_params
+
+published, converted, lora = sys.argv[1:]
+assert jax.device_count() == 8
+tensors._PIECE_BYTES = 4000  # small as they are, many parameters come in several pieces
+mesh = make_mesh(fsdp=4)
+convert(published, converted)
+plain = sora_jax.load(published, lora={lora: 0.5})
+for folder in (published, converted):
+    shared = sora_jax.load(folder, lora={lora: 0.5}, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, shared.params, plain.params)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(shared.config, mesh))
+    assert jax.tree.map(lambda leaf: leaf.sharding, shared.params) == places
+    kernel = shared.params["dit"]["blocks"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 4, kernel.shape[2])
+    # Another mesh is refused in one line, before anything is read.
+    tensors.TensorFile.read, read = None, tensors.TensorFile.read
+    try:
+        sora_jax.load(folder, mesh=make_mesh(fsdp=3, devices=jax.devices()[:3]))
+        raise AssertionError("not refused")
+    except InputError as error:
+        assert "fsdp=3 cannot divide the" in str(error) and chr(10) not in str(error), error
+    tensors.TensorFile.read = read
+print("equal")
+"""
+
+
+@pytest.fixture
+def arrays():
+    random = np.random.default_rng(0)
+    return {name: random.normal(size=shape).astype(jnp.dtype(DTYPES[name])) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("piece", [4, 50, 1000])
+def test_pieces_are_the_whole(arrays, tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(tensors_lib, "_PIECE_BYTES", piece)
+    whole = safetensors.numpy.save(arrays)
+    (tmp_path / "whole").write_bytes(whole)
+    file = TensorFile(tmp_path / "whole")
+    kinds = {name: arrays[name].dtype for name in arrays}
+    tensors = {name: Tensor(SHAPES[name], kinds[name], lambda name=name: file.pieces(name)) for name in arrays}
+    if piece == 4:
+        assert len(list(tensors["b"].pieces())) == 7
+    for name, tensor in tensors.items():
+        for read in (tensor.read(), tensor.place()):
+            assert read.dtype == arrays[name].dtype
+            np.testing.assert_array_equal(np.asarray(read), arrays[name])
+    tensors_lib.write(tmp_path / "again", tensors)
+    assert (tmp_path / "again").read_bytes() == whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_not_finite_is_found(dtype, value, tmp_path):
+    x = np.linspace(-60000, 60000, 12).reshape(3, 4).astype(jnp.dtype(dtype))
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"x": x}, path)
+    assert TensorFile(path).read("x").shape == (3, 4)
+    x[2, 3] = float(value)
+    safetensors.numpy.save_file({"x": x}, path)
+    with pytest.raises(InputError, match="x.safetensors is damaged: the tensor x is not finite"):
+        TensorFile(path).read("x")
+
+
+def test_eight_devices_share_what_one_would_hold(tmp_path):
+    random, prefix = np.random.default_rng(0), "transformer.blocks.1.ffn.net.0.proj"
+    matrices = {"lora_A": random.normal(size=(4, 32)), "lora_B": random.normal(size=(48, 4))}
+    lora = tmp_path / "style.safetensors"
+    safetensors.numpy.save_file({f"{prefix}.{key}.weight": np.float32(x) for key, x in matrices.items()}, lora)
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    folders = [ROOT / "tests" / "golden" / "t2v", tmp_path / "converted", lora]
+    command = [sys.executable, "-c", EIGHT_DEVICES, *map(str, folders)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "equal" in result.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to tell the peak of memory")
+def test_the_host_never_holds_the_model():
+    path = ROOT / "experiments" / "loading_memory.py"
+    spec = importlib.util.spec_from_file_location("loading_memory", path)
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    bound, took = memory.figures(layers=32, shards=2, rows=("load", "convert"))
+    assert bound < 180e6 < 268e6  # of the parameters
+    assert max(took.values()) < bound, took

@@ -1,0 +1,182 @@
+"""Several processes train what one does, and what stops them costs nothing but time. On loopback, on fake devices."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from tiny import TINY_DIT
+
+from sora_jax import mesh as mesh_lib
+from sora_jax.cli import load_config
+from sora_jax.errors import InputError
+from sora_jax.training import hosts, loop
+from sora_jax.training import state as state_lib
+from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.dit_task import DiTTask
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 300  # seconds; far more than a quiet machine needs
+ENDLESS = [
+    "--config.steps=100000",
+    "--config.batch=4",
+    "--config.log_every=1",
+    "--config.checkpoint_every=6",
+    "--config.optimizer.warmup=2",
+    # Less to compile, in so many processes:
+    "--config.align.weight=0",
+    "--config.flow.seen_share=0",
+]
+
+
+def start(workdir, processes, devices, *overrides):
+    """`sora-jax train` in so many processes, each with so many devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    command = [sys.executable, "-m", "sora_jax", "train", "--config", "configs/worlds_dit.py", "--workdir", workdir]
+    return [
+        subprocess.Popen(
+            [*command, *overrides],
+            env={**environment, "JAX_PROCESS_ID": str(index)},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def losses(workdir):
+    """The loss by step, as far as it is written."""
+    log = workdir / "metrics.jsonl"
+    records = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            records[record["step"]] = record["loss"]
+    return records
+
+
+def wait_for(workdir, step, children):
+    """Returns after this step, with checkpoint 6 complete."""
+    deadline = time.monotonic() + PATIENCE
+    while max(losses(workdir), default=0) < step or not (workdir / "checkpoints" / "6").exists():
+        for child in children:
+            assert child.poll() is None, child.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def finish(children):
+    """What each process has written to stderr, once it has ended."""
+    return [child.communicate(timeout=PATIENCE)[1] for child in children]
+
+
+class Enough(Exception):
+    """Ends a run in this process."""
+
+
+def train_here(config, workdir, until, monkeypatch):
+    """Trains in this process, to a checkpoint at step `until` and no further."""
+    batches = DiTTask.batches
+
+    def cut(self, start, sharding):
+        for number, batch in enumerate(batches(self, start, sharding), start):
+            if number == until:
+                raise Enough
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(Enough):
+        patch.setattr(DiTTask, "batches", cut)
+        loop.train(config, workdir)
+
+
+def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp_path, monkeypatch):
+    overrides = [*TINY_DIT, *ENDLESS, f"--config.codec={tiny_folder}"]
+    workdir = tmp_path / "many"
+
+    # Two hosts; one is lost.
+    first, second = children = start(workdir, 2, 1, *overrides)
+    wait_for(workdir, 7, children)
+    second.kill()
+    begin = time.monotonic()
+    errors = finish([first])[0]
+    assert time.monotonic() - begin < 60
+    assert first.returncode == 1 and "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if "error" in line]
+    assert line.startswith("sora-jax: error: process 0 of 2 has lost another one")
+    before = losses(workdir)
+
+    # Four hosts take over, with the parameters split among them; one of them is sent away.
+    children = start(workdir, 4, 1, *overrides, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    wait_for(workdir, 10, children)
+    children[2].send_signal(signal.SIGTERM)
+    errors = finish(children)
+    assert [child.returncode for child in children] == [0] * 4, errors
+    after = losses(workdir)
+    with Checkpoints(workdir) as checkpoints:
+        saved = checkpoints.latest()
+    assert saved >= 10
+
+    # One process ends what they began.
+    config = load_config("configs/worlds_dit.py", overrides)
+    train_here(config, workdir, saved + 2, monkeypatch)
+    train_here(config, tmp_path / "one", saved + 2, monkeypatch)
+    alone = losses(tmp_path / "one")
+    for some in (before, after, losses(workdir)):
+        common = sorted(step for step in some if step in alone and (step <= saved or step == saved + 2))
+        assert len(common) >= 3
+        np.testing.assert_allclose([some[step] for step in common], [alone[step] for step in common], rtol=1e-4)
+    events = list((workdir / "tensorboard").iterdir())
+    assert len(events) == 3  # each start has written once, by its first process
+
+
+def test_sizes_of_the_mesh_that_do_not_divide_the_parameters_are_one_line(tiny_folder, tmp_path):
+    config = load_config("configs/worlds_dit.py", [*TINY_DIT, f"--config.codec={tiny_folder}"])
+    task = loop.make_task(config, tmp_path)
+    optimizer = state_lib.make_optimizer(config.optimizer, config.steps)
+    mesh = AbstractMesh((1, 5, 1, 1), mesh_lib.AXES)
+    with pytest.raises(InputError, match=r"fsdp=5 cannot divide the \d+ \(width\) of") as caught:
+        loop.initial_state(task, optimizer, config, mesh)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_who_is_told_of_others_looks_for_them(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    begin = time.monotonic()
+    hosts.connect()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    hosts.connect()
+    assert time.monotonic() - begin < 5 and not jax.distributed.is_initialized()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(InputError, match="JAX_NUM_PROCESSES is 'two'; it must be a whole number"):
+        hosts.connect()
+
+
+@pytest.mark.parametrize(
+    "environment,said",
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, "Number of processes must be defined"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "coordinator_address should be defined"),
+    ],
+)
+def test_half_of_what_is_to_be_told_is_a_mistake(environment, said):
+    script = "from sora_jax.training import hosts; hosts.connect()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "InputError: cannot join the other processes: " in result.stderr and said in result.stderr
