@@ -20,6 +20,11 @@ CASES = (
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 1441),
     ("bundled", "v5e:1x1", (128, 128), 17),
 )
+TRAINING = (
+    # model, topology, size, frames, batches
+    ("wan2.1-t2v-1.3b", "v5p:2x2x4", (480, 832), 81, (32, 64, 128)),
+    ("wan2.2-ti2v-5b", "v5p:2x2x4", (704, 1280), 121, (16, 32, 64)),
+)
 HEAD = """# What models need on TPU slices
 
 Written by `python experiments/plan_report.py`, from the TPU compiler's own memory report; no TPU was used. GiB per
@@ -31,6 +36,26 @@ COLUMNS = (
     ("model", "slice", "video", "mesh", "step: arguments + heap = HBM", "text, decoding: HBM")
     + ("received a step", "a step at least", "")
 )  # fmt: skip
+
+
+TRAINING_HEAD = """
+Training the transformer from scratch, float32 parameters, AdamW and averages, bfloat16 products, blocks recomputed:
+
+| model | slice | video | mesh | batch | arguments + heap = HBM | received a step | |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def training_row(model: str, topology: str, size: tuple[int, int], frames: int, batch: int) -> str:
+    mesh, _ = plan.training_mesh(batch, plan.chips(topology)[1])
+    job = plan.Job(model, "", topology, mesh, size, frames, batch)
+    needs = plan.needs(job, ("train",))
+    need = needs["train"]
+    sizes = [f"{x / plan.GIB:.2f}" for x in (need.arguments, need.heap, need.hbm)]
+    memory = need.error or f"{sizes[0]} + {sizes[1]} = {sizes[2]}"
+    received = f"{sum(need.collectives.values()) / plan.GIB:.1f}"
+    cells = [model, topology, f"{frames} x {size[0]} x {size[1]}", mesh, str(batch), memory, received]
+    return f"| {' | '.join(cells)} | {plan.verdict(job, needs, 1)} |\n"
 
 
 def row(model: str, topology: str, size: tuple[int, int], frames: int) -> str:
@@ -59,10 +84,19 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/plan.md"))
     output = parser.parse_args().output
     text = HEAD + f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
-    for case in CASES:
-        text += row(*case)
+
+    def add(more: str) -> None:
+        nonlocal text
+        text += more
         output.write_text(text)  # after each row: a long run may be cut short
-        print(text.splitlines()[-1], flush=True)
+        print(more, end="", flush=True)
+
+    for case in CASES:
+        add(row(*case))
+    add(TRAINING_HEAD)
+    for *case, batches in TRAINING:
+        for batch in batches:
+            add(training_row(*case, batch))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from sora_jax.errors import InputError
 (_CONTEXT,) = mesh_lib.RULES["tokens"]
 _TOKENS, _TEXT = ("batch", None, "tokens", "heads", None), ("batch", None, "heads", None)
 _SCORES = 2**26  # how many attention scores the XLA kernel holds at a time
-_BLOCK_Q, _BLOCK_K = 1024, 1024  # of the splash kernel
+_BLOCK_Q, _BLOCK_K, _PRODUCT_K = 1024, 1024, 512  # of the splash kernel
 _FEW = 2048  # queries; below this there is little to gain from the TPU's kernel
 
 
@@ -38,6 +38,8 @@ def self_attention(q_BFSKE, k_BFSKE, v_BFSKE, tokens: int | None = None, kernel:
       kernel: "auto" or one of `KERNELS`.
     """
     S = q_BFSKE.shape[2]
+    if q_BFSKE.shape[3] % (tensor := mesh_lib.shares("heads")):
+        raise InputError(f"mesh tensor={tensor} cannot divide {q_BFSKE.shape[3]} heads")
     tokens = S if tokens is None else tokens
     share = partial(_share, devices=mesh_lib.shares("tokens"), tokens=None if tokens == S else tokens, kernel=kernel)
     return mesh_lib.per_device(share, (_TOKENS,) * 3, q_BFSKE, k_BFSKE, v_BFSKE)
@@ -127,10 +129,12 @@ def attend(q_BNKE, k_BLKE, v_BLKE, valid_L=None, kernel: str = "auto", with_log_
         return run(kernel, *arrays)
     N, E = q_BNKE.shape[1], q_BNKE.shape[3]
     choice = {}
-    if N >= _FEW and E % 128 == 0:
+    if N >= _FEW and E in (128, 256):
         choice["tpu"] = partial(run, "splash")
-    # JAX asks for the installed cuDNN while tracing, so that this one cannot be lowered for elsewhere.
-    if jax.default_backend() == "gpu" and q_BNKE.dtype != jnp.float32 and E % 8 == 0 and E <= 128 and valid_L is None:
+    # JAX asks for the installed cuDNN while tracing, so that this one cannot be lowered for elsewhere. Its sums come
+    # in the precision of the result and without a gradient.
+    fits = q_BNKE.dtype != jnp.float32 and E % 8 == 0 and E <= 128 and valid_L is None and not with_log_sum
+    if jax.default_backend() == "gpu" and fits:
         choice["cuda"] = partial(run, "cudnn")
     if not choice:
         return run("xla", *arrays)
@@ -161,8 +165,9 @@ def _xla(q, k, v, valid_L, with_log_sum):
 
 
 def _cudnn(q, k, v, valid_L, with_log_sum):
-    mask = None if valid_L is None else jnp.broadcast_to(valid_L, (1, 1, q.shape[1], k.shape[1]))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn", return_residual=with_log_sum)
+    if valid_L is not None or with_log_sum:
+        raise InputError("the cudnn kernel serves no ring, and needs tokens that the mesh divides")
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def _splash(q, k, v, valid_L, with_log_sum, interpret: bool = False):
@@ -189,7 +194,9 @@ def _splash_forward(q, k, v, valid_L, with_log_sum, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     N, L, (K, E) = q.shape[1], k.shape[1], q.shape[2:]
-    block_q, block_k = (min(most, -(-n // 128) * 128) for most, n in ((_BLOCK_Q, N), (_BLOCK_K, L)))
+    block_q = min(_BLOCK_Q, -(-N // 128) * 128)
+    # More keys than one product takes must be a multiple of those.
+    block_k = -(-L // 128) * 128 if L <= _PRODUCT_K else min(_BLOCK_K, -(-L // _PRODUCT_K) * _PRODUCT_K)
     fill_q, fill_k = -N % block_q, -L % block_k
     segments = None
     if valid_L is not None or fill_k:
@@ -201,10 +208,10 @@ def _splash_forward(q, k, v, valid_L, with_log_sum, interpret):
         block_sizes=splash.BlockSizes(
             block_q=block_q,
             block_kv=block_k,
-            block_kv_compute=min(block_k, 512),
+            block_kv_compute=min(block_k, _PRODUCT_K),
             block_q_dkv=block_q,
             block_kv_dkv=block_k,
-            block_kv_dkv_compute=min(block_k, 512),
+            block_kv_dkv_compute=min(block_k, _PRODUCT_K),
             use_fused_bwd_kernel=True,
         ),
         save_residuals=with_log_sum,

@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora-low", action="append", type=_lora, metavar="FILE[:SCALE]", help="likewise, for low noise levels")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
 
-    add("--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor (default: one device)")
+    add("--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor, or auto (default: one device)")
 
     train = commands.add_parser("train", help="train a model from a config file", allow_abbrev=False)
     train.set_defaults(run=_train)
@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_whole(1), help="steps of the sampler (default: the model's)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="precision of the large products")
     add("--full", action="store_true", help="generate code too: minutes, but finds kernels that cannot be")
+    add("--train", action="store_true", help="a step of training the transformer, in place of generating")
     add("--search", action="store_true", help="try the meshes that make sense, and rank them")
     add("--json", action="store_true", help="print JSON")
 
@@ -213,9 +214,9 @@ def _generate(options: argparse.Namespace) -> None:
     from sora_jax.request import make_request
 
     # What can be refused is refused before a model is loaded, which may take minutes.
-    mesh = parse_mesh(options.mesh) if options.mesh else None
+    config = read_config(options.model)
     request = make_request(
-        read_config(options.model),
+        config,
         [prompt for prompt, _ in jobs],
         seed=[seed for _, seed in jobs],
         negative_prompt=options.negative_prompt,
@@ -230,6 +231,15 @@ def _generate(options: argparse.Namespace) -> None:
     )
     target = _Target(options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames)
     target.check(prompts[0])
+    words = options.mesh
+    if words == "auto":
+        import jax
+
+        from sora_jax.plan import choose_mesh
+
+        words, reason = choose_mesh(config, request.size, request.frames, jax.device_count())
+        print(f"mesh {words}: {reason}", file=sys.stderr)
+    mesh = parse_mesh(words) if words else None
     lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
     generator = load(options.model, options.dtype, lora=lora, lora_low=lora_low, mesh=mesh)
     for note in generator.notes(request):
@@ -330,6 +340,8 @@ def _plan(options: argparse.Namespace) -> None:
     from sora_jax import plan
     from sora_jax.request import check_shape
 
+    if options.search and (options.train or options.mesh != "auto"):
+        raise InputError("--search tries the meshes for generating: give neither --train nor --mesh with it")
     config = plan.model_config(options.model)
     sampling = config.sampling
     size, frames = options.size or sampling.size, options.frames or sampling.frames
@@ -337,15 +349,18 @@ def _plan(options: argparse.Namespace) -> None:
     _, number = plan.chips(options.topology)
     mesh = options.mesh
     if mesh == "auto":
-        mesh, reason = plan.choose_mesh(config, size, frames, number)
+        if options.train:
+            mesh, reason = plan.training_mesh(options.batch, number)
+        else:
+            mesh, reason = plan.choose_mesh(config, size, frames, number)
         if not options.search:
             print(f"mesh {mesh}: {reason}", file=sys.stderr)
     job = plan.Job(options.model, "", options.topology, mesh, size, frames, options.batch, options.dtype)
     steps = options.steps or sampling.steps
     if options.search:
-        results = plan.search(job, steps)
+        results = plan.search(job, options.full)
     else:
-        results = {mesh: plan.needs(job, full=options.full)}
+        results = {mesh: plan.needs(job, ("train",) if options.train else plan.PARTS, options.full)}
     for mesh, needs in results.items():
         here = dataclasses.replace(job, mesh=mesh)
         if options.json:

@@ -7,6 +7,8 @@ The level is given per latent frame, `level_BF`: a known frame has level 0 while
 that starting from an image, extending and connecting clips are all the same task.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -45,6 +47,25 @@ def add_noise(x0_BFYXZ: jax.Array, noise_BFYXZ: jax.Array, level_BF: jax.Array) 
     """x_t at each frame's level."""
     t = level_BF[:, :, None, None, None]
     return (1 - t) * x0_BFYXZ + t * noise_BFYXZ
+
+
+class Noised(NamedTuple):
+    """What the model sees of clips in training, and what it is to find; known_BF are the frames that are given."""
+
+    x_BFYXZ: jax.Array
+    level_BF: jax.Array
+    noise_BFYXZ: jax.Array
+    known_BF: jax.Array
+
+
+def noised(key: jax.Array, x0_BFYXZ: jax.Array, shift: float, known_share: float) -> Noised:
+    """Clips at random levels, with the frames clean that are known (see `sample_level`, `sample_known`)."""
+    level_key, noise_key, known_key = jax.random.split(key, 3)
+    B, F = x0_BFYXZ.shape[:2]
+    known_BF = sample_known(known_key, B, F, known_share)
+    level_BF = jnp.where(known_BF, 0.0, sample_level(level_key, B, shift)[:, None])
+    noise_BFYXZ = jax.random.normal(noise_key, x0_BFYXZ.shape)
+    return Noised(add_noise(x0_BFYXZ, noise_BFYXZ, level_BF), level_BF, noise_BFYXZ, known_BF)
 
 
 def velocity_loss(

@@ -145,9 +145,11 @@ class Generator:
         self._draw_noise = jax.jit(pipeline.draw_noise, static_argnums=1)
         self._encode_text = jax.jit(partial(pipeline.encode_text, config, dtype))
         self._denoise = jax.jit(
-            partial(pipeline.denoise, config, dtype, progress=self._step_done), static_argnames=("is_guided", "kernel")
+            partial(pipeline.denoise, config, dtype, progress=self._step_done),
+            static_argnames=("is_guided", "kernel"),
+            donate_argnums=1,
         )
-        self._decode = jax.jit(partial(pipeline.decode, config), static_argnums=3)
+        self._decode = jax.jit(partial(pipeline.decode, config), static_argnums=3, donate_argnums=1)
         self._encode_video = jax.jit(partial(pipeline.encode, config), static_argnums=3)
         self._see = jax.jit(partial(pipeline.see, config, dtype))
 
@@ -212,7 +214,7 @@ class Generator:
         """Yields the videos of a checked request, in order, sampling in batches of bounded size."""
         pixels = request.frames * math.prod(request.size)
         copies = self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
-        batch = max(1, min(len(request.prompts), _PIXELS_PER_BATCH // pixels * copies))
+        batch = max(1, min(-(-len(request.prompts) // copies), _PIXELS_PER_BATCH // pixels)) * copies
         starts = range(0, len(request.prompts), batch)
         with self._on_mesh():
             given = self._given(request)

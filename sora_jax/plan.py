@@ -7,7 +7,8 @@ each in a process of its own: an impossible program can end the process that com
     interconnect  bytes that each chip receives, by kind of collective, loops counted as often as they run
 
 Operations are counted in the traced program: matrix products and convolutions, two for each multiplication and
-addition.
+addition, and taken to be shared equally: a bound for what does not divide. Decoding is that of long videos, one latent
+frame after the other.
 """
 
 import dataclasses
@@ -26,17 +27,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from flax.core import meta
 from tqdm import tqdm
 
+from sora_jax import flow, pipeline, sampler
 from sora_jax import mesh as mesh_lib
-from sora_jax import pipeline, sampler
-from sora_jax.errors import InputError
+from sora_jax.dit import DiT
+from sora_jax.errors import InputError, one_line
 from sora_jax.generate import read_config
 from sora_jax.interop.presets import PRESETS
 from sora_jax.model_folder import ModelConfig, abstract_params, memory_dtype
+from sora_jax.training import state as state_lib
 
 GIB = 2**30
-PARTS = ("text", "denoise", "decode")
+PARTS = ("text", "denoise", "decode")  # of `generate`; "train" is a step of training the transformer
 _STEPS = 2  # of the scan that is compiled; what a step costs does not depend on their number
 
 
@@ -44,7 +49,7 @@ _STEPS = 2  # of the scan that is compiled; what a step costs does not depend on
 class Chip:
     """Figures of a chip: HBM in bytes, the rest per second. Interconnect: bytes that come in over all links.
 
-    From https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x.
+    From https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e.
     """
 
     hbm: float
@@ -58,7 +63,6 @@ CHIPS = {
     "v5e": Chip(16e9, 197e12, 819e9, 200e9),
     "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
     "v6e": Chip(32e9, 918e12, 1640e9, 400e9),
-    "tpu7x": Chip(192e9, 2307e12, 7380e9, 1200e9),
 }
 
 
@@ -83,7 +87,7 @@ class Need:
     Attributes:
         arguments, heap, hbm: bytes; hbm is what the compiler allocates, with outputs and padding.
         operations: of matrix products and convolutions.
-        parameters: bytes of them that rest on the chip; those of the other parts are there too.
+        others: bytes of the parameters of the other parts, which rest on the chip meanwhile.
         weights: bytes of them that the chip's products read.
         collectives: bytes received, by kind.
         seconds: that compiling took.
@@ -94,7 +98,7 @@ class Need:
     heap: int = 0
     hbm: int = 0
     operations: float = 0.0
-    parameters: int = 0
+    others: int = 0
     weights: int = 0
     collectives: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
@@ -121,7 +125,7 @@ def model_config(model: str) -> ModelConfig:
 def chips(topology: str) -> tuple[Chip, int]:
     """The kind of chip, and how many there are, in a topology like "v6e:2x4"."""
     kind, _, shape = topology.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d?(x[1-9]\d?){1,2}", shape):
         raise InputError(
             f"topology {topology!r} must be a kind of chip and their arrangement, such as v6e:2x4 or v5p:2x2x2; "
             f"kinds are {', '.join(CHIPS)}"
@@ -151,6 +155,15 @@ def _divides(config: ModelConfig, shares: int, tokens: int) -> bool:
     return not (tokens % shares or config.dit.width % shares or config.text.width % shares)
 
 
+def training_mesh(batch: int, number: int) -> tuple[str, str]:
+    """A mesh for training on `number` chips, and why this one."""
+    fsdp = math.gcd(batch, number)
+    reason = f"fsdp={fsdp} divides the batch of {batch} and the parameters"
+    if fsdp < number:
+        reason += f", context={number // fsdp} the patches of each video"
+    return f"data=1,fsdp={fsdp},context={number // fsdp},tensor=1", reason
+
+
 def meshes(config: ModelConfig, size: tuple[int, int], frames: int, number: int) -> list[str]:
     """Meshes that make sense for one video with guidance: its two branches along `data`, the rest shared."""
     _, Y, X, _ = config.codec.latent_shape(frames, *size)
@@ -172,17 +185,23 @@ def needs(job: Job, parts: tuple[str, ...] = PARTS, full: bool = False) -> dict[
     return {part: compile_part(dataclasses.replace(job, part=part), full) for part in bar}
 
 
-def search(job: Job, steps: int) -> dict[str, dict[str, Need]]:
-    """The denoising step on every mesh that makes sense, the fastest of those that fit first."""
+def search(job: Job, full: bool = False) -> dict[str, dict[str, Need]]:
+    """The denoising step on every mesh that makes sense, the fastest of those that fit first.
+
+    Raises:
+        InputError: there is no such mesh.
+    """
     chip, number = chips(job.topology)
     config = model_config(job.model)
     found = {}
+    if not meshes(config, job.size, job.frames, number):
+        raise InputError(f"no mesh of {number} chips divides {job.model} at {job.size[0]}x{job.size[1]}")
     for mesh in tqdm(meshes(config, job.size, job.frames, number), desc="searching", unit="mesh"):
-        found[mesh] = needs(dataclasses.replace(job, mesh=mesh), ("denoise",))
+        found[mesh] = needs(dataclasses.replace(job, mesh=mesh), ("denoise",), full)
 
     def rank(mesh):
         need = found[mesh]["denoise"]
-        return bool(need.error) or need.hbm > chip.hbm, sum(need.bounds(chip).values()), need.hbm
+        return bool(need.error) or need.hbm + need.others > chip.hbm, sum(need.bounds(chip).values()), need.hbm
 
     return {mesh: found[mesh] for mesh in sorted(found, key=rank)}
 
@@ -206,49 +225,57 @@ def compile_part(job: Job, full: bool = False) -> Need:
             "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*planned",
         }
         command = [sys.executable, "-m", "sora_jax.plan", json.dumps(dataclasses.asdict(job))]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-        )
         started = time.perf_counter()
-        try:
-            while not full and process.poll() is None and not _report(Path(folder)):
-                time.sleep(0.2)
-            if not full and process.poll() is None:
-                time.sleep(1.0)  # the report is being written
+        # Files, since the compiler may say more than a pipe holds.
+        with open(f"{folder}/out", "w+") as out, open(f"{folder}/errors", "w+") as errors:
+            process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors)
+            try:
+                while process.poll() is None and (full or not _report(Path(folder))):
+                    time.sleep(0.2)
+            finally:
                 process.kill()
-            out, errors = process.communicate()
-        finally:
-            process.kill()
-        seconds = time.perf_counter() - started
+                process.wait()
+            seconds = time.perf_counter() - started
+            texts = []
+            for file in (out, errors):
+                file.seek(0)
+                texts.append(file.read())
+        out, errors = texts
         answer = next((line for line in reversed(out.splitlines()) if line.startswith("{")), None)
         values = json.loads(answer) if answer else {}
         if "input_error" in values:
             raise InputError(values["input_error"])
         report = _report(Path(folder))
-        if (process.returncode and full) or not report:
+        if not report or (full and process.returncode):
             return Need(error=_reason(errors), seconds=seconds)
+        report, program_text = report
         hbm = int(re.search(r"\(color=0\)\s+Total bytes: (\d+)", report)[1])
-        texts = [path.read_text() for path in Path(folder).glob("*planned*.after_optimizations.txt")]
-        collectives = count_collectives(texts[0], _STEPS if job.part == "denoise" else 1) if texts else {}
+        collectives = count_collectives(program_text, _steps(job), chips(job.topology)[1])
         arguments = values["arguments"]
         return Need(
             arguments=arguments,
             heap=hbm - arguments,
             hbm=hbm,
             operations=values["operations"],
-            parameters=values["parameters"],
+            others=values["others"],
             weights=values["weights"],
             collectives=collectives,
             seconds=seconds,
         )
 
 
-def _report(folder: Path) -> str:
-    for path in folder.glob("*planned*memory-usage-report.txt"):
-        text = path.read_text()
-        if "Total bytes" in text:
-            return text
-    return ""
+def _report(folder: Path) -> tuple[str, str] | None:
+    """The compiler's report on memory and the program it is about, once both are there."""
+    reports, programs = (
+        folder.glob("*planned*memory-usage-report.txt"),
+        folder.glob("*planned*.after_optimizations.txt"),
+    )
+    found = [(path.read_text(), other.read_text()) for path in reports for other in programs]
+    # The report has a part for each kind of memory; the program ends with its entry.
+    for report, text in found:
+        if report.count("Total bytes") >= 2 and "(color=0)" in report and re.search(r"^ENTRY (?s:.*)^\}", text, re.M):
+            return report, text
+    return None
 
 
 def _reason(errors: str) -> str:
@@ -268,26 +295,49 @@ def _worker(job: Job) -> None:
     bounds = {"chips_per_host_bounds": [1, 1, 1]} if job.topology.endswith(":1x1") else {}
     try:
         topology = topologies.get_topology_desc(job.topology, platform="tpu", **bounds)
+    except Exception as error:  # the compiler's library objects in its own ways
+        print(json.dumps({"input_error": f"topology {job.topology}: {one_line(error)}"}))
+        return
+    try:
         mesh = mesh_lib.parse_mesh(job.mesh, devices=topology.devices)
         function, arguments, donated = program(job, mesh)
     except InputError as error:
         print(json.dumps({"input_error": str(error)}))
         return
-    except Exception as error:  # the compiler's library objects in its own ways
-        print(json.dumps({"input_error": f"topology {job.topology}: {' '.join(str(error).split())[:200]}"}))
-        return
     local = jax.tree.map(_on_one_device, arguments)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        lowered = jax.jit(function, donate_argnums=donated, keep_unused=True).lower(*arguments)
+    weights = arguments[0].params if job.part == "train" else arguments[0]
     values = {
         "arguments": sum(_bytes_here(leaf) for leaf in jax.tree.leaves(arguments)),
-        "parameters": sum(_bytes_here(leaf) for leaf in jax.tree.leaves(arguments[0])),
-        "operations": count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps=_STEPS) / mesh.size,
-        "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments[0]))
-        // mesh.shape["tensor"],
+        "others": 0 if job.part == "train" else _at_rest(job, mesh),
+        "operations": count_operations(jax.make_jaxpr(function)(*local).jaxpr, _steps(job)) / mesh.size,
+        "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)) // mesh.shape["tensor"],
     }
     print(json.dumps(values), flush=True)
     lowered.compile()
+
+
+def _steps(job: Job) -> int:
+    return _STEPS if job.part == "denoise" else 1
+
+
+def _at_rest(job: Job, mesh: jax.sharding.Mesh) -> int:
+    """Bytes on a chip of the parameters of all parts but the job's own."""
+    config = model_config(job.model)
+    own = {"text": "text", "decode": "codec", "denoise": "dit"}[job.part]
+    others = [part for part in config.parts if not part.startswith(own)]
+    return sum(_bytes_here(leaf) for part in others for leaf in jax.tree.leaves(_held(config, part, mesh, job.dtype)))
+
+
+def _held(config: ModelConfig, part: str, mesh: jax.sharding.Mesh, dtype: str) -> Any:
+    """The abstract parameters of a part as they are in memory."""
+
+    def in_memory(path, leaf):
+        kind = memory_dtype(part, jax.tree_util.keystr(path, simple=True, separator="."), dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=leaf.sharding)
+
+    return jax.tree.map_with_path(in_memory, abstract_params(config, mesh)[part])
 
 
 def _on_one_device(leaf):
@@ -303,19 +353,16 @@ def program(job: Job, mesh: jax.sharding.Mesh):
     config = model_config(job.model)
     dtype = jnp.dtype(job.dtype)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = abstract_params(config, mesh)
 
     def held(part):
-        def in_memory(path, leaf):
-            kind = memory_dtype(part, jax.tree_util.keystr(path, simple=True, separator="."), job.dtype)
-            return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=leaf.sharding)
-
-        return jax.tree.map_with_path(in_memory, params[part])
+        return _held(config, part, mesh, job.dtype)
 
     def array(shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
     F, Y, X, Z = config.codec.latent_shape(job.frames, *job.size)
+    if job.part == "train":
+        return _training(config, dtype, mesh, job.batch, (F, Y, X, Z))
     guided = config.sampling.guidance != 1
     texts = job.batch * (2 if guided else 1)
     if job.part == "text":
@@ -339,7 +386,9 @@ def program(job: Job, mesh: jax.sharding.Mesh):
     schedule = sampler.Schedule(array((_STEPS + 1,)), array((_STEPS,)))
     given = pipeline.Given(
         condition_1FYXC=array((1, F, Y, X, config.dit.condition_channels)) if config.dit.condition_channels else None,
-        image_1LD=array((1, config.vision.tokens, config.vision.width)) if config.vision else None,
+        image_1LD=array((1, config.dit.image_positions or config.vision.tokens, config.vision.width))
+        if config.vision
+        else None,
     )
 
     def planned(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given):
@@ -349,6 +398,42 @@ def program(job: Job, mesh: jax.sharding.Mesh):
 
     text = array((texts, config.text.length, config.text.width))
     return planned, (dits, array((job.batch, F, Y, X, Z)), text, schedule, array((2,)), given), 1
+
+
+def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: int, shape: tuple[int, ...]):
+    """A step of training the transformer on latents and text features: AdamW, float32 parameters and averages."""
+    dit = dataclasses.replace(config.dit, remat="full", condition_channels=0, image_width=0)
+    model = DiT(dit, dtype)
+    x0_BFYXZ, text_BLD = jnp.zeros((1, *shape)), jnp.zeros((1, config.text.length, config.text.width))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+
+    def create():
+        level_BF = jnp.zeros((1, shape[0]))
+        return state_lib.create(model.init(jax.random.key(0), x0_BFYXZ, level_BF, text_BLD)["params"], optimizer)
+
+    boxed = jax.eval_shape(create)
+    state = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        meta.unbox(boxed),
+        mesh_lib.shardings(boxed, mesh),
+    )
+
+    def loss(params, batch, key):
+        x0_BFYXZ, text_BLD = batch
+        drawn = flow.noised(key, x0_BFYXZ, shift=3.0, known_share=0.2)
+        velocity_BFYXZ = model.apply({"params": params}, drawn.x_BFYXZ, drawn.level_BF, text_BLD)
+        return flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, drawn.noise_BFYXZ, drawn.known_BF), {}
+
+    place = mesh_lib.batch_sharding(mesh)
+    clips = tuple(
+        jax.ShapeDtypeStruct((batch, *x.shape[1:]), jnp.float32, sharding=place) for x in (x0_BFYXZ, text_BLD)
+    )
+    step = state_lib.make_step(loss, optimizer, seed=0, ema_decay=0.999)
+
+    def planned(state, clips):
+        return step(state, clips)
+
+    return planned, (state, clips), 0
 
 
 def _by_rows(leaf, mesh):
@@ -393,11 +478,12 @@ def count_operations(jaxpr: Any, steps: int = 1) -> float:
 
 
 _KINDS = ("all-gather", "all-to-all", "collective-permute", "all-reduce", "reduce-scatter")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
 
-def count_collectives(text: str, steps: int = 1) -> dict[str, float]:
-    """Bytes that each chip receives in a compiled program (HLO text), by kind of collective.
+def count_collectives(text: str, steps: int = 1, chips: int = 1) -> dict[str, float]:
+    """Bytes that each chip receives in a program compiled for so many (HLO text), by kind of collective.
 
     Loops count as often as they run, but for the outermost one of so many `steps`. Of the branches of a condition the
     costliest counts.
@@ -425,32 +511,35 @@ def count_collectives(text: str, steps: int = 1) -> dict[str, float]:
 
         for line in bodies.get(name, ()):
             if found := re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line):
-                total[found[2]] += _received(found[1], found[2], bool(found[3]), line)
+                total[found[2]] += _received(found[1], found[2], bool(found[3]), _group_size(line, chips))
             elif re.search(r" while\(", line):
                 times = turns(re.search(r"condition=%?([\w.\-]+)", line)[1])
                 is_steps = steps > 1 and times == steps
                 add(count(re.search(r"body=%?([\w.\-]+)", line)[1], 1 if is_steps else steps), 1 if is_steps else times)
-            elif branches := re.search(r"branch_computations=\{(.*?)\}", line):
-                options = [count(branch.strip().lstrip("%"), steps) for branch in branches[1].split(",")]
+            elif re.search(r" conditional\(", line):
+                branches = re.search(r"branch_computations=\{(.*?)\}", line)
+                names = branches[1].split(",") if branches else re.findall(r"(?:true|false)_computation=([^,]+)", line)
+                options = [count(name.strip().lstrip("%"), steps) for name in names]
                 add(max(options, key=lambda option: sum(option.values())))
             else:
-                for called in re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
+                for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
                     add(count(called, steps))
         return total
 
     return {kind: size for kind, size in count(entry, steps).items() if size}
 
 
-def _received(shapes: str, kind: str, is_start: bool, line: str) -> float:
-    """Bytes a chip receives by one collective of that result: its own part is there already."""
+def _received(shapes: str, kind: str, is_start: bool, group: int) -> float:
+    """Bytes a chip receives by one collective of that result among `group` chips: its own part is there already."""
     sizes = [
         _BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", shapes)
+        for dtype, dims in re.findall(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]", shapes)
     ]
-    # The start of an asynchronous collective gives its operand and its result.
-    result = (max(sizes) if is_start else sum(sizes)) if sizes else 0
-    group = _group_size(line)
-    others = (group - 1) / group
+    if is_start and kind in ("all-gather", "collective-permute"):
+        # The start of these gives operands, results, and sometimes counters.
+        sizes = [size for size in sizes if size > 4]
+        sizes = sizes[len(sizes) // 2 :]
+    result, others = sum(sizes), (group - 1) / group
     return {
         "all-gather": result * others,
         "all-to-all": result * others,
@@ -460,7 +549,8 @@ def _received(shapes: str, kind: str, is_start: bool, line: str) -> float:
     }[kind]
 
 
-def _group_size(line: str) -> int:
+def _group_size(line: str, chips: int) -> int:
+    """Among how many chips a collective is; an empty list of groups means all."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
@@ -468,7 +558,7 @@ def _group_size(line: str) -> int:
     if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-    return 2
+    return chips
 
 
 # What is printed
@@ -482,7 +572,7 @@ def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
         f"{job.frames} frames of {job.size[0]}x{job.size[1]}, batch {job.batch}, {job.dtype}",
         "per chip      arguments     heap      HBM  of all  operations  interconnect  at least  compiled",
     ]
-    names = {"text": "text", "denoise": "one step", "decode": "1 latent"}
+    names = {"text": "text", "denoise": "one step", "decode": "1 latent", "train": "one step"}
     for part, need in needs.items():
         if need.error:
             rows.append(f"  {names[part]:<11} does not compile: {need.error}")
@@ -505,17 +595,23 @@ def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
     chip, _ = chips(job.topology)
     if failed := [part for part, need in needs.items() if need.error]:
         return f"does not fit: {', '.join(failed)} cannot be compiled"
-    everything = sum(need.parameters for need in needs.values())
-    most = {part: need.hbm + everything - need.parameters for part, need in needs.items()}
+    if "train" in needs:
+        need = needs["train"]
+        fits = "fits" if need.hbm <= chip.hbm else "does not fit"
+        seconds = max(need.bounds(chip).values())
+        return f"{fits}: {need.hbm / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; a step takes {seconds:.2f} s at least"
+    # Parameters of all parts stay; the parts run one after the other.
+    most = {part: need.hbm + need.others for part, need in needs.items()}
     if over := [part for part, size in most.items() if size > chip.hbm]:
         sizes = ", ".join(f"{part} needs {most[part] / GIB:.1f} GiB with the parameters of the others" for part in over)
         return f"does not fit in {chip.hbm / GIB:.1f} GiB: {sizes}"
     F = model_config(job.model).codec.latent_shape(job.frames, *job.size)[0]
     times = {"text": 1, "denoise": steps, "decode": F * job.batch}
+    words = {"text": "the text", "denoise": f"{steps} steps", "decode": "decoding"}
     seconds = sum(times[part] * max(need.bounds(chip).values()) for part, need in needs.items())
     return (
         f"fits: at most {max(most.values()) / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; "
-        f"{steps} steps and decoding take {seconds:.1f} s at least"
+        f"{' and '.join(words[part] for part in needs)} take {seconds:.1f} s at least"
     )
 
 

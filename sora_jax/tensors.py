@@ -46,7 +46,10 @@ class Tensor:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def place(self) -> jax.Array:
-        """The whole tensor on its devices. No other memory ever holds more than a piece of it."""
+        """The whole tensor on its devices. The host holds a piece of it, or all if its first axis is split."""
+        if isinstance(self.sharding, NamedSharding) and self.sharding.spec and self.sharding.spec[0] is not None:
+            # Pieces run along the axis that is split: adding one to the others would gather them.
+            return jax.device_put(self.read(), self.sharding)
         pieces = self.pieces()
         first = next(pieces)
         if first.shape == self.shape:

@@ -51,6 +51,17 @@ def test_loss_of_nothing_unknown_is_zero_not_nan(pair):
     assert flow.velocity_loss(pair[0], *pair, jnp.ones((2, 3), bool)) == 0.0
 
 
+def test_what_is_noised_lies_on_the_path_at_its_level():
+    x0 = jax.random.normal(jax.random.key(0), (64, 4, 2, 2, 3))
+    drawn = flow.noised(jax.random.key(1), x0, shift=2.0, known_share=0.5)
+    np.testing.assert_array_equal(drawn.x_BFYXZ, flow.add_noise(x0, drawn.noise_BFYXZ, drawn.level_BF))
+    known = np.asarray(drawn.known_BF)
+    assert 0.3 < known.any(axis=1).mean() < 0.7
+    np.testing.assert_array_equal(np.asarray(drawn.level_BF)[known], 0.0)
+    for level_F, known_F in zip(np.asarray(drawn.level_BF), known, strict=True):
+        assert len(set(level_F[~known_F])) == 1 and level_F[~known_F][0] > 0
+
+
 def test_channel_weights_scale_each_channels_error():
     predicted, x0, noise = (jax.random.normal(jax.random.key(i), (2, 3, 4, 4, 2)) for i in range(3))
     unknown = jnp.zeros((2, 3), bool)

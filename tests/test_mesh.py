@@ -64,6 +64,9 @@ def test_one_device_is_the_identity():
     x = jnp.ones((2, 4, 8))
     assert mesh_lib.constrain(x, "batch", "tokens", None) is x  # without a mesh
     assert mesh_lib.shares("tokens") == 1
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: mesh_lib.per_device(jnp.sin, (("batch", "tokens", None),), x))(x)
+    assert y.shape == x.shape and (y == jnp.sin(x)).all()
 
 
 @pytest.mark.parametrize("sizes", [dict(data=2), dict(tensor=3), dict(data=0), dict(fsdp=-1), dict(context=0)])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sora_jax import mesh as mesh_lib
 from sora_jax import plan
 from sora_jax.cli import main
 from sora_jax.dit import DiT
@@ -83,9 +84,16 @@ HLO = """HloModule jit_planned
 %twice (p: (s32[], f32[8,4])) -> pred[] {
   %n2 = s32[] constant(2)
 }
+%small (q: f32[8,4]) -> f32[8,4] {
+  %scatter = f32[2,4]{1,0} reduce-scatter(%q), replica_groups={}, to_apply=%add
+}
+%large (q: f32[8,4]) -> f32[8,4] {
+  %scatter2 = f32[4,4]{1,0} reduce-scatter(%q), replica_groups={}, to_apply=%add
+}
 ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %sum = f32[8,4]{1,0} all-reduce(%a), replica_groups=[2,4]<=[8], to_apply=%add
   %loop2 = (s32[], f32[8,4]) while(%t), condition=%twice, body=%steps
+  %either = f32[8,4]{1,0} conditional(%p, %a, %a), true_computation=%small, false_computation=%large
   %all = (f32[8,4]{1,0}, f32[32,4]{1,0}) all-gather-start(%a), replica_groups=mesh['x'=2,'y'=4] {'y'}
 }
 """
@@ -93,15 +101,16 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 
 def test_collectives_are_counted_by_what_arrives():
     gather, swap, total, start = 64 * 16 * 2 * 3 / 4, 8 * 4 * 4, 2 * 8 * 4 * 4 * 3 / 4, 32 * 4 * 4 * 3 / 4
-    assert plan.count_collectives(HLO, steps=2) == {
+    assert plan.count_collectives(HLO, steps=2, chips=8) == {
         "all-gather": 10 * gather + start,
         "collective-permute": 10 * swap,
         "all-reduce": total,
+        "reduce-scatter": 4 * 4 * 4 * 7,  # that of the larger branch
     }
     assert plan.count_collectives(HLO)["collective-permute"] == 20 * swap
 
 
-@pytest.mark.parametrize("topology", ["v6e", "v6e:8", "v9:2x4", "v6e:2x4x", ""])
+@pytest.mark.parametrize("topology", ["v6e", "v6e:8", "v9:2x4", "v6e:2x4x", "v6e:0x4", ""])
 def test_topologies_that_do_not_exist_are_refused(topology, capsys):
     assert main(["plan", "--model", "bundled", "--topology", topology]) == 2
     assert "such as v6e:2x4" in capsys.readouterr().err
@@ -130,15 +139,33 @@ def test_a_mesh_is_chosen_that_divides():
     assert "data=2,context=4,tensor=1" in plan.meshes(a14b, (720, 1280), 81, 8)
 
 
+@pytest.mark.parametrize(
+    "name,part",
+    [("wan2.1-t2v-1.3b", "text"), ("wan2.1-t2v-1.3b", "decode"), ("wan2.2-ti2v-5b", "decode")]
+    + [(name, part) for name in PRESETS for part in ("denoise", "train")],
+)
+def test_every_published_model_has_programs(name, part):
+    """They trace, with arguments that are placed."""
+    config = PRESETS[name]
+    side = config.codec.stride_space * 2
+    job = plan.Job(name, part, "v6e:1x1", "data=1", (side, side), 5)
+    mesh = mesh_lib.parse_mesh("data=1", devices=jax.devices()[:1])
+    function, arguments, donated = plan.program(job, mesh)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(arguments))
+    with jax.set_mesh(mesh):
+        out = jax.tree.leaves(jax.eval_shape(function, *arguments))
+    assert out and donated in ((), 0, 1)
+
+
 def test_the_verdict_adds_up():
     job = plan.Job("wan2.1-t2v-1.3b", "", "v5e:1x1", "data=1", (480, 832), 81)
-    need = plan.Need(arguments=4, heap=4, hbm=8 * plan.GIB, operations=197e12, parameters=4 * plan.GIB)
+    need = plan.Need(arguments=4, heap=4, hbm=8 * plan.GIB, operations=197e12, others=8 * plan.GIB)
     needs = {"text": need, "denoise": need, "decode": need}
     # 8 GiB beside 8 GiB of the others' parameters do not fit in 16 GB.
     assert plan.verdict(job, needs, 10).startswith("does not fit in 14.9 GiB: text needs 16.0 GiB")
     needs = dict.fromkeys(needs, dataclasses.replace(need, hbm=6 * plan.GIB))
     # One second each: the text, 10 steps, 21 latent frames.
-    assert plan.verdict(job, needs, 10).endswith("10 steps and decoding take 32.0 s at least")
+    assert plan.verdict(job, needs, 10).endswith("the text and 10 steps and decoding take 32.0 s at least")
     needs["decode"] = plan.Need(error="too large")
     assert plan.verdict(job, needs, 10) == "does not fit: decode cannot be compiled"
     assert "does not compile: too large" in plan.describe(job, needs, 10)
@@ -156,7 +183,7 @@ def test_the_tpu_compiler_answers(capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["verdict"].startswith("fits") and answer["mesh"] == "data=1,context=4,tensor=1"
     for need in answer["parts"].values():
-        assert need["hbm"] == need["arguments"] + need["heap"] and need["operations"] > 0
+        assert need["arguments"] > 0 and need["heap"] > 0 and need["operations"] > 0
     assert {"all-to-all", "all-gather"} <= answer["parts"]["denoise"]["collectives"].keys()
     with pytest.raises(InputError, match="does not multiply"):
         plan.compile_part(plan.Job("bundled", "text", "v5e:2x2", "data=3", (128, 128), 17))

@@ -37,6 +37,8 @@ def rotate(x_BFSKE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array
 
     cos, sin = turned(jnp.cos), turned(jnp.sin)
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    # Halves change places by a product, which is exact: half a head alone would fill half of a TPU's lanes.
     E = x_BFSKE.shape[-1]
     swap = jnp.asarray(np.roll(np.eye(E), E // 2, axis=0), x_BFSKE.dtype)
-    return (x_BFSKE * cos + (x_BFSKE @ swap) * sin).astype(x_BFSKE.dtype)
+    swapped_BFSKE = jnp.matmul(x_BFSKE, swap, precision="highest")
+    return (x_BFSKE * cos + swapped_BFSKE * sin).astype(x_BFSKE.dtype)

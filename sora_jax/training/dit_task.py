@@ -233,6 +233,8 @@ class DiTTask:
         Latent channels are alike in variance, but not in what they do: in the bundled codec a third of them makes
         nine tenths of all change in the decoded frames, and others next to none. The decoder tells.
         """
+        if not 0 <= share <= 1:
+            raise InputError(f"config.flow.seen_share is {share}; it must be 0 to 1")
         if not share:
             return np.ones(self.codec_config.latent_channels, np.float32)
         latents = latents_lib.first_latents(self._paths[0], _SEEN_CLIPS)
@@ -244,7 +246,7 @@ class DiTTask:
             return jnp.mean((_decode(self.codec_config, self.codec_params, changed) - decoded) ** 2)
 
         seen_Z = np.array([change(channel) for channel in range(latents.shape[-1])])
-        return hosts.of_first(np.float32(1 - share + share * seen_Z / seen_Z.mean()))
+        return hosts.of_first(np.float32(1 - share + share * seen_Z / max(seen_Z.mean(), 1e-12)))
 
     def initialize(self, key: jax.Array):
         """Fresh parameters, boxed with their axis names."""
@@ -272,16 +274,14 @@ class DiTTask:
 
     def loss(self, params, batch: dict, key: jax.Array):
         config = self.config
-        level_key, noise_key, known_key, drop_key = jax.random.split(key, 4)
+        flow_key, drop_key = jax.random.split(key)
         x0_BFYXZ, ids_BL = batch["latents"].astype(jnp.float32), batch["ids"]
         B, F = x0_BFYXZ.shape[:2]
         drop_B1 = jax.random.uniform(drop_key, (B, 1)) < config.flow.drop_text
         ids_BL = jnp.where(drop_B1, tokenize([""], self.text_config.length), ids_BL)
-        known_BF = flow.sample_known(known_key, B, F, config.flow.known_share)
-        level_B1 = flow.sample_level(level_key, B, config.flow.shift)[:, None]
-        level_BF = jnp.where(known_BF, 0.0, level_B1)
-        noise_BFYXZ = jax.random.normal(noise_key, x0_BFYXZ.shape)
-        x_BFYXZ = flow.add_noise(x0_BFYXZ, noise_BFYXZ, level_BF)
+        x_BFYXZ, level_BF, noise_BFYXZ, known_BF = flow.noised(
+            flow_key, x0_BFYXZ, config.flow.shift, config.flow.known_share
+        )
         text_BLD = self.text.apply({"params": params["text"]}, ids_BL)
         velocity_BFYXZ, kept = self.dit.apply(
             {"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD, mutable=["intermediates"]
@@ -289,7 +289,7 @@ class DiTTask:
         loss = flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF, self._weight_Z)
         metrics = {"velocity_loss": flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF)}
         if config.flow.seen_share:
-            metrics["seen_loss"] = loss
+            metrics["weighted_loss"] = loss
         if config.align.weight:
             layout_BFYXC = batch["layout"].astype(jnp.float32)
             layout_BFSC = layout_BFYXC.reshape(B, F, -1, CHANNELS)

@@ -133,17 +133,25 @@ def test_what_is_random_about_a_clip_differs_from_pass_to_pass(data_dir):
     assert len(set(numbers.tolist())) == 64
 
 
-def test_processes_share_a_pass(data_dir, stored, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    seen = []
-    for process in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        batches = take(data_dir, 0, 2)
-        assert batches[0]["video"].shape[0] == 2
-        seen.append(set(names(batches, stored)))
-    assert not seen[0] & seen[1] and seen[0] | seen[1] == set(range(8))
-    with pytest.raises(InputError, match="multiple of the number of processes"):
-        take(data_dir, 0, 1, batch=3)
+class Rows:
+    """Where one of two processes has its rows of a batch, each on two devices."""
+
+    def __init__(self, process):
+        self.part = slice(2 * process, 2 * process + 2)
+
+    def addressable_devices_indices_map(self, shape):
+        return dict.fromkeys(("device 0", "device 1"), (self.part,))
+
+
+def test_processes_read_what_one_would_each_its_own_rows(data_dir, monkeypatch):
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, rows: rows)
+    source, whole = clips.stored(data_dir, "train"), take(data_dir, 1, 3)
+    shares = [itertools.islice(loading.batches(source, pick, 4, 3, 1, Rows(process)), 3) for process in range(2)]
+    for batch, *halves in zip(whole, *shares, strict=True):
+        assert [len(half["video"]) for half in halves] == [2, 2]
+        jax.tree.map(lambda all_, *parts: np.testing.assert_array_equal(all_, np.concatenate(parts)), batch, *halves)
+    with pytest.raises(InputError, match="batch is 0"):
+        take(data_dir, 0, 1, batch=0)
 
 
 def test_errors_say_what_is_wrong(data_dir, tmp_path):
