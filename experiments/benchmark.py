@@ -176,6 +176,7 @@ class Task(DiTTask):
         self.text, self.dit = T5Encoder(model.text), DiT(model.dit)
         self.aligner = Aligner(model.dit.width)
         self.latent_shape = model.codec.latent_shape(config.frames, config.size, config.size)
+        self._weight_Z = np.ones(model.codec.latent_channels, np.float32)
 
 
 def measure_model(bench: Bench, config: ModelConfig, params: Any, training: ConfigDict) -> None:

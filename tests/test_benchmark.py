@@ -52,6 +52,7 @@ def test_a_transformer_counts_as_its_formula(operations):
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     N, patch = F * Y * X // 4, 16
     block = N * 4 * D * D + 2 * N * N * D  # self-attention: four projections, scores and mixture
+    block += 2 * N * D * 12  # halves of the heads change places, for the positions
     block += 2 * N * D * D + 2 * L * D * D + 2 * N * L * D  # cross-attention
     block += 2 * N * D * M
     ends = 2 * N * patch * D + F * (16 * D + D * D + 6 * D * D) + L * (8 * D + D * D)

@@ -157,6 +157,7 @@ def losses(folder):
     return [record["loss"] for record in records if "loss" in record]
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_here_in_one_process_and_in_two(launch, tmp_path, monkeypatch, capfd):
     """Both ways agree; a value that cannot be trained with is told, and does not keep the next from its run."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -1,5 +1,6 @@
 """What the README says works: its training commands on a tiny model, its Python on the real one."""
 
+import importlib.util
 import re
 import shlex
 import textwrap
@@ -38,9 +39,10 @@ def test_commands_from_training_to_evaluation(in_new_folder):
     commands = [line for block in BLOCKS for line in block.splitlines() if line.startswith("sora-jax ")]
     assert [command.split()[1] for command in commands] == [
         *("generate", "convert"),
+        *("generate", "train", "plan"),
         *("train", "train", "export", "generate", "evaluate"),
     ]
-    for command in commands[2:]:
+    for command in commands[5:]:
         words = shlex.split(command)[1:]
         extra = [word for key, values in EXTRA.items() if key in words for word in values]
         assert main([*words, *extra]) == 0, command
@@ -58,6 +60,22 @@ def test_commands_for_published_folders(in_new_folder):
         assert main([*words, *(small if words[0] == "generate" else [])]) == 0, command
     assert read_video("a-red-fox-in-the-snow.mp4").frames.shape == (5, 32, 32, 3)
     assert sora_jax.load("wan-1.3b").config.parts == ("text", "codec", "dit")
+
+
+def test_commands_for_a_slice(in_new_folder, capsys):
+    """Here they have one device: they are understood, and what is missing is said in one line."""
+    (block,) = [block for block in BLOCKS if "sora-jax plan" in block]
+    Path("wan-14b").symlink_to(ROOT / "tests" / "golden" / "t2v")
+    messages = {
+        "generate": "mesh data=1,fsdp=1,context=8,tensor=1 does not multiply to the 1 devices",
+        "train": "mesh data=-1,fsdp=4,context=1,tensor=1 does not multiply to the 1 devices",
+        "plan": "pip install 'sora-jax[tpu]'",
+    }
+    for command in block.split("\n"):
+        words = shlex.split(command)[1:]
+        if words and (words[0] != "plan" or importlib.util.find_spec("libtpu") is None):
+            assert main(words) == 2
+            assert messages[words[0]] in capsys.readouterr().err
 
 
 def test_python_of_the_first_section(in_new_folder):

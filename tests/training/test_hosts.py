@@ -105,6 +105,7 @@ def train_here(config, workdir, until, monkeypatch):
         loop.train(config, workdir)
 
 
+@pytest.mark.slow
 def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp_path, monkeypatch):
     overrides = [*TINY_DIT, *ENDLESS, f"--config.codec={tiny_folder}"]
     workdir = tmp_path / "many"

@@ -90,6 +90,7 @@ def test_interrupted_codec_run_equals_uninterrupted(codec_run, tmp_path, monkeyp
     assert steps[0] == steps[1] == [2, 4, 4]
 
 
+@pytest.mark.slow
 def test_interrupted_run_with_muon_equals_uninterrupted(tmp_path, monkeypatch):
     from sora_jax.training.codec_task import CodecTask
 
