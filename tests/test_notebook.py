@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_start_to_end(tmp_path, monkeypatch):
     notebook = nbformat.read(ROOT / "experiments" / "colab_tpu.ipynb", as_version=4)
     nbformat.validate(notebook)
