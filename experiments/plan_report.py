@@ -10,15 +10,14 @@ from sora_jax import plan
 
 CASES = (
     # model, topology, size, frames
-    ("wan2.2-t2v-a14b", "v6e:2x4", (720, 1280), 81),
-    ("wan2.2-t2v-a14b", "v5p:2x2x1", (720, 1280), 81),
     ("wan2.1-t2v-14b", "v6e:2x4", (720, 1280), 81),
     ("wan2.1-t2v-14b", "v5p:2x2x2", (720, 1280), 81),
     ("wan2.1-t2v-1.3b", "v6e:1x1", (480, 832), 81),
     ("wan2.1-t2v-1.3b", "v5e:1x1", (480, 832), 81),
+    ("wan2.2-t2v-a14b", "v6e:2x4", (720, 1280), 81),
+    ("wan2.2-t2v-a14b", "v5p:2x2x1", (720, 1280), 81),
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 121),
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 1441),
-    ("bundled", "v5e:1x1", (128, 128), 17),
 )
 TRAINING = (
     # model, topology, size, frames, batches

@@ -376,11 +376,12 @@ def program(job: Job, mesh: jax.sharding.Mesh):
         def planned(params, state, latents_BFYXZ):
             return pipeline.decode(config, params, state, latents_BFYXZ, False)
 
+        codec = held("codec")  # under a mesh of devices that are not there, nothing can be computed
         with jax.set_mesh(mesh):
             first = partial(pipeline.decode, config, first=True)
-            _, state = jax.eval_shape(first, held("codec"), {}, array((1, 1, Y, X, Z)))
+            _, state = jax.eval_shape(first, codec, {}, array((1, 1, Y, X, Z)))
             state = jax.tree.map(lambda leaf: _by_rows(leaf, mesh), state)
-        return planned, (held("codec"), state, array((1, 1, Y, X, Z))), 1
+        return planned, (codec, state, array((1, 1, Y, X, Z))), 1
 
     dits = [held(part) for part in config.parts if part.startswith("dit")]
     schedule = sampler.Schedule(array((_STEPS + 1,)), array((_STEPS,)))
