@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
@@ -30,6 +29,7 @@ from ml_collections import ConfigDict
 
 from sora_jax.codec import Codec
 from sora_jax.codec.layers import convolve
+from sora_jax.counting import count_operations
 from sora_jax.data.worlds.layout import CHANNELS
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError
@@ -47,27 +47,7 @@ PROMPT = "a red ball rolls behind a gray wall"
 
 def operations(function: Callable, *args: Any) -> int:
     """Operations of the matrix products and convolutions of `function(*args)`; args may be ShapeDtypeStructs."""
-    return _operations(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _operations(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * equation.outvars[0].aval.size * inner
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            # A dilated input is mostly zeros, which a good implementation skips.
-            skipped = math.prod(params["lhs_dilation"])
-            total += 2 * equation.outvars[0].aval.size * (kernel.size // features) // skipped
-        else:
-            times = params["length"] if name == "scan" else 1
-            total += times * sum(map(_operations, jax.extend.core.jaxprs_in_params(params)))
-    return total
+    return count_operations(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ import pytest
 from sora_jax import mesh as mesh_lib
 from sora_jax import plan
 from sora_jax.cli import main
+from sora_jax.counting import count_collectives, count_operations
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
 from sora_jax.interop.presets import PRESETS
@@ -35,7 +36,7 @@ LAST = ("NHWC", "HWIO", "NHWC")
 )
 def test_operations_are_those_the_compiler_counts(function):
     function, *inputs = function()
-    counted = plan.count_operations(jax.make_jaxpr(function)(*inputs).jaxpr)
+    counted = count_operations(jax.make_jaxpr(function)(*inputs).jaxpr)
     compiled = jax.jit(function).lower(*inputs).compile().cost_analysis()["flops"]
     # The compiler also counts what is done element by element.
     assert 0.85 * compiled < counted <= compiled
@@ -50,9 +51,9 @@ def test_a_loop_counts_as_often_as_it_runs_but_the_steps_once():
 
     x = jnp.zeros((4, 4))
     one = 2 * 4**3
-    assert plan.count_operations(jax.make_jaxpr(scan(5))(x).jaxpr) == 5 * one
-    assert plan.count_operations(jax.make_jaxpr(both)(x).jaxpr) == 15 * one
-    assert plan.count_operations(jax.make_jaxpr(both)(x).jaxpr, steps=3) == 5 * one
+    assert count_operations(jax.make_jaxpr(scan(5))(x).jaxpr) == 5 * one
+    assert count_operations(jax.make_jaxpr(both)(x).jaxpr) == 15 * one
+    assert count_operations(jax.make_jaxpr(both)(x).jaxpr, steps=3) == 5 * one
 
 
 def test_a_step_of_wan_costs_what_its_sizes_say():
@@ -62,7 +63,7 @@ def test_a_step_of_wan_costs_what_its_sizes_say():
     shapes = (1, 21, 60, 104, 16), (1, 21), (1, L, 4096)
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     params = jax.eval_shape(DiT(config).init, jax.random.key(0), *inputs)
-    counted = plan.count_operations(jax.make_jaxpr(DiT(config).apply)(params, *inputs).jaxpr)
+    counted = count_operations(jax.make_jaxpr(DiT(config).apply)(params, *inputs).jaxpr)
     products = 2 * N * (4 * D * D + 2 * D * D + 2 * D * M) + 2 * L * 2 * D * D
     attention = 4 * N * (N + L) * D
     # Beside the block: patches, text and levels, and heads turned by position.
@@ -101,13 +102,13 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 
 def test_collectives_are_counted_by_what_arrives():
     gather, swap, total, start = 64 * 16 * 2 * 3 / 4, 8 * 4 * 4, 2 * 8 * 4 * 4 * 3 / 4, 32 * 4 * 4 * 3 / 4
-    assert plan.count_collectives(HLO, steps=2, chips=8) == {
+    assert count_collectives(HLO, steps=2, chips=8) == {
         "all-gather": 10 * gather + start,
         "collective-permute": 10 * swap,
         "all-reduce": total,
         "reduce-scatter": 4 * 4 * 4 * 7,  # that of the larger branch
     }
-    assert plan.count_collectives(HLO)["collective-permute"] == 20 * swap
+    assert count_collectives(HLO)["collective-permute"] == 20 * swap
 
 
 @pytest.mark.parametrize("topology", ["v6e", "v6e:8", "v9:2x4", "v6e:2x4x", "v6e:0x4", ""])
