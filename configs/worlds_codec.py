@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
             size=128,
             frames=17,  # ... of which training sees windows of this length
             crop=64,  # ... and this many rows and columns
+            on_object=0.5,  # share of the windows around an object
             codec=dict(
                 latent_channels=32,
                 width=24,

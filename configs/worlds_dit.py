@@ -38,7 +38,8 @@ def get_config() -> ConfigDict:
             dit=dict(heads=4, head_width=64, feed_forward=1024, layers=6, remat="dots"),
             # `seen_share` of the loss weighs the channels of the latents by what the decoder makes of them.
             flow=dict(shift=2.0, drop_text=0.1, known_share=0.2, seen_share=0.8),
-            align=dict(weight=0.5, layer=3),
+            # What the truth of the worlds is used for, unless `weight` is 0 (see `DiTTask`).
+            align=dict(weight=0.5, layer=3, objects=6.0),
             optimizer=dict(
                 name="muon",
                 learning_rate=2e-3,

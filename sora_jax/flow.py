@@ -73,9 +73,12 @@ def velocity_loss(
     x0_BFYXZ: jax.Array,
     noise_BFYXZ: jax.Array,
     known_BF: jax.Array,
-    weight_Z: jax.Array | float = 1.0,
+    weight_BFYXZ: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Mean squared error of the velocity over the frames that are not known, channels weighted; scalar float32."""
-    error_BF = jnp.mean(weight_Z * (predicted_BFYXZ - (noise_BFYXZ - x0_BFYXZ)) ** 2, axis=(2, 3, 4))
+    """Mean squared error of the velocity over the frames that are not known; scalar float32.
+
+    `weight_BFYXZ`, or anything that broadcasts to it, such as weights of the channels, weighs the squares.
+    """
+    error_BF = jnp.mean(weight_BFYXZ * (predicted_BFYXZ - (noise_BFYXZ - x0_BFYXZ)) ** 2, axis=(2, 3, 4))
     unknown_BF = 1.0 - known_BF
     return jnp.sum(error_BF * unknown_BF) / jnp.maximum(jnp.sum(unknown_BF), 1.0)

@@ -40,8 +40,9 @@ def codec_config(config: ConfigDict) -> CodecConfig:
 def render_windows(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
     """Windows of `config.frames` frames and `config.crop` pixels out of clips: (B, T, H, W, 3) float32 in [-1, 1].
 
-    A window is as good a lesson as a clip and costs a fraction of it, so that more steps fit into an hour. Half of
-    them are centred on an object in a random frame: silhouettes are what is hard, and most of a frame has none.
+    A window is as good a lesson as a clip and costs a fraction of it, so that more steps fit into an hour. The share
+    `config.on_object` of them is centred on an object in a random frame: silhouettes are what is hard, and most of a
+    frame has none.
     """
     size = (config.size, config.size)
     room = config.size - config.crop
@@ -52,7 +53,9 @@ def render_windows(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
         u_T = (first + jnp.arange(config.frames)) / max(config.clip_frames - 1, 1)
         video_THWC, truth = render_at(sample_scene(scene_key), u_T, size)
         anywhere_2 = jax.random.randint(place_key, (2,), 0, room + 1)
-        on_object, second, frame = jax.random.randint(which_key, (3,), 0, jnp.array([2, 2, config.frames]))
+        chance_key, which_key = jax.random.split(which_key)
+        on_object = jax.random.uniform(chance_key) < config.on_object
+        second, frame = jax.random.randint(which_key, (2,), 0, jnp.array([2, config.frames]))
         center_2 = truth.center_T2[second & truth.present[1], frame] * config.size
         around_2 = jnp.clip(center_2 - config.crop / 2, 0, room).astype(jnp.int32)
         x, y = jnp.where(on_object, around_2, anywhere_2)

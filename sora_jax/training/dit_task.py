@@ -21,7 +21,7 @@ from sora_jax.data import clips as clips_lib
 from sora_jax.data import latents as latents_lib
 from sora_jax.data.worlds import vocabulary
 from sora_jax.data.worlds.drawing import HELD_OUT, draw_clips
-from sora_jax.data.worlds.layout import CHANNELS, layout
+from sora_jax.data.worlds.layout import CHANNELS, layout, objects
 from sora_jax.data.worlds.render import Truth
 from sora_jax.data.worlds.scenes import Scene
 from sora_jax.dit import DiT, DiTConfig
@@ -189,12 +189,15 @@ class DiTTask:
 
     With `config.align.weight` above 0, the tokens after `config.align.layer` blocks are also to tell the layout of
     the clean clip (see `data/worlds/layout.py`), through a small network, {"aligner": ...}, that no model folder has.
+    The velocity then counts up to 1 + `config.align.objects` times as much where the layout has objects.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path):
         self.config = config
         if config.align.weight and not 1 <= config.align.layer <= config.dit.layers:
             raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
+        if config.align.objects < 0:
+            raise InputError(f"config.align.objects is {config.align.objects}; it must be at least 0")
         if config.data.dir:
             _clips(config, held_out=True)  # better now than at the first preview
         self.codec_config, self.codec_params = frozen_codec(config, workdir)
@@ -286,9 +289,12 @@ class DiTTask:
         velocity_BFYXZ, kept = self.dit.apply(
             {"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD, mutable=["intermediates"]
         )
-        loss = flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF, self._weight_Z)
+        weight_BFYXZ = self._weight_Z
+        if config.align.weight:
+            weight_BFYXZ = weight_BFYXZ * self._object_weights(batch["layout"], level_BF)
+        loss = flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF, weight_BFYXZ)
         metrics = {"velocity_loss": flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, noise_BFYXZ, known_BF)}
-        if config.flow.seen_share:
+        if config.flow.seen_share or config.align.weight:
             metrics["weighted_loss"] = loss
         if config.align.weight:
             layout_BFYXC = batch["layout"].astype(jnp.float32)
@@ -298,6 +304,17 @@ class DiTTask:
             metrics["align_loss"] = jnp.mean((read_BFSC - layout_BFSC) ** 2)
             loss += config.align.weight * metrics["align_loss"]
         return loss, metrics
+
+    def _object_weights(self, layout_BFYXC: jax.Array, level_BF: jax.Array) -> jax.Array:
+        """Weights (B, F, Y, X, 1) of mean one: up to 1 + `config.align.objects` times as much where an object is.
+
+        Objects are a tenth of the frame, and their outlines are what is hard. The weight fades as the level rises:
+        where noise still leaves open where an object goes, it would favour clips with objects in many places.
+        """
+        extra_BFYX = objects(layout_BFYXC) * (1 - level_BF)[:, :, None, None]
+        weight_BFYX = 1 + self.config.align.objects * extra_BFYX
+        weight_BFYX = weight_BFYX.repeat(self.dit_config.patch[1], 2).repeat(self.dit_config.patch[2], 3)
+        return (weight_BFYX / weight_BFYX.mean())[..., None]
 
     def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Loss on held-out clips at fixed levels and noise, and samples of the configured prompts side by side."""

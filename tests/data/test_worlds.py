@@ -7,7 +7,7 @@ import pytest
 
 from sora_jax.data.worlds import vocabulary
 from sora_jax.data.worlds.captions import MAX_BYTES, caption
-from sora_jax.data.worlds.layout import CHANNELS, layout
+from sora_jax.data.worlds.layout import CHANNELS, layout, objects
 from sora_jax.data.worlds.render import PALETTE, render
 from sora_jax.data.worlds.scenes import PAN_TRAVEL, ZOOM_RANGE, sample_scene
 from sora_jax.errors import InputError
@@ -291,6 +291,14 @@ def test_layout_says_what_is_where():
         # Somewhere in the middle of the clip nothing of it is seen, yet its spot is there.
         assert np.asarray(truth.visible_T)[0].min() < 0.08
         assert (map_FYXC[..., 2 + int(scene.color[0])].max(axis=(1, 2)) > 1).all()
+        there_FYX = np.asarray(objects(map_FYXC))
+        assert 0 <= there_FYX.min() < 0.01 and there_FYX.max() <= 1
+        assert there_FYX[0].max() == there_FYX[0, min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)] > 0.2
         # The background is the same everywhere.
         background = map_FYXC[..., 26:31]
         assert (background == background[0, 0, 0]).all() and background[0, 0, 0].argmax() == scene.background
+
+
+def test_stars_are_drawn_more_often(scenes):
+    shares = np.bincount(scenes.shape[:, 0], minlength=4) / len(scenes.shape)
+    assert shares[3] > 1.5 * shares[:3].max()

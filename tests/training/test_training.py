@@ -241,6 +241,20 @@ def test_clips_of_other_data_are_not_mixed_in(dit_run, codec_run):
         loop.train(dit_config(codec_run, "--config.steps=8", "--config.data.seed=2"), dit_run)
 
 
+def test_objects_count_for_more_the_lower_the_level(dit_run, codec_run):
+    task = make_task(dit_config(codec_run, "--config.align.layer=1", "--config.align.objects=4.0"), dit_run)
+    layout_BFYXC = next(task.batches(0))["layout"]
+    F = layout_BFYXC.shape[1]
+    low, high, noise = (
+        np.asarray(task._object_weights(layout_BFYXC, np.full((2, F), level))) for level in (0.1, 0.6, 1.0)
+    )
+    assert low.shape == (2, *task.latent_shape[:3], 1)
+    for weight in (low, high, noise):
+        np.testing.assert_allclose(weight.mean(), 1, rtol=1e-5)
+    assert low.max() / low.min() > high.max() / high.min() > 1.2
+    np.testing.assert_allclose(noise, 1)
+
+
 def test_alignment_trains_the_tokens_and_is_not_exported(dit_run, codec_run, tmp_path):
     """The gradient of the alignment alone reaches the text encoder and the blocks up to the layer, none beyond."""
     config = dit_config(codec_run, "--config.align.layer=1")

@@ -15,6 +15,7 @@ from sora_jax.data.worlds.render import Truth
 from sora_jax.data.worlds.scenes import Scene
 
 _BLUR = 0.15  # of the frame; an object is a Gaussian spot of this standard deviation times the root of one half
+_SPOT_AREA = math.pi * _BLUR**2 / 2  # its mean square over the frame
 
 _LOCAL = {
     "color": vocabulary.COLORS,
@@ -41,11 +42,10 @@ def layout(scene: Scene, truth: Truth, frames: int, rows: int, columns: int) -> 
     from_x = truth.center_T2[:, :, None, None, 0] - x
     from_y = truth.center_T2[:, :, None, None, 1] - y[:, None]
     spot = jnp.exp(-0.5 * (from_x**2 + from_y**2) / (0.5 * _BLUR**2)) * truth.present[:, None, None, None]
-    area = math.pi * _BLUR**2 / 2  # mean square of a spot
-    parts = [jnp.stack([jnp.sum(spot * by, axis=0) for by in (from_x, from_y)], -1) * math.sqrt(4 / area) / _BLUR]
+    parts = [jnp.stack([jnp.sum(spot * by, axis=0) for by in (from_x, from_y)], -1) * math.sqrt(4 / _SPOT_AREA) / _BLUR]
     for name, names in _LOCAL.items():
         is_2K = jax.nn.one_hot(getattr(scene, name), len(names))
-        parts.append(jnp.einsum("otyx,ok->tyxk", spot, is_2K) * math.sqrt(len(names) / area))
+        parts.append(jnp.einsum("otyx,ok->tyxk", spot, is_2K) * math.sqrt(len(names) / _SPOT_AREA))
     for name, names in _GLOBAL.items():
         is_K = jax.nn.one_hot(getattr(scene, name), len(names)) * math.sqrt(len(names))
         parts.append(jnp.broadcast_to(is_K, (*parts[0].shape[:3], len(names))))
@@ -54,3 +54,9 @@ def layout(scene: Scene, truth: Truth, frames: int, rows: int, columns: int) -> 
         return map_TYXC[:1]
     rest = map_TYXC[1:].reshape(frames - 1, -1, *map_TYXC.shape[1:]).mean(axis=1)
     return jnp.concatenate([map_TYXC[:1], rest])
+
+
+def objects(layout_BFYXC: jax.Array) -> jax.Array:
+    """Where objects are, read off a layout: (..., Y, X) float32, 1 at their centres, 0 where none is near."""
+    colors = layout_BFYXC[..., 2 : 2 + len(vocabulary.COLORS)].astype(jnp.float32)  # behind the two of the offset
+    return jnp.clip(2 * colors.sum(-1) / math.sqrt(len(vocabulary.COLORS) / _SPOT_AREA), 0, 1)

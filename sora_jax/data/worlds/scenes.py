@@ -25,6 +25,7 @@ _MARGIN = 0.02  # free space kept between an object and the frame's edge
 _LEAST_TRAVEL = 0.45
 _DWELL = 0.4
 _KIND_ODDS = (0.22, 0.25, 0.09, 0.09, 0.10, 0.25)
+_SHAPE_ODDS = (1, 1, 1, 2)  # stars are the hardest to learn: for the codec, and more so for the transformer
 _MOTION_ODDS = (0.12, 0.12, 0.12, 0.12, 0.12, 0.06, 0.06, 0.06, 0.06, 0.16)
 # In a pair: side by side, one above the other.
 _COLUMN_ODDS = (0.55, 0, 0, 0.15, 0.15, 0, 0, 0, 0, 0.15)
@@ -233,7 +234,7 @@ def _color_and_shape(number, color, shape, held_out, other):
     if other is not None:
         allowed &= ((color_ids != other[0]) | (color is not None)) & ((shape_ids != other[1]) | (shape is not None))
     allowed = jnp.where(allowed.any(), allowed, fits)
-    pair = _pick(number, allowed)
+    pair = _pick(number, allowed * jnp.asarray(_SHAPE_ODDS)[shape_ids])
     return color_ids[pair].astype(jnp.int32), shape_ids[pair].astype(jnp.int32)
 
 
