@@ -279,7 +279,7 @@ class _Target:
 
     def check(self, prompt: str) -> None:
         """Raises InputError if writing cannot succeed; makes the folder if only that is missing."""
-        from sora_jax.video import check_output
+        from sora_jax.media import check_output
 
         if self.file is None:
             try:

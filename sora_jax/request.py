@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig
-from sora_jax.video import check_fps, read_video
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def make_request(
         fps=_number("fps", defaults.fps if fps is None else fps),
     )
     check_shape(config, request.frames, request.size)
-    check_fps(request.fps)
+    media.check_fps(request.fps)
     request = dataclasses.replace(request, **_images(config, image, last_image, request))
     if noise is None:
         return request
@@ -111,7 +111,7 @@ def _images(config: ModelConfig, image: Any, last_image: Any, request: Request) 
     arrays = {}
     for name, picture in (("image", image), ("last_image", last_image)):
         if picture is not None and not isinstance(picture, np.ndarray):
-            picture = read_video(picture).frames[0]
+            picture = media.read(picture)[0][0]
         if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
             raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
         arrays[name] = picture

@@ -18,10 +18,10 @@ CODE = [*MODULES, *(path for part in ("configs", "experiments", "tests") for pat
 # A room may import from lower floors and from itself. Same floor means: they do not know one another.
 FLOORS = [
     ("errors",),
-    ("mesh", "flow", "counting", "video", "tensors"),
+    ("mesh", "flow", "counting", "media", "tensors"),
     ("layers", "attention"),
-    ("text", "codec", "dit", "sampler", "vision"),
-    ("data",),
+    ("text", "codec", "dit", "sampler", "vision", "safety"),
+    ("data", "video"),
     ("model_folder",),
     ("interop", "request", "pipeline"),
     ("training", "generate"),

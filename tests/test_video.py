@@ -5,9 +5,10 @@ import av
 import numpy as np
 import pytest
 
-from sora_jax import video as video_module
+from sora_jax import media
 from sora_jax.errors import InputError
-from sora_jax.video import Video, check_output, contact_sheet, read_video
+from sora_jax.media import check_output
+from sora_jax.video import Video, contact_sheet, read_video
 
 
 def smooth_clip(T=9, H=64, W=96):
@@ -114,11 +115,11 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch,
     target = tmp_path / f"clip{suffix}"
     target.write_bytes(b"older")
 
-    def fail_half_way(video, path):
+    def fail_half_way(path, frames, rate):
         path.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setitem(video_module._ENCODERS, suffix, fail_half_way)
+    monkeypatch.setitem(media._ENCODERS, suffix, fail_half_way)
     expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else InputError
     with pytest.raises(expected) as caught:
         smooth_clip().save(target)
@@ -128,8 +129,8 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch,
 
 
 def test_a_file_that_lost_frames_is_not_kept(tmp_path, monkeypatch):
-    write = video_module._ENCODERS[".mp4"]
-    monkeypatch.setitem(video_module._ENCODERS, ".mp4", lambda v, path: write(Video(v.frames[:-2]), path))
+    write = media._ENCODERS[".mp4"]
+    monkeypatch.setitem(media._ENCODERS, ".mp4", lambda path, frames, rate: write(path, frames[:-2], rate))
     with pytest.raises(InputError, match="only 7 of 9 frames"):
         smooth_clip().save(tmp_path / "clip.mp4")
     assert not os.listdir(tmp_path)

@@ -1,0 +1,163 @@
+"""Frames as files: mp4, gif and png, written and read back.
+
+Nothing here decides what may be written: generated frames go through `safety/release.py`, which alone calls `write`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+from sora_jax.errors import InputError
+
+SUFFIXES = (".mp4", ".gif", ".png")
+_BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer functions and matrices
+# Without these the conversion between RGB and YUV takes shortcuts that darken frames by one or two levels.
+_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+def check_fps(fps: float) -> None:
+    """Raises InputError unless files can hold this speed, in frames per second."""
+    if not 0.001 <= fps <= 1000:
+        raise InputError(f"fps must be from 0.001 to 1000, not {fps}")
+
+
+def check_output(path: str | os.PathLike, frames: int) -> None:
+    """Raises InputError unless a video of `frames` frames can be saved at `path`."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"cannot save {path}: the name must end in one of {', '.join(SUFFIXES)}")
+    if suffix == ".png" and frames != 1:
+        raise InputError(f"cannot save {path}: .png holds one frame, not {frames}; use .mp4 or .gif")
+    if path.is_dir():
+        raise InputError(f"cannot save {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot save {path}: there is no folder {path.parent}")
+    with complete_or_absent(path) as hidden:
+        hidden.touch()
+        hidden.unlink()
+
+
+def write(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
+    """Encodes frames as .mp4 (H.264, yuv420p), .gif, or .png (one frame), by the ending of `path`.
+
+    Args:
+        frames: uint8 [T, H, W, 3], RGB.
+        fps: frames per second.
+
+    Raises:
+        OSError, av.error.FFmpegError: the file cannot be written; `complete_or_absent` puts it into one line.
+    """
+    path = Path(path)
+    _ENCODERS[path.suffix.lower()](path, frames, Fraction(fps).limit_denominator(1001))
+
+
+def read(path: str | os.PathLike) -> tuple[np.ndarray, float]:
+    """Every frame of a video, GIF or picture file, uint8 [T, H, W, 3], and frames per second.
+
+    Raises:
+        InputError: if the file cannot be opened or holds no video.
+    """
+    try:
+        with open(path, "rb") as file, av.open(file) as container:
+            if not container.streams.video:
+                raise InputError(f"cannot read {path}: it holds no video")
+            stream = container.streams.video[0]
+            frames = [
+                frame.reformat(format="rgb24", interpolation=_EXACT).to_ndarray() for frame in container.decode(stream)
+            ]
+            rate = stream.average_rate or stream.guessed_rate or Fraction(8)
+    except (OSError, av.error.FFmpegError) as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+    if not frames or any(frame.shape != frames[0].shape for frame in frames):
+        raise InputError(f"cannot read {path}: it holds no frames of one size")
+    return np.stack(frames), float(rate)
+
+
+@contextlib.contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path` that takes its place if the block succeeds, else leaves no trace."""
+    hidden = path.absolute().parent / f".{secrets.token_hex(8)}{path.suffix}"
+    try:
+        yield hidden
+        if hidden.exists():
+            os.replace(hidden, path)
+    except (OSError, av.error.FFmpegError) as error:
+        raise InputError(f"cannot write {path}: {_reason(error)}") from error
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction) -> None:
+    # H.264 with 4:2:0 colour halves both sides of the frame, so odd sides grow by one repeated row or column.
+    frames = np.pad(frames, [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)], "edge")
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = ColorRange.MPEG
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture = picture.reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=_EXACT,
+            )
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames: np.ndarray, rate: Fraction) -> None:
+    # One palette made from the whole clip: a palette per frame flickers, the fixed one of the encoder bands.
+    graph = av.filter.Graph()
+    height, width = frames.shape[1:3]
+    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / rate)
+    split, palette, use, sink = (graph.add(name) for name in ("split", "palettegen", "paletteuse", "buffersink"))
+    source.link_to(split)
+    split.link_to(palette, 0, 0)
+    split.link_to(use, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    for index, frame in enumerate(frames):
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture.pts, picture.time_base = index, 1 / rate
+        source.push(picture)
+    source.push(None)
+    with av.open(str(path), "w", format="gif") as container:
+        stream = container.add_stream("gif", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
+        for _ in frames:
+            container.mux(stream.encode(sink.pull()))
+        container.mux(stream.encode())
+
+
+def _write_png(path: Path, frames: np.ndarray, rate: Fraction) -> None:
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = frames.shape[1:3]
+    encoder.pix_fmt, encoder.time_base = "rgb24", 1 / rate
+    picture = av.VideoFrame.from_ndarray(frames[0], format="rgb24")
+    path.write_bytes(b"".join(bytes(packet) for packet in [*encoder.encode(picture), *encoder.encode()]))
+
+
+_ENCODERS: dict[str, Callable[[Path, np.ndarray, Fraction], None]] = {
+    ".mp4": _write_mp4,
+    ".gif": _write_gif,
+    ".png": _write_png,
+}
