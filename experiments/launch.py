@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sora_jax.cli import load_config
+from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
 
 GRACE = 60  # seconds that a process has for saving, once it is to stop

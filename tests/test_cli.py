@@ -8,8 +8,10 @@ import pytest
 
 import sora_jax
 from sora_jax import generate as generate_module
-from sora_jax import video as video_module
-from sora_jax.cli import _Target, load_config, main
+from sora_jax import media
+from sora_jax.cli import main
+from sora_jax.cli.config_file import load_config
+from sora_jax.cli.generate import _Target
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
 from sora_jax.video import read_video
@@ -127,11 +129,11 @@ def test_damaged_models_end_in_one_line(tiny_folder, tmp_path, capsys):
     "failure, code", [(OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
 )
 def test_a_failure_while_writing_leaves_nothing(generate, capsys, monkeypatch, tmp_path, failure, code):
-    def fail_half_way(video, path):
+    def fail_half_way(path, frames, rate):
         path.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setitem(video_module._ENCODERS, ".mp4", fail_half_way)
+    monkeypatch.setitem(media._ENCODERS, ".mp4", fail_half_way)
     assert generate("a red ball", "-o", "ball.mp4") == code
     message = one_line(capsys)
     assert code == 130 or "No space left on device" in message

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from tiny import TINY_DIT
 
 from sora_jax import mesh as mesh_lib
-from sora_jax.cli import load_config
+from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
 from sora_jax.training import hosts, loop
 from sora_jax.training import state as state_lib

@@ -13,7 +13,8 @@ from flax import traverse_util
 from flax.core import meta
 from tiny import TINY_CODEC, TINY_DIT
 
-from sora_jax.cli import load_config, main
+from sora_jax.cli import main
+from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
 from sora_jax.generate import load
 from sora_jax.model_folder import read_model_folder

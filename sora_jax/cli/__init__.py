@@ -1,0 +1,110 @@
+"""The command `sora-jax`.
+
+Every mistake a user can make ends in one line on stderr and exit code 2; Ctrl-C ends in exit code 130.
+JAX and the model are imported by the command that needs them, so that help and mistakes are quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import sora_jax
+from sora_jax.cli import generate, model, train
+from sora_jax.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
+    # XLA's own notes about its caches are of no use to someone who wants a video.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        options, options.rest = _parser().parse_known_args(arguments)
+        if options.rest and options.command != "train":
+            rest = " ".join(options.rest)
+            raise InputError(f"unrecognized arguments: {rest}; see sora-jax {options.command} --help")
+        with _one_interrupt(repeat=options.command == "generate"):
+            options.run(options)
+    except InputError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130)
+        if arguments is None:
+            # The command ends here: a normal exit waits until JAX has finished the abandoned sampling.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail("not enough memory; try a smaller size, fewer frames or a smaller batch", 2)
+    except OSError as error:
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sora-jax: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _one_interrupt(repeat: bool) -> Iterator[None]:
+    """Turns Ctrl-C into exactly one KeyboardInterrupt, wherever it strikes.
+
+    While JAX is imported it may surface as an ImportError, and inside a garbage collection callback it is
+    lost with a traceback. `repeat` asks for it again every second until it arrives.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = []
+
+    def interrupt(*_: Any) -> NoReturn:
+        asked.append(True)
+        if repeat:
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise KeyboardInterrupt
+
+    def report_lost(lost: Any) -> None:
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(lost)
+
+    hook, sys.unraisablehook = sys.unraisablehook, report_lost
+    numbers = (signal.SIGINT, signal.SIGALRM) if repeat else (signal.SIGINT,)
+    older = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    except Exception as error:
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if repeat:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
+        for number, handler in older.items():
+            signal.signal(number, handler)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are InputErrors, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sora-jax", description="Text to video with diffusion transformers in JAX.")
+    parser.add_argument("--version", action="version", version=f"sora-jax {sora_jax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for part in (generate, train, model):
+        part.add_commands(commands)
+    return parser

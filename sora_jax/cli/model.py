@@ -1,0 +1,102 @@
+"""What is done with a whole model: `sora-jax convert`, `plan` and `evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from sora_jax.cli.words import number, size, whole
+from sora_jax.errors import InputError
+
+
+def add_commands(commands: Any) -> None:
+    convert = commands.add_parser("convert", help="turn a published Wan folder into a model folder", allow_abbrev=False)
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="SRC", help="a folder in the diffusers layout, or a model folder")
+    convert.add_argument("output", metavar="DST", help="the model folder to write")
+    convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="precision of its parameters")
+
+    plan = commands.add_parser("plan", help="what a model needs on a TPU slice, without one", allow_abbrev=False)
+    plan.set_defaults(run=_plan)
+    add = plan.add_argument
+    add("--model", required=True, metavar="NAME|DIR", help="bundled, a published one (wan2.1-t2v-14b), or a folder")
+    add("--topology", required=True, metavar="KIND:SHAPE", help="such as v5e:1x1, v6e:2x4, v5p:2x2x2")
+    add("--mesh", default="auto", metavar="AXIS=N,...", help="chips along data, fsdp, context, tensor (default: auto)")
+    add("--size", type=size, metavar="HxW", help="height and width in pixels (default: the model's)")
+    add("--frames", type=whole(1), help="frames of the video (default: the model's)")
+    add("--batch", type=whole(1), default=1, help="videos at a time (default: 1)")
+    add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="precision of the large products")
+    add("--full", action="store_true", help="generate code too: minutes, but finds kernels that cannot be")
+    add("--train", action="store_true", help="a step of training the transformer, in place of generating")
+    add("--search", action="store_true", help="try the meshes that make sense, and rank them")
+    add("--json", action="store_true", help="print JSON")
+
+    evaluate = commands.add_parser("evaluate", help="measure how well videos follow prompts", allow_abbrev=False)
+    evaluate.set_defaults(run=_evaluate)
+    add = evaluate.add_argument
+    add("--model", metavar="DIR", help="a model folder (default: the bundled model)")
+    add("-o", "--out", dest="output", required=True, metavar="DIR", help="folder for the report")
+    add("--num", type=whole(1), default=240, help="number of prompts (default: 240)")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of prompts and noise (default: 0)")
+    add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
+    add("--guidance", type=number(), help="weight of the prompt; 1 is no guidance (default: the model's)")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from sora_jax.generate import convert
+
+    print(convert(options.source, options.output, options.dtype))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from sora_jax import plan
+    from sora_jax.request import check_shape
+
+    if options.search and (options.train or options.mesh != "auto"):
+        raise InputError("--search tries the meshes for generating: give neither --train nor --mesh with it")
+    config = plan.model_config(options.model)
+    sampling = config.sampling
+    size, frames = options.size or sampling.size, options.frames or sampling.frames
+    check_shape(config, frames, size)
+    _, number = plan.chips(options.topology)
+    mesh = options.mesh
+    if mesh == "auto":
+        if options.train:
+            mesh, reason = plan.training_mesh(options.batch, number)
+        else:
+            mesh, reason = plan.choose_mesh(config, size, frames, number)
+        if not options.search:
+            print(f"mesh {mesh}: {reason}", file=sys.stderr)
+    job = plan.Job(options.model, "", options.topology, mesh, size, frames, options.batch, options.dtype)
+    steps = options.steps or sampling.steps
+    if options.search:
+        results = plan.search(job, options.full)
+    else:
+        results = {mesh: plan.needs(job, ("train",) if options.train else plan.PARTS, options.full)}
+    for mesh, needs in results.items():
+        here = dataclasses.replace(job, mesh=mesh)
+        if options.json:
+            parts = {part: dataclasses.asdict(need) for part, need in needs.items()}
+            print(json.dumps({**dataclasses.asdict(here), "parts": parts, "verdict": plan.verdict(here, needs, steps)}))
+        else:
+            print(plan.describe(here, needs, steps))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from sora_jax.evaluation import report
+
+    report.evaluate(
+        options.model,
+        options.output,
+        options.num,
+        options.seed,
+        steps=options.steps,
+        guidance=options.guidance,
+    )
+    print(Path(options.output, "report.md"))

@@ -1,0 +1,51 @@
+"""`sora-jax train` and `sora-jax export`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+from sora_jax.cli.config_file import load_config
+
+
+def add_commands(commands: Any) -> None:
+    train = commands.add_parser("train", help="train a model from a config file", allow_abbrev=False)
+    train.set_defaults(run=_train)
+    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config([ARG])")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="folder of checkpoints and logs")
+    train.epilog = "Any field of the config can be set: --config.steps=1000 --config.optimizer.learning_rate=1e-3"
+
+    export = commands.add_parser("export", help="turn a training run into a model folder", allow_abbrev=False)
+    export.set_defaults(run=_export)
+    export.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run")
+    export.add_argument("--codec", metavar="DIR", help="a codec run that trained only the decoder, to take it from")
+    export.add_argument("output", metavar="OUT", help="the model folder to write")
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.rest)
+
+    from sora_jax.training import hosts
+
+    hosts.connect()
+    from sora_jax.training import loop
+
+    try:
+        loop.train(config, options.workdir)
+    except hosts.HostLost as lost:
+        print(f"sora-jax: error: {lost}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # A normal exit would wait for the one that is gone. Where the first process goes, the others are stopped by
+        # JAX, which says much: it leaves them the time to end with a line of their own.
+        if hosts.is_first():
+            time.sleep(2)
+        os._exit(1)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from sora_jax.training import loop
+
+    print(loop.export(options.workdir, options.output, options.codec))
