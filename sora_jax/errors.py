@@ -1,8 +1,12 @@
-"""The one kind of error that a user can cause and repair."""
+"""What can go wrong in ways that concern the user: input that cannot be used, and requests that are refused."""
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; one line says what is wrong, where, and what would be right."""
+
+
+class Refused(Exception):
+    """The policy forbids what was asked for, or what came out; one line says why, and never quotes the prompt."""
 
 
 def one_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """The command `sora-jax`.
 
-Every mistake a user can make ends in one line on stderr and exit code 2; Ctrl-C ends in exit code 130.
+Every mistake a user can make ends in one line on stderr and exit code 2, a refusal in exit code 3, Ctrl-C in 130.
 JAX and the model are imported by the command that needs them, so that help and mistakes are quick.
 """
 
@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 
 import sora_jax
 from sora_jax.cli import generate, model, train
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, Refused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
+    """Runs the command line and returns its exit code: 0, 2 for a mistake, 3 for a refusal, 130 for Ctrl-C."""
     # XLA's own notes about its caches are of no use to someone who wants a video.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
     except InputError as error:
         return _fail(str(error), 2)
+    except Refused as refusal:
+        return _fail(f"refused: {refusal}", 3)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
         if arguments is None:

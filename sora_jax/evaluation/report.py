@@ -257,7 +257,7 @@ def _write(folder, report, samples, figure):
     (folder / "samples").mkdir()
     for number, (prompt, video, _) in enumerate(samples, 1):
         video.save(folder / "samples" / f"{number:02d}-{prompt.kind}.mp4")
-    _draw_samples(samples, figure).savefig(folder / "samples.png")
+    _picture(_draw_samples(samples, figure)).save(folder / "samples.png")
     _draw_rows(report["rows"], figure).savefig(folder / "figures.png")
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
@@ -305,6 +305,15 @@ def _figure_class():
     except ImportError as error:
         raise InputError("the report needs matplotlib: pip install 'sora_jax[evaluate]'") from error
     return partial(Figure, dpi=100, layout="constrained")
+
+
+def _picture(page):
+    """What is drawn on a page, as a video of one frame: pictures of generated frames leave the way videos do."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(page)
+    canvas.draw()
+    return Video(np.asarray(canvas.buffer_rgba())[None, ..., :3].copy())
 
 
 def _draw_rows(rows, figure):
