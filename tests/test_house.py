@@ -20,7 +20,7 @@ FLOORS = [
     ("errors",),
     ("mesh", "flow", "counting", "video", "tensors"),
     ("layers", "attention"),
-    ("text", "codec", "dit", "sampler", "vision"),
+    ("text", "codec", "dit", "sampler", "vision", "safety"),
     ("data",),
     ("model_folder",),
     ("interop", "request", "pipeline"),
