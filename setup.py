@@ -36,6 +36,8 @@ setup(
         "ml-collections>=1.0",
         "array-record>=0.8",
         "av>=14",
+        "c2pa-python>=0.38",  # older ones were not tried against forged files
+        "cryptography>=42",
         "grain>=0.2.12",
         "numpy",
         "safetensors>=0.5",

@@ -1,0 +1,1 @@
+"""Safety: the prompt gate, the frame scan, the invisible mark and provenance."""
