@@ -25,7 +25,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from sora_jax.safety import certificates
 from sora_jax.safety.keys import Signer, load_signer
-from sora_jax.safety.provenance import Claim, read_manifest, sign
+from sora_jax.safety.manifest import read_manifest
+from sora_jax.safety.provenance import Claim, sign
 from sora_jax.video import Video, read_video
 
 FORMATS = ("mp4", "gif", "png")

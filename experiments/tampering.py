@@ -22,6 +22,8 @@ def look(path: Path) -> list[tuple]:
     frames = []
     try:
         with open(path, "rb") as file, av.open(file, metadata_errors="replace") as container:
+            if (decoder := container.streams.video[0].codec_context) is not None:
+                decoder.thread_count = 1  # to start threads takes longer than to decode
             for frame in container.decode(video=0):
                 seen = None if frame.pts is None else float(frame.pts * frame.time_base)
                 frames.append((seen, frame.to_ndarray(format="rgb24").tobytes()))

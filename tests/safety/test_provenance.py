@@ -4,7 +4,6 @@ import json
 import socket
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import pytest
 from sora_jax.errors import InputError
 from sora_jax.safety import boxes
 from sora_jax.safety.keys import load_signer
-from sora_jax.safety.provenance import STATES, Claim, read_manifest, sign, verify_signed
+from sora_jax.safety.manifest import read_manifest
+from sora_jax.safety.provenance import Claim, rehearse, sign, verify_signed
 from sora_jax.video import Video
 
 sys.path.append(str(Path(__file__).parents[2] / "experiments"))
@@ -107,6 +107,15 @@ def test_an_edit_carries_the_manifests_of_what_it_was_made_from(source, signer, 
     assert str(tmp_path).encode() not in path.read_bytes()  # names of folders are nobody's business
 
 
+def test_an_input_that_c2pa_cannot_read_is_named_all_the_same(source, signer, tmp_path):
+    (tmp_path / "odd.mp4").write_bytes(b"not a video")
+    (tmp_path / "odd.xyz").write_bytes(b"nor this")
+    odd = (tmp_path / "odd.mp4", tmp_path / "odd.xyz")
+    sign(source["gif"], tmp_path / "x.gif", replace(CLAIM, ingredients=odd), signer)
+    ingredients = verify_signed(tmp_path / "x.gif", signer).ingredients
+    assert [(one.title, one.state) for one in ingredients] == [("odd.mp4", "unreadable"), ("odd.xyz", "none")]
+
+
 def test_a_source_is_never_its_own_target(source, signer):
     before = source["mp4"].read_bytes()
     with pytest.raises(InputError, match="needs a name of its own"):
@@ -118,13 +127,16 @@ def test_failures_of_signing_are_one_line(source, signer, tmp_path):
     def unplugged(data):
         raise OSError("token\nremoved")
 
-    for change, message in {
-        "key": (replace(signer, sign=unplugged), "the signing key fails: OSError: token removed"),
-        "time": (replace(signer, timestamp_url="http://127.0.0.1:9"), "time-stamp server http://127.0.0.1:9 gives no"),
-    }.values():
-        with pytest.raises(InputError, match=message) as caught:
-            sign(source["png"], tmp_path / "x.png", CLAIM, change)
-        assert "\n" not in str(caught.value)
+    silent = "the time-stamp server http://127.0.0.1:9 gives no time stamp"
+    for broken, message in [
+        (replace(signer, sign=unplugged), "the signing key fails: OSError: token removed"),
+        (replace(signer, timestamp_url="http://127.0.0.1:9"), silent),
+    ]:
+        for use in (rehearse, lambda signer: sign(source["png"], tmp_path / "x.png", CLAIM, signer)):
+            with pytest.raises(InputError, match=message) as caught:
+                use(broken)
+            assert "\n" not in str(caught.value)
+    rehearse(signer)
     with pytest.raises(InputError, match="cannot sign .*none.png: No such file"):
         sign(source["png"], tmp_path / "x.png", replace(CLAIM, ingredients=(tmp_path / "none.png",)), signer)
 
@@ -178,7 +190,7 @@ def test_what_is_no_signed_file_is_told_apart(tmp_path, content, name):
 
 
 def test_paths_and_anchors_that_are_none(source, tmp_path):
-    for path in (tmp_path / "none.mp4", tmp_path):
+    for path in (tmp_path / "none.mp4", tmp_path, "/dev/zero"):
         with pytest.raises(InputError, match="cannot read"):
             read_manifest(path)
     with pytest.raises(InputError, match="no certificates in PEM"):
@@ -286,69 +298,3 @@ def test_what_a_file_type_box_may_hold(tmp_path, header, problem):
     path.write_bytes(path.read_bytes() + tampering.box(b"ftyp", header))
     with open(path, "rb") as file:
         assert "more than one" in boxes.header_problem(file)
-
-
-# Fuzz: damage of all kinds, at random.
-
-
-def mutants(files, number, seed):
-    """Damaged copies of files: flipped, cut, doubled, moved, mixed, most of them outside the manifest."""
-    random = np.random.default_rng(seed)
-    names = sorted(files)
-    for _ in range(number):
-        name = names[random.integers(len(names))]
-        data = bytearray(files[name])
-        for _ in range(random.integers(1, 4)):
-            parts = tampering.regions(files[name], name.split(".")[1])
-            _, start, end = parts[random.integers(len(parts))]
-            at = int(random.integers(start, min(end, len(data)))) if start < len(data) else 0
-            size = int(random.integers(1, 2 ** random.integers(1, 12)))
-            kind = random.integers(8)
-            if kind < 2:
-                data[at : at + 1] = bytes([data[at] ^ 1 << random.integers(8)]) if data else b""
-            elif kind == 2:
-                data[at : at + size] = random.bytes(len(data[at : at + size]))
-            elif kind == 3:
-                del data[at : at + size]
-            elif kind == 4:
-                data[at:at] = data[start : start + size] if random.integers(2) else random.bytes(size)
-            elif kind == 5:
-                data[at : at + 4] = int(random.choice([0, 1, 7, 8, 2**31, 2**32 - 1])).to_bytes(4, "big")
-            elif kind == 6:
-                other = files[names[random.integers(len(names))]]
-                data[at : at + size] = other[at : at + size]
-            elif random.integers(4) == 0:
-                del data[at:]
-        yield name, bytes(data)
-
-
-def fuzz(folder, signer, number, seed):
-    """The states of damaged files; fails if one takes long, raises, or passes with other pixels."""
-    files = {f"x.{format}": matrix.make_signed(folder, format, signer).read_bytes() for format in matrix.FORMATS}
-    before = {}
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-        before[name] = tampering.look(folder / name)
-    found = dict.fromkeys(STATES, 0)
-    for name, data in mutants(files, number, seed):
-        path = folder / name
-        path.write_bytes(data)
-        start = time.perf_counter()
-        manifest = read_manifest(path, signer.anchor)
-        assert time.perf_counter() - start < 2
-        found[manifest.state] += 1
-        if manifest.state in matrix.INTACT:
-            assert tampering.pixels(path, before[name]) == "same"
-    return found
-
-
-def test_damaged_files(tmp_path, signer):
-    found = fuzz(tmp_path, signer, 600, seed=0)
-    assert found["tampered"] > 100 and found["unreadable"] > 100, found
-
-
-@pytest.mark.slow
-def test_ten_thousand_damaged_files(tmp_path, signer):
-    found = fuzz(tmp_path, signer, 10_000, seed=1)
-    print(found)
-    assert found["tampered"] > 1000 and found["unreadable"] > 1000, found
