@@ -38,6 +38,8 @@ _WORDS = {  # C2PA 2.2, 15.2: status codes
     "signingCredential.untrusted": "the signer is not known here",
     GENERATION: "a part of the file that tells players how to read it was changed after signing",
 }
+_EXTRA = ".additionalExclusionsPresent"
+_LEFT_OUT_TOO = "the signer chose to leave out more of the file than C2PA does, and there it may have been changed"
 _CREDENTIAL = ("signingCredential.", "claimSignature.outsideValidity", "timeStamp.")
 _BOUND = ("assertion.dataHash.match", "assertion.bmffHash.match", "assertion.boxesHash.match")
 
@@ -59,13 +61,15 @@ class Manifest:
         state: trusted (intact, and the signer's certificate leads to an anchor), valid (intact, signer unknown),
             rejected (intact, but the certificate is expired or not for this), tampered, none (no manifest: taken off or
             never there), unreadable (the file or its manifest cannot be read).
-        problems: what is wrong, in plain words with the code of the C2PA standard.
+        problems: what is wrong or, in an intact file, weakens the proof; in plain words with the code of the C2PA
+            standard.
         identifier: URN of the manifest.
         title: name of the file when it was signed.
         generator: program that wrote the claim, with its version.
         actions: such as c2pa.created.
-        source_types: last part of the IPTC digital source type of every action, such as trainedAlgorithmicMedia.
-        generation: our own assertion, empty in files by others.
+        source_types: last part of the IPTC digital source type of actions, such as trainedAlgorithmicMedia.
+        generation: our own assertion, empty in files by others; its strings are as they were signed, not made safe
+            for a terminal.
         signer: common name and organization in the certificate.
         time: of the time stamp (ISO 8601), or "".
         ingredients: files that this one was made from.
@@ -180,12 +184,14 @@ def _state(results: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     codes = results["activeManifest"]
     passed = {entry["code"] for entry in codes["success"]}
     failed = {entry["code"]: entry.get("explanation", "") for entry in codes["failure"]}
-    problems = tuple(f"{_WORDS.get(code) or _plain(words)} ({_plain(code)})" for code, words in failed.items())
+    left_out = {entry["code"]: _LEFT_OUT_TOO for entry in codes["informational"] if entry["code"].endswith(_EXTRA)}
+    words = {code: _WORDS.get(code) or _plain(explanation) for code, explanation in failed.items()} | left_out
+    problems = tuple(f"{text} ({_plain(code)})" for code, text in words.items())
     intact = "claimSignature.validated" in passed and passed & set(_BOUND)
     if not intact or not all(code.startswith(_CREDENTIAL) for code in failed):
         return "tampered", problems
     if not failed:
-        return ("trusted" if "signingCredential.trusted" in passed else "valid"), ()
+        return ("trusted" if "signingCredential.trusted" in passed else "valid"), problems
     return ("valid" if set(failed) == {"signingCredential.untrusted"} else "rejected"), problems
 
 

@@ -3,7 +3,6 @@
 import json
 import socket
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,7 +152,7 @@ def test_a_file_by_another_signer_is_not_taken_for_ours(source, signer, tmp_path
 def test_reading_contacts_nobody(source, signer, tmp_path):
     """A file may name an address where its manifest lies; whoever reads the file must not be seen there."""
     server = socket.create_server(("127.0.0.1", 0))
-    server.settimeout(0.5)
+    server.settimeout(0.1)
     builder = c2pa.Builder({"claim_generator_info": [{"name": "other", "version": "1"}], "title": "x"})
     builder.set_intent(c2pa.C2paBuilderIntent.CREATE, c2pa.C2paDigitalSourceType.DIGITAL_CAPTURE)
     builder.set_remote_url(f"http://127.0.0.1:{server.getsockname()[1]}/x.c2pa")
@@ -163,21 +162,10 @@ def test_reading_contacts_nobody(source, signer, tmp_path):
     with open(source["png"], "rb") as original, open(path, "w+b") as target:
         builder.sign(native, "image/png", original, target)
     assert f"{server.getsockname()[1]}/x.c2pa".encode() in path.read_bytes()
-
-    calls = []
-    thread = threading.Thread(target=lambda: calls.append(_accepts(server)))
-    thread.start()
     assert read_manifest(path).state in ("none", "unreadable")
-    thread.join()
-    assert calls == [False]
-
-
-def _accepts(server):
-    try:
-        server.accept()[0].close()
-    except TimeoutError:
-        return False
-    return True
+    with pytest.raises(TimeoutError):
+        server.accept()
+    server.close()
 
 
 @pytest.mark.parametrize("content", [b"", b"a letter", b"\x1aE\xdf\xa3" + bytes(99), b"\0\0\0\x08ftyp", b"GIF89a"])
@@ -265,6 +253,7 @@ def test_files_by_others_are_read(foreign, signer):
     manifest = read_manifest(foreign, signer.anchor)
     assert (manifest.state, manifest.title, manifest.generator) == ("trusted", "theirs", "other 1")
     assert (manifest.source_types, manifest.generation) == (("digitalCapture",), {})
+    assert len(manifest.problems) == 1 and "leave out more of the file" in manifest.problems[0]  # free and skip boxes
 
 
 def test_a_forged_file_by_others_is_noticed_where_c2pa_notices_nothing(foreign, tmp_path, signer):
@@ -273,10 +262,8 @@ def test_a_forged_file_by_others_is_noticed_where_c2pa_notices_nothing(foreign, 
     assert c2pa.Reader(str(forged)).get_validation_state() == "Valid"
     assert tampering.pixels(forged, tampering.look(foreign)) == "changed"
     manifest = read_manifest(forged, signer.anchor)
-    assert (manifest.state, manifest.problems) == (
-        "tampered",
-        ("its file type box holds more than the names of file types",),
-    )
+    assert manifest.state == "tampered"
+    assert manifest.problems[-1] == "its file type box holds more than the names of file types"
 
 
 @pytest.mark.parametrize(
