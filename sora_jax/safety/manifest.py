@@ -1,0 +1,212 @@
+"""Reads what a file's C2PA manifest says, and whether to believe it.
+
+A manifest proves that a file is as its signer left it, and what the signer says of it. It can be taken off any file, so
+that a file without one proves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from cryptography import x509
+
+from sora_jax.errors import InputError
+from sora_jax.safety import boxes
+
+STATES = ("trusted", "valid", "rejected", "tampered", "none", "unreadable")
+GENERATION = "org.sora-jax.generation"
+LEFT_OUT = "left_out_boxes_sha256"  # in our assertion: the digest of the boxes that the C2PA hash leaves out
+OFFLINE = {"remote_manifest_fetch": False, "ocsp_fetch": False}  # to read a file is to contact nobody
+_CONTENT = "the picture data or another part of the file was changed after signing"
+_WORDS = {  # C2PA 2.2, 15.2: status codes
+    "assertion.dataHash.mismatch": _CONTENT,
+    "assertion.bmffHash.mismatch": _CONTENT,
+    "assertion.boxesHash.mismatch": _CONTENT,
+    "assertion.hashedURI.mismatch": "what the manifest says was changed after signing",
+    "claimSignature.mismatch": "the signature does not fit the manifest",
+    "claimSignature.missing": "the manifest has no signature",
+    "claimSignature.outsideValidity": "it was signed outside the validity of the signer's certificate",
+    "claim.hardBindings.missing": "nothing ties the manifest to this file",
+    "signingCredential.expired": "the signer's certificate has expired, and no time stamp shows that it signed before",
+    "signingCredential.invalid": "the signer's certificate is not one for signing files",
+    "signingCredential.ocsp.revoked": "the signer's certificate was revoked",
+    "signingCredential.untrusted": "the signer is not known here",
+    GENERATION: "a part of the file that tells players how to read it was changed after signing",
+}
+_EXTRA = ".additionalExclusionsPresent"
+_LEFT_OUT_TOO = "the signer chose to leave out more of the file than C2PA does, and there it may have been changed"
+_CREDENTIAL = ("signingCredential.", "claimSignature.outsideValidity", "timeStamp.")
+_BOUND = ("assertion.dataHash.match", "assertion.bmffHash.match", "assertion.boxesHash.match")
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A file that went into another: its name, what it was used for, and the state of its own manifest."""
+
+    title: str
+    relationship: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What reading a file found. Everything but `state` and `problems` is what the signer says, and no proof of it.
+
+    Attributes:
+        state: trusted (intact, and the signer's certificate leads to an anchor), valid (intact, signer unknown),
+            rejected (intact, but the certificate is expired or not for this), tampered, none (no manifest: taken off or
+            never there), unreadable (the file or its manifest cannot be read).
+        problems: what is wrong or, in an intact file, weakens the proof; in plain words with the code of the C2PA
+            standard.
+        identifier: URN of the manifest.
+        title: name of the file when it was signed.
+        generator: program that wrote the claim, with its version.
+        actions: such as c2pa.created.
+        source_types: last part of the IPTC digital source type of actions, such as trainedAlgorithmicMedia.
+        generation: our own assertion, empty in files by others; its strings are as they were signed, not made safe
+            for a terminal.
+        signer: common name and organization in the certificate.
+        time: of the time stamp (ISO 8601), or "".
+        ingredients: files that this one was made from.
+    """
+
+    state: str
+    problems: tuple[str, ...] = ()
+    identifier: str = ""
+    title: str = ""
+    generator: str = ""
+    actions: tuple[str, ...] = ()
+    source_types: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    signer: str = ""
+    serial_number: str = ""
+    time: str = ""
+    ingredients: tuple[Ingredient, ...] = ()
+
+
+def read_manifest(path: str | os.PathLike, anchors: str = "") -> Manifest:
+    """Reads and checks the C2PA manifest of any file.
+
+    Args:
+        path: the file.
+        anchors: root certificates of the signers that are known, PEM.
+
+    Raises:
+        InputError: if there is no such file to read, or the anchors are no certificates. What is wrong with the
+            content of a file is never raised but told in the result.
+    """
+    settings = {"verify": OFFLINE}
+    if anchors:
+        settings["trust"] = {"user_anchors": anchors}
+        try:
+            x509.load_pem_x509_certificates(anchors.encode())
+        except ValueError:
+            raise InputError("the anchors are no certificates in PEM; expected -----BEGIN CERTIFICATE-----") from None
+    if os.path.exists(path) and not os.path.isfile(path):  # a device may never end
+        raise InputError(f"cannot read {path}: it is no file")
+    try:
+        with open(path, "rb") as file:
+            return _read(file, media_type(path), settings)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def media_type(path: str | os.PathLike) -> str | None:
+    """The MIME type that a file's name stands for."""
+    return mimetypes.guess_type(os.fspath(path))[0]
+
+
+def _read(file: BinaryIO, kind: str | None, settings: dict[str, Any]) -> Manifest:
+    import c2pa
+
+    try:
+        with c2pa.Reader(kind, file, context=c2pa.Context.from_dict(settings)) as reader:
+            report, exact = json.loads(reader.json()), json.loads(reader.crjson())
+    except c2pa.C2paError.ManifestNotFound:
+        return Manifest("none")
+    except (c2pa.C2paError, ValueError) as error:
+        return Manifest("unreadable", (_plain(error),))
+    try:
+        return _checked(report, _generation(report, exact), file)
+    except (AttributeError, KeyError, StopIteration, TypeError, ValueError):  # by others, in a form of their own
+        return Manifest("unreadable", ("its manifest does not have the form of the standard",))
+
+
+def _generation(report: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
+    # The plain report of c2pa shows lists of numbers as base64.
+    active = next(one for one in exact["manifests"] if one["label"] == report["active_manifest"])
+    return dict(active["assertions"].get(GENERATION, {}))
+
+
+def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO) -> Manifest:
+    active = report["manifests"][report["active_manifest"]]
+    assertions = [one for one in active.get("assertions", ()) if one["label"].startswith("c2pa.actions")]
+    actions = [action for assertion in assertions for action in assertion["data"]["actions"]]
+    certificate = active.get("signature_info") or {}
+    state, problems = _state(report["validation_results"])
+    if state in ("trusted", "valid", "rejected"):
+        problem = _container_problem(file, generation)
+        if problem:
+            state, problems = "tampered", (*problems, problem)
+    return Manifest(
+        state,
+        problems,
+        identifier=_plain(report["active_manifest"]),
+        title=_plain(active.get("title", "")),
+        generator=", ".join(
+            _plain(f"{info.get('name', '')} {info.get('version', '')}")
+            for info in active.get("claim_generator_info", ())
+        ),
+        actions=tuple(_plain(action["action"]) for action in actions),
+        source_types=tuple(_plain(a["digitalSourceType"]).split("/")[-1] for a in actions if "digitalSourceType" in a),
+        generation=generation,
+        signer=", ".join(_plain(certificate[part]) for part in ("common_name", "issuer") if certificate.get(part)),
+        serial_number=_plain(certificate.get("cert_serial_number", "")),
+        time=_plain(certificate.get("time", "")),
+        ingredients=tuple(
+            Ingredient(
+                _plain(one.get("title", "")),
+                _plain(one.get("relationship", "")),
+                _ingredient_state(one),
+            )
+            for one in active.get("ingredients", ())
+        ),
+    )
+
+
+def _state(results: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The state of a manifest from its validation results, and what is wrong with it."""
+    codes = results["activeManifest"]
+    passed = {entry["code"] for entry in codes["success"]}
+    failed = {entry["code"]: entry.get("explanation", "") for entry in codes["failure"]}
+    left_out = {entry["code"]: _LEFT_OUT_TOO for entry in codes["informational"] if entry["code"].endswith(_EXTRA)}
+    words = {code: _WORDS.get(code) or _plain(explanation) for code, explanation in failed.items()} | left_out
+    problems = tuple(f"{text} ({_plain(code)})" for code, text in words.items())
+    intact = "claimSignature.validated" in passed and passed & set(_BOUND)
+    if not intact or not all(code.startswith(_CREDENTIAL) for code in failed):
+        return "tampered", problems
+    if not failed:
+        return ("trusted" if "signingCredential.trusted" in passed else "valid"), problems
+    return ("valid" if set(failed) == {"signingCredential.untrusted"} else "rejected"), problems
+
+
+def _ingredient_state(ingredient: dict[str, Any]) -> str:
+    if "active_manifest" in ingredient:
+        return _state(ingredient["validation_results"])[0]
+    return "unreadable" if "validation_results" in ingredient else "none"
+
+
+def _container_problem(file: BinaryIO, generation: Mapping[str, Any]) -> str | None:
+    if LEFT_OUT in generation:
+        return None if generation[LEFT_OUT] == boxes.left_out_sha256(file) else f"{_WORDS[GENERATION]} ({GENERATION})"
+    return boxes.header_problem(file)
+
+
+def _plain(text: Any) -> str:
+    """Another's words without the control characters that could steer a terminal, at most 300 letters."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text))[:300].strip()
