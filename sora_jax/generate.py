@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import re
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,9 @@ from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, write_model_folder
 from sora_jax.pipeline import Given
 from sora_jax.request import Request, make_request
-from sora_jax.tensors import Tensor
+from sora_jax.safety.policy import Policy, load_policy
+from sora_jax.safety.provenance import Claim
+from sora_jax.tensors import Tensor, files_sha256, weight_files
 from sora_jax.text import ByteTokenizer, FileTokenizer
 from sora_jax.video import Video
 from sora_jax.vision import preprocess
@@ -42,6 +47,7 @@ def load(
     lora: dict[str | os.PathLike, float] | None = None,
     lora_low: dict[str | os.PathLike, float] | None = None,
     mesh: Mesh | None = None,
+    policy: Policy | None = None,
 ) -> Generator:
     """The generator of a model folder, ours or one in the diffusers layout; without a path, of the model that comes
     with the package.
@@ -56,16 +62,18 @@ def load(
         lora_low: the same for a second transformer for low noise levels.
         mesh: of `sora_jax.mesh`, the devices that share the parameters; by default all are on JAX's default device.
             Either way they go there in pieces: the host never holds the model.
+        policy: what prompts may ask for (see `sora_jax.safety.policy.load_policy`); by default that of the package.
 
     Raises:
         InputError: if the folder is not a readable model.
     """
     _keep_compiled_programs()
+    folder = Path(BUNDLED if path is None else path)
     if dtype is None:
         dtype = "float32" if path is None or jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it can be {' or '.join(DTYPES)}")
-    config, tensors, tokenizer = _open(Path(BUNDLED if path is None else path), dtype, mesh)
+    config, tensors, tokenizer = _open(folder, dtype, mesh)
     for part, files in (("dit", lora), ("dit_low", lora_low)):
         if files and part not in tensors:
             raise InputError("lora_low is for models with a second transformer; this one has none")
@@ -73,7 +81,30 @@ def load(
             from sora_jax.interop import lora as lora_lib
 
             tensors[part] = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
-    return Generator(config, jax.tree.map(Tensor.place, tensors), tokenizer, dtype, mesh)
+    adapted = {**(lora or {}), **(lora_low or {})}
+    weights = _in_background(partial(_weights_of, folder, adapted))
+    params = jax.tree.map(Tensor.place, tensors)
+    return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy)
+
+
+def _weights_of(folder: Path, adapted: dict[str | os.PathLike, float]) -> str:
+    """Digest of the weights in a folder and of the adaptations merged into them."""
+    files = {f"{Path(path).name}:{scale}": Path(path) for path, scale in adapted.items()}
+    return files_sha256(weight_files(folder) | files)
+
+
+def _in_background(work: Callable[[], str]) -> Callable[[], str]:
+    """Starts on something that is needed later; the result waits for it. It holds up neither Ctrl-C nor the end."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except OSError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str | None = None) -> Path:
@@ -123,6 +154,9 @@ class Generator:
         tokenizer: prompts to ids.
         dtype: of the large products of text encoder and transformer.
         mesh: the devices that share the work, or None: JAX's default device does it.
+        name: of the model, for the manifests of what it makes.
+        weights: gives the digest of its weights, hexadecimal, for the same.
+        policy: what prompts may ask for.
     """
 
     def __init__(
@@ -132,8 +166,12 @@ class Generator:
         tokenizer: ByteTokenizer | FileTokenizer | None = None,
         dtype: str = "float32",
         mesh: Mesh | None = None,
+        name: str = "",
+        weights: Callable[[], str] = lambda: "",
+        policy: Policy | None = None,
     ):
         self.config = config
+        self.name, self.weights, self.policy = name, weights, policy or load_policy()
         self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer or ByteTokenizer()
         self.mesh = mesh
@@ -189,6 +227,7 @@ class Generator:
 
         Raises:
             InputError: if an argument is out of range; the message names what would be possible.
+            Refused: the policy forbids a prompt or a picture.
         """
         request = make_request(
             self.config,
@@ -204,6 +243,7 @@ class Generator:
             noise=noise,
             image=image,
             last_image=last_image,
+            policy=self.policy,
         )
         for note in self.notes(request):
             warnings.warn(note, stacklevel=2)
@@ -227,11 +267,35 @@ class Generator:
                 chosen = [min(start + i, len(request.prompts) - 1) for i in range(batch)]
                 with self._on_mesh():
                     latents_BFYXZ = self._sample(request, chosen, given)
-                for latents_FYXZ in latents_BFYXZ[: len(request.prompts) - start]:
+                for number, latents_FYXZ in enumerate(latents_BFYXZ[: len(request.prompts) - start], start):
                     # One video at a time: decoding needs far more memory than sampling.
                     with self._on_mesh():
                         frames = self._decode_video(latents_FYXZ, request)
-                    yield Video(frames, request.fps)
+                    yield Video(frames, request.fps, self._claim(request, number))
+
+    def _claim(self, request: Request, number: int) -> Claim:
+        """What the file of a video will say of how it was made."""
+        sampling = self.config.sampling
+        said = {name: getattr(request, name) for name in ("frames", "size", "steps", "guidance", "fps")}
+        if self.config.boundary is not None:
+            said["guidance_low"] = request.guidance_low
+        said |= {name: getattr(sampling, name) for name in ("solver", "schedule", "shift")} | {"dtype": self.dtype.name}
+        if request.negative_prompt:
+            said["negative_prompt_sha256"] = _sha256(request.negative_prompt)
+        if request.noise is not None:
+            said["noise_sha256"] = hashlib.sha256(request.noise[number].tobytes()).hexdigest()
+        prompt = request.prompts[number]
+        return Claim(
+            model=self.name,
+            weights_sha256=self.weights(),
+            config=said,
+            prompt_sha256=_sha256(prompt),
+            prompt=prompt,
+            seed=request.seeds[number],
+            mesh=",".join(f"{axis}={n}" for axis, n in self.mesh.shape.items() if n > 1) if self.mesh else "",
+            checks={"prompt": {"policy_sha256": request.policy.digest, "allowed": True}},
+            ingredients=request.ingredients,
+        )
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
@@ -346,6 +410,10 @@ def _stretch(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         resized = jax.image.resize(picture_HWC.astype(np.float32), (*size, 3), "lanczos3")
         picture_HWC = np.clip(np.round(resized), 0, 255)
     return np.float32(picture_HWC) / 127.5 - 1
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _wait(array: jax.Array) -> jax.Array:

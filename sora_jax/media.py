@@ -47,8 +47,8 @@ def check_output(path: str | os.PathLike, frames: int) -> None:
         hidden.unlink()
 
 
-def write(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
-    """Encodes frames as .mp4 (H.264, yuv420p), .gif, or .png (one frame), by the ending of `path`.
+def write(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path:
+    """Encodes frames as .mp4 (H.264, yuv420p), .gif, or .png (one frame), by the ending of `path`, and returns it.
 
     Args:
         frames: uint8 [T, H, W, 3], RGB.
@@ -58,7 +58,9 @@ def write(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
         OSError, av.error.FFmpegError: the file cannot be written; `complete_or_absent` puts it into one line.
     """
     path = Path(path)
-    _ENCODERS[path.suffix.lower()](path, frames, Fraction(fps).limit_denominator(1001))
+    # FFmpeg takes a relative name with a colon for an address.
+    _ENCODERS[path.suffix.lower()](path.absolute(), frames, Fraction(fps).limit_denominator(1001))
+    return path
 
 
 def read(path: str | os.PathLike) -> tuple[np.ndarray, float]:

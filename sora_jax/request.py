@@ -1,23 +1,34 @@
-"""What is asked of a model, checked before any work: arguments in, a complete `Request` out."""
+"""What is asked of a model, checked before any work: arguments in, a complete `Request` out.
 
-import dataclasses
+There is no request that was not checked: prompts go through the prompt gate and pictures through the frame scan when
+a `Request` is made, whoever makes it.
+"""
+
 import math
 import operator
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sora_jax import media
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, Refused
 from sora_jax.model_folder import ModelConfig
+from sora_jax.safety.gate import load_gate
+from sora_jax.safety.policy import Policy, load_policy
+from sora_jax.safety.scan import scan
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made, complete and checked: one video per entry of `prompts` and `seeds`."""
+    """What is to be made, complete and checked: one video per entry of `prompts` and `seeds`.
+
+    Raises:
+        Refused: the policy forbids a prompt or a picture.
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -31,6 +42,25 @@ class Request:
     noise: np.ndarray | None = None
     image: np.ndarray | None = None
     last_image: np.ndarray | None = None
+    ingredients: tuple[Path, ...] = ()  # files that pictures were read from
+    policy: Policy = field(default_factory=load_policy)
+
+    def __post_init__(self) -> None:
+        texts = dict.fromkeys(self.prompts)
+        if min(self.guidance, self.guidance_low) < 1:
+            texts[self.negative_prompt] = None  # such a guidance leads towards it
+        admit(list(texts), self.policy)
+        for name, picture in (("image", self.image), ("last_image", self.last_image)):
+            if picture is not None and not scan(picture[None]).passed:
+                raise Refused(f"the frame scan does not let {name} pass")
+
+
+def admit(prompts: Sequence[str], policy: Policy) -> None:
+    """Raises Refused if the policy forbids one of the prompts."""
+    for number, verdict in enumerate(load_gate(policy).check_many(prompts), 1):
+        if not verdict.allowed:
+            which = f"prompt {number}: " if len(prompts) > 1 else ""
+            raise Refused(f"{which}{verdict.reason} ({', '.join(verdict.categories)})")
 
 
 def make_request(
@@ -48,8 +78,14 @@ def make_request(
     noise: np.ndarray | None = None,
     image: str | os.PathLike | np.ndarray | None = None,
     last_image: str | os.PathLike | np.ndarray | None = None,
+    policy: Policy | None = None,
 ) -> Request:
-    """Checks the arguments of `Generator.generate` and fills in the model's defaults; raises InputError."""
+    """Checks the arguments of `Generator.generate` and fills in the model's defaults.
+
+    Raises:
+        InputError: an argument that cannot be.
+        Refused: the policy, by default that of the package, forbids a prompt or a picture.
+    """
     defaults = config.sampling
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     seeds = [seed] if np.ndim(seed) == 0 else list(seed)
@@ -67,27 +103,31 @@ def make_request(
         guidance_low = defaults.guidance_low if guidance is None else guidance
     guidance = _number("guidance", defaults.guidance if guidance is None else guidance)
     guidance_low = _number("guidance_low", guidance if guidance_low is None else guidance_low)
-    request = Request(
+    frames = _whole("frames", defaults.frames if frames is None else frames, 1)
+    size = tuple(_whole("size", side, 1) for side in _pair(defaults.size if size is None else size))
+    check_shape(config, frames, size)
+    fps = _number("fps", defaults.fps if fps is None else fps)
+    media.check_fps(fps)
+    if noise is not None:
+        shape = (len(prompts), *config.codec.latent_shape(frames, *size))
+        noise = np.asarray(noise, np.float32)
+        if noise.shape not in (shape, shape[1:]) or (noise.ndim == 4 and len(prompts) > 1):
+            raise InputError(f"noise must be {list(shape)}, not {list(noise.shape)}")
+        noise = noise.reshape(shape)
+    return Request(
         prompts=tuple(prompts),
         seeds=tuple(_whole("seed", value, 0, 2**32 - 1) for value in seeds),
         negative_prompt=negative_prompt,
-        frames=_whole("frames", defaults.frames if frames is None else frames, 1),
-        size=tuple(_whole("size", side, 1) for side in _pair(defaults.size if size is None else size)),
+        frames=frames,
+        size=size,
         steps=_whole("steps", defaults.steps if steps is None else steps, 1),
         guidance=guidance,
         guidance_low=guidance_low,
-        fps=_number("fps", defaults.fps if fps is None else fps),
+        fps=fps,
+        noise=noise,
+        **_images(config, image, last_image, frames),
+        policy=policy or load_policy(),
     )
-    check_shape(config, request.frames, request.size)
-    media.check_fps(request.fps)
-    request = dataclasses.replace(request, **_images(config, image, last_image, request))
-    if noise is None:
-        return request
-    shape = (len(prompts), *config.codec.latent_shape(request.frames, *request.size))
-    noise = np.asarray(noise, np.float32)
-    if noise.shape not in (shape, shape[1:]) or (noise.ndim == 4 and len(prompts) > 1):
-        raise InputError(f"noise must be {list(shape)}, not {list(noise.shape)}")
-    return dataclasses.replace(request, noise=noise.reshape(shape))
 
 
 def check_shape(config: ModelConfig, frames: int, size: tuple[int, int]) -> None:
@@ -97,25 +137,26 @@ def check_shape(config: ModelConfig, frames: int, size: tuple[int, int]) -> None
         _check_multiple(name, side, config.codec.stride_space * patch, 0)
 
 
-def _images(config: ModelConfig, image: Any, last_image: Any, request: Request) -> dict[str, np.ndarray | None]:
-    """The images as arrays, checked."""
+def _images(config: ModelConfig, image: Any, last_image: Any, frames: int) -> dict[str, Any]:
+    """The images as arrays, checked, and the files among them."""
     dit = config.dit
     if (image is not None or last_image is not None) and not (config.known_frames or dit.condition_channels):
         raise InputError("this model makes videos from text alone: it takes no image")
     if image is None and dit.condition_channels:
         raise InputError("this model makes a video from an image: give --image FILE, or image= in Python")
-    if last_image is not None and request.frames < 2 * config.codec.stride_time:
-        raise InputError(f"{request.frames} frames are too few for a first and a last image")
+    if last_image is not None and frames < 2 * config.codec.stride_time:
+        raise InputError(f"{frames} frames are too few for a first and a last image")
     if dit.image_positions and last_image is None:
         raise InputError("this model goes from a first to a last image: give --last-image FILE too")
-    arrays = {}
+    arrays, files = {}, []
     for name, picture in (("image", image), ("last_image", last_image)):
         if picture is not None and not isinstance(picture, np.ndarray):
+            files.append(Path(picture))
             picture = media.read(picture)[0][0]
         if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
             raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
         arrays[name] = picture
-    return arrays
+    return {**arrays, "ingredients": tuple(files)}
 
 
 def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:

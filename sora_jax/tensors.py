@@ -1,5 +1,6 @@
 """Tensors in safetensors files, read and written piece by piece: no model has to fit into the host's memory."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,6 +23,23 @@ FORMATS = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16"), "F16": jn
 _NAMES = {dtype: name for name, dtype in FORMATS.items()}
 _EXPONENT = {FORMATS["F16"]: np.uint16(0x7C00), FORMATS["BF16"]: np.uint16(0x7F80)}
 _PIECE_BYTES = 8 << 20
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """All files of weights below a folder, by their names from there."""
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*.safetensors")}
+
+
+def files_sha256(files: dict[str, Path]) -> str:
+    """Digest over the digests of named files, hexadecimal. For `weight_files` it is what this prints in the folder:
+
+    find * -name '*.safetensors' | LC_ALL=C sort | xargs sha256sum | sha256sum
+    """
+    lines = []
+    for name, path in sorted(files.items()):
+        with open(path, "rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

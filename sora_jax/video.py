@@ -1,18 +1,28 @@
-"""A video as an array of frames with its speed, and frames of several laid out on one picture."""
+"""A video as an array of frames with its speed, and frames of several laid out on one picture.
+
+`Video.save` is the one way in which a generated video leaves the program.
+"""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sora_jax import media
 from sora_jax.errors import InputError
+
+if TYPE_CHECKING:  # these take a while to import, and reading needs none of them
+    from sora_jax.safety.keys import Signer
+    from sora_jax.safety.provenance import Claim
+    from sora_jax.safety.scan import Scanner
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +32,7 @@ class Video:
     Attributes:
         frames: uint8 [T, H, W, 3], RGB, T >= 1.
         fps: frames per second, > 0.
+        claim: how it was made, for the manifests of its files; None if that is not known.
 
     Raises:
         InputError: for another dtype or shape, or an impossible speed.
@@ -29,6 +40,7 @@ class Video:
 
     frames: np.ndarray
     fps: float = 8.0
+    claim: Claim | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         frames = np.asarray(self.frames)
@@ -37,23 +49,34 @@ class Video:
         media.check_fps(self.fps)
         object.__setattr__(self, "frames", frames)
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(
+        self,
+        path: str | os.PathLike,
+        *,
+        embed_prompt: bool = False,
+        signer: Signer | None = None,
+        scanner: Scanner | None = None,
+    ) -> Path:
         """Writes the video as .mp4 (H.264, yuv420p), .gif, or .png (one frame) and returns the path.
 
-        The file appears at `path` only when it is complete and has been read back; until then it has a hidden
-        name in the same folder. An existing file is replaced in that last step.
+        Its frames are scanned, marked and signed on the way (see `sora_jax.safety.release`): those of the file are
+        not quite those of `frames`, which stay as they are.
+
+        Args:
+            embed_prompt: the file's manifest holds the prompt itself, not only its digest.
+            signer: who signs, of `sora_jax.safety.keys.load_signer`; by default this installation.
+            scanner: looks at the frames; by default the one that comes with the package.
 
         Raises:
-            InputError: if name or folder do not fit (see `check_output`), or the file cannot be written.
+            Refused: the scan found what must not leave.
+            InputError: if name or folder do not fit (see `media.check_output`), or the file cannot be written.
         """
-        path = Path(path)
-        media.check_output(path, len(self.frames))
-        with media.complete_or_absent(path) as hidden:
-            media.write(hidden, self.frames, self.fps)
-            written = len(media.read(hidden)[0])
-            if written != len(self.frames):
-                raise InputError(f"cannot write {path}: only {written} of {len(self.frames)} frames arrived")
-        return path
+        from sora_jax.safety.provenance import Claim
+        from sora_jax.safety.release import release
+
+        claim = self.claim or Claim()
+        claim = claim if embed_prompt else dataclasses.replace(claim, prompt=None)
+        return release(path, self.frames, self.fps, claim, signer, scanner)
 
     def _repr_html_(self) -> str:
         """The video itself, for a notebook."""

@@ -1,4 +1,4 @@
-"""How the tests compile, and a model with random parameters that is small enough to do it in seconds."""
+"""How the tests compile, where their signing key is, and a model with random parameters that compiles in seconds."""
 
 import os
 import tempfile
@@ -15,6 +15,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 _cache = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+# Tests sign with a key of their own.
+_settings = tempfile.TemporaryDirectory()
+os.environ["XDG_CONFIG_HOME"] = _settings.name
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -80,6 +80,24 @@ def test_nothing_imports_another_framework_or_pickle(path):
     assert not {name.split(".")[0] for name in imports(path)} & NEVER
 
 
+def test_frames_are_written_in_one_place():
+    """Only the exit calls `media.write`, only media.py encodes, and no other library that writes pictures is there."""
+    writers = set()
+    for path in MODULES:
+        here = path.relative_to(PACKAGE).as_posix()
+        assert here == "media.py" or not {n.split(".")[0] for n in imports(path)} & {"av", "PIL", "cv2", "imageio"}, (
+            here
+        )
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and (ast.unparse(node) == "media.write" or node.attr == "_ENCODERS"):
+                writers.add(here)
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("savefig", "imsave", "tofile"):
+                # A chart of figures: no frames are on it.
+                assert (here, ast.unparse(node.args[0])) == ("evaluation/report.py", "folder / 'figures.png'")
+        assert "sora_jax.media.write" not in imports(path), here
+    assert writers == {"safety/release.py"}
+
+
 def test_importing_the_package_is_cheap():
     script = "import sys, sora_jax; print([m for m in ('jax', 'flax', 'numpy', 'av') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import sora_jax
-from sora_jax.cli import generate, model, train
+from sora_jax.cli import generate, model, safety, train
 from sora_jax.errors import InputError, Refused
 
 
@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rest = " ".join(options.rest)
             raise InputError(f"unrecognized arguments: {rest}; see sora-jax {options.command} --help")
         with _one_interrupt(repeat=options.command == "generate"):
-            options.run(options)
+            return options.run(options) or 0
     except InputError as error:
         return _fail(str(error), 2)
     except Refused as refusal:
-        return _fail(f"refused: {refusal}", 3)
+        return _fail(str(refusal), 3, "refused")
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
         if arguments is None:
@@ -49,11 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("not enough memory; try a smaller size, fewer frames or a smaller batch", 2)
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
-    return 0
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"sora-jax: error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int, kind: str = "error") -> int:
+    print(f"sora-jax: {kind}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -107,6 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sora-jax", description="Text to video with diffusion transformers in JAX.")
     parser.add_argument("--version", action="version", version=f"sora-jax {sora_jax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for part in (generate, train, model):
+    for part in (generate, train, model, safety):
         part.add_commands(commands)
     return parser

@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sora_jax.cli.words import lora, number, size, whole
-from sora_jax.errors import InputError
+from sora_jax.cli.words import lora, number, prompts_of, size, whole
+from sora_jax.errors import InputError, Refused
 
 
 def add_commands(commands: Any) -> None:
@@ -50,12 +50,20 @@ def add_commands(commands: Any) -> None:
     add("--lora", action="append", type=lora, metavar="FILE[:SCALE]", help="a low-rank adaptation; can be repeated")
     add("--lora-low", action="append", type=lora, metavar="FILE[:SCALE]", help="likewise, for low noise levels")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
-
     add("--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor, or auto (default: one device)")
+    add("--policy", metavar="FILE", help="a TOML file that changes what prompts may ask for (see docs/safety.md)")
+    add(
+        "--embed-prompt",
+        action="store_true",
+        help="the manifest holds the prompt itself, not only its digest",
+    )
+    add("--signing-cert", metavar="FILE", help="PEM: the certificate chain that signs (default: this installation's)")
+    add("--signing-key", metavar="FILE", help="PEM: the private key of that certificate")
+    add("--timestamp-url", metavar="URL", help="a time-stamp server (RFC 3161) to confirm when a file was signed")
 
 
 def _generate(options: argparse.Namespace) -> None:
-    prompts = _prompts(options)
+    prompts = prompts_of(options)
     seeds = range(options.seed, options.seed + options.num)
     if seeds[-1] >= 2**32:
         raise InputError(f"--seed {options.seed} with --num {options.num} passes the largest seed, {2**32 - 1}")
@@ -69,6 +77,7 @@ def _generate(options: argparse.Namespace) -> None:
     from sora_jax.generate import load, read_config
     from sora_jax.mesh import parse_mesh
     from sora_jax.request import make_request
+    from sora_jax.safety.policy import load_policy
 
     # What can be refused is refused before a model is loaded, which may take minutes.
     config = read_config(options.model)
@@ -85,6 +94,7 @@ def _generate(options: argparse.Namespace) -> None:
         fps=options.fps,
         image=options.image,
         last_image=options.last_image,
+        policy=load_policy(options.policy),
     )
     target = _Target(options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames)
     target.check(prompts[0])
@@ -97,31 +107,39 @@ def _generate(options: argparse.Namespace) -> None:
         words, reason = choose_mesh(config, request.size, request.frames, jax.device_count())
         print(f"mesh {words}: {reason}", file=sys.stderr)
     mesh = parse_mesh(words) if words else None
+    signer = _signer(options)
     lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
-    generator = load(options.model, options.dtype, lora=lora, lora_low=lora_low, mesh=mesh)
+    generator = load(options.model, options.dtype, lora=lora, lora_low=lora_low, mesh=mesh, policy=request.policy)
     for note in generator.notes(request):
         print(note, file=sys.stderr)
+    withheld = []
     with contextlib.closing(generator.run(request, progress=True)) as videos:
         for (prompt, seed), video in zip(jobs, videos, strict=True):
-            path = video.save(target.path(f"{prompt} seed {seed}" if options.num > 1 else prompt))
-            tqdm.write(str(path))  # to stdout, past the progress bar
+            path = target.path(f"{prompt} seed {seed}" if options.num > 1 else prompt)
+            try:
+                video.save(path, embed_prompt=options.embed_prompt, signer=signer)
+            except Refused as refusal:
+                withheld.append(str(refusal))
+            else:
+                tqdm.write(str(path))  # to stdout, past the progress bar
+    if withheld:
+        raise Refused(f"{len(withheld)} of {len(jobs)} videos: {withheld[0]}")
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
-    if (options.prompt is None) == (options.prompts is None):
-        raise InputError("give one prompt, or a file of prompts with --prompts FILE")
-    if options.prompt is not None:
-        return [options.prompt]
-    try:
-        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {options.prompts}: it is not UTF-8 text") from error
-    except OSError as error:
-        raise InputError(f"cannot read {options.prompts}: {error.strerror}") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-    if not prompts:
-        raise InputError(f"{options.prompts} holds no prompts")
-    return prompts
+def _signer(options: argparse.Namespace) -> Any:
+    """Who signs the files; a key that cannot sign is found before anything is made."""
+    from sora_jax.safety import keys, provenance
+
+    if not options.signing_cert and not keys.local_anchor():
+        print(
+            "note: a signing key was made for this installation. What it signs can be checked to be unchanged; it does "
+            "not prove who made it",
+            file=sys.stderr,
+        )
+    signer = keys.load_signer(options.signing_cert, options.signing_key, options.timestamp_url)
+    if not signer.local or signer.timestamp_url:
+        provenance.rehearse(signer)
+    return signer
 
 
 class _Target:

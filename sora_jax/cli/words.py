@@ -4,6 +4,9 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
+
+from sora_jax.errors import InputError
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -46,3 +49,21 @@ def size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 128x128, not '{text}'")
     return int(match[1]), int(match[2])
+
+
+def prompts_of(options: argparse.Namespace) -> list[str]:
+    """The one prompt of a command, or those of its file: one a line, without blank lines and # comments."""
+    if (options.prompt is None) == (options.prompts is None):
+        raise InputError("give one prompt, or a file of prompts with --prompts FILE")
+    if options.prompt is not None:
+        return [options.prompt]
+    try:
+        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {options.prompts}: it is not UTF-8 text") from error
+    except OSError as error:
+        raise InputError(f"cannot read {options.prompts}: {error.strerror}") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not prompts:
+        raise InputError(f"{options.prompts} holds no prompts")
+    return prompts

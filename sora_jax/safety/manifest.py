@@ -130,7 +130,7 @@ def _read(file: BinaryIO, kind: str | None, settings: dict[str, Any]) -> Manifes
     except c2pa.C2paError.ManifestNotFound:
         return Manifest("none")
     except (c2pa.C2paError, ValueError) as error:
-        return Manifest("unreadable", (_plain(error),))
+        return Manifest("unreadable", (plain(error),))
     try:
         return _checked(report, _generation(report, exact), file)
     except (AttributeError, KeyError, StopIteration, TypeError, ValueError):  # by others, in a form of their own
@@ -156,22 +156,22 @@ def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO)
     return Manifest(
         state,
         problems,
-        identifier=_plain(report["active_manifest"]),
-        title=_plain(active.get("title", "")),
+        identifier=plain(report["active_manifest"]),
+        title=plain(active.get("title", "")),
         generator=", ".join(
-            _plain(f"{info.get('name', '')} {info.get('version', '')}")
+            plain(f"{info.get('name', '')} {info.get('version', '')}")
             for info in active.get("claim_generator_info", ())
         ),
-        actions=tuple(_plain(action["action"]) for action in actions),
-        source_types=tuple(_plain(a["digitalSourceType"]).split("/")[-1] for a in actions if "digitalSourceType" in a),
+        actions=tuple(plain(action["action"]) for action in actions),
+        source_types=tuple(plain(a["digitalSourceType"]).split("/")[-1] for a in actions if "digitalSourceType" in a),
         generation=generation,
-        signer=", ".join(_plain(certificate[part]) for part in ("common_name", "issuer") if certificate.get(part)),
-        serial_number=_plain(certificate.get("cert_serial_number", "")),
-        time=_plain(certificate.get("time", "")),
+        signer=", ".join(plain(certificate[part]) for part in ("common_name", "issuer") if certificate.get(part)),
+        serial_number=plain(certificate.get("cert_serial_number", "")),
+        time=plain(certificate.get("time", "")),
         ingredients=tuple(
             Ingredient(
-                _plain(one.get("title", "")),
-                _plain(one.get("relationship", "")),
+                plain(one.get("title", "")),
+                plain(one.get("relationship", "")),
                 _ingredient_state(one),
             )
             for one in active.get("ingredients", ())
@@ -185,8 +185,8 @@ def _state(results: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     passed = {entry["code"] for entry in codes["success"]}
     failed = {entry["code"]: entry.get("explanation", "") for entry in codes["failure"]}
     left_out = {entry["code"]: _LEFT_OUT_TOO for entry in codes["informational"] if entry["code"].endswith(_EXTRA)}
-    words = {code: _WORDS.get(code) or _plain(explanation) for code, explanation in failed.items()} | left_out
-    problems = tuple(f"{text} ({_plain(code)})" for code, text in words.items())
+    words = {code: _WORDS.get(code) or plain(explanation) for code, explanation in failed.items()} | left_out
+    problems = tuple(f"{text} ({plain(code)})" for code, text in words.items())
     intact = "claimSignature.validated" in passed and passed & set(_BOUND)
     if not intact or not all(code.startswith(_CREDENTIAL) for code in failed):
         return "tampered", problems
@@ -207,6 +207,6 @@ def _container_problem(file: BinaryIO, generation: Mapping[str, Any]) -> str | N
     return boxes.header_problem(file)
 
 
-def _plain(text: Any) -> str:
+def plain(text: Any) -> str:
     """Another's words without the control characters that could steer a terminal, at most 300 letters."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text))[:300].strip()

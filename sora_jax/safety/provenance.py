@@ -35,7 +35,7 @@ _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2k
 
 @dataclass(frozen=True)
 class Claim:
-    """What a generated file says about itself.
+    """What a generated file says about itself; what is not known stays empty.
 
     Attributes:
         title: name of the file, without folders.
@@ -50,12 +50,12 @@ class Claim:
         ingredients: files that were used as input; the file is then an edit of the first.
     """
 
-    title: str
-    model: str
-    weights_sha256: str
-    config: Mapping[str, Any]
-    prompt_sha256: str
-    seed: int
+    title: str = ""
+    model: str = ""
+    weights_sha256: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    prompt_sha256: str = ""
+    seed: int | None = None
     prompt: str | None = None
     mesh: str = ""
     version: str = sora_jax.__version__

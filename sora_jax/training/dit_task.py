@@ -28,6 +28,8 @@ from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError
 from sora_jax.layers import Dense, layer_norm
 from sora_jax.model_folder import ModelConfig, SamplingConfig, read_codec, read_model_folder, write_codec
+from sora_jax.request import admit
+from sora_jax.safety.policy import load_policy
 from sora_jax.text import T5Encoder, TextConfig, tokenize
 from sora_jax.training import hosts
 from sora_jax.training.checkpoint import Checkpoints
@@ -198,6 +200,7 @@ class DiTTask:
             raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
         if config.align.objects < 0:
             raise InputError(f"config.align.objects is {config.align.objects}; it must be at least 0")
+        admit(config.prompts, load_policy())
         if config.data.dir:
             _clips(config, held_out=True)  # better now than at the first preview
         self.codec_config, self.codec_params = frozen_codec(config, workdir)

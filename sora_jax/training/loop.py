@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sora_jax import mesh as mesh_lib
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, Refused
 from sora_jax.model_folder import read_codec, write_model_folder
 from sora_jax.training import hosts
 from sora_jax.training import state as state_lib
@@ -188,8 +188,12 @@ class _Log:
         from tensorboardX.proto.summary_pb2 import Summary
 
         for name, frames in videos.items():
-            with tempfile.TemporaryDirectory() as folder:
-                gif = Video(frames, fps=8).save(Path(folder, "preview.gif")).read_bytes()
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    gif = Video(frames, fps=8).save(Path(folder, "preview.gif")).read_bytes()
+            except Refused as refusal:
+                self.say(f"the preview of step {step} is not shown: {refusal}")
+                continue
             _, height, width, _ = frames.shape
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
             self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)

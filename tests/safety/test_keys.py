@@ -62,9 +62,9 @@ def write(folder, certs, key=KEY):
 def png(folder):
     import numpy as np
 
-    from sora_jax.video import Video
+    from sora_jax import media
 
-    return Video(np.zeros((1, 8, 8, 3), np.uint8)).save(folder / "plain.png")
+    return media.write(folder / "plain.png", np.zeros((1, 8, 8, 3), np.uint8), 8)
 
 
 def test_a_key_is_made_on_first_use_and_kept(config):

@@ -10,12 +10,12 @@ import c2pa
 import numpy as np
 import pytest
 
+from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.safety import boxes
 from sora_jax.safety.keys import load_signer
 from sora_jax.safety.manifest import read_manifest
 from sora_jax.safety.provenance import Claim, rehearse, sign, verify_signed
-from sora_jax.video import Video
 
 sys.path.append(str(Path(__file__).parents[2] / "experiments"))
 import provenance_matrix as matrix  # noqa: E402
@@ -49,7 +49,7 @@ def signer():
 def source(tmp_path):
     frames = np.random.default_rng(5).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     return {
-        format: Video(frames[:1] if format == "png" else frames).save(tmp_path / f"clip.{format}")
+        format: media.write(tmp_path / f"clip.{format}", frames[:1] if format == "png" else frames, 8)
         for format in matrix.FORMATS
     }
 

@@ -1,0 +1,142 @@
+"""Real people by name: the format of name lists, and finding names in prompts.
+
+A list knows only the people on it. A given name with a capitalised word after it is taken for a person too, unless the
+prompt introduces a made-up one ("a detective named Jack Marlow") or capitalises everything. A work in somebody's style
+shows nobody, so names after "in the style of" and the like pass.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from sora_jax.errors import InputError, one_line
+from sora_jax.safety.normalize import Forms, to_ascii, to_words
+from sora_jax.safety.phrases import compile_phrases
+
+# After a given name these make a place, a thing or an action, not a person.
+_NO_SURNAME = frozenset(
+    "Avenue Street Road Lane Square Park Bridge Falls Lake River Bay Beach Island Islands Mountain Mountains Mount "
+    "Peak Valley Canyon Station Airport Museum Gallery Cathedral Church Abbey Castle Palace Tower Hall House Hotel "
+    "University College School Hospital Theater Theatre Opera Stadium Market Building Memorial Monument Day Week "
+    "Festival Style Era The And Or Of In On At Is As With From To A An I It He She They".split()
+)
+_NAME = re.compile(
+    r"\b([A-Z][a-z]+(?:-[A-Za-z]+)?)(?: [A-Z]\.?)? ((?:van|von|de|da|del|der|bin|al|la|le|el|di)[ -])*"
+    r"([A-Z][a-z]*'?[A-Z]?[a-z]+)"
+)
+_MADE_UP = re.compile(r"\b(named|called|nicknamed|fictional|character|restaurant|ship|boat|hotel|brand)\W+$", re.I)
+_WORK = re.compile(
+    r"\b(style of|styled like|inspired by|directed by|painted by|painting by|paintings by|filmed by|film by|movie by|"
+    r"music by|song by|composed by|homage to|reminiscent of|novel by|book by|poem by|scored by|score by|"
+    r"photographed by|designed by)"
+    r"( \w+ and)?( a| an| the)? $"
+)
+_STYLE = re.compile(
+    r"^s? ?(inspired|esque|like (palette|colors|framing)|style|styled|aesthetic|color palette|symmetry|film look|"
+    r"vibes)\b"
+)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The sections of one or more name lists; what they mean is written at the head of data/names.txt."""
+
+    people: tuple[str, ...] = ()
+    capitalised: tuple[str, ...] = ()
+    false_friends: tuple[str, ...] = ()
+    given_names: tuple[str, ...] = ()
+
+    def __or__(self, other: Names) -> Names:
+        return Names(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+def read_names(path: str | os.PathLike) -> Names:
+    """Reads a name list.
+
+    Raises:
+        InputError: the file cannot be read, or a line stands outside the four sections or holds no name.
+    """
+    sections: dict[str, list[str]] = {field.name: [] for field in fields(Names)}
+    section = None
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read the names {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the names {path} are not UTF-8: {one_line(error)}") from error
+    for number, line in enumerate(lines, 1):
+        line = line.partition("#")[0].strip()
+        if line.startswith("["):
+            section = line.strip("[]").replace(" ", "_")
+        if line and section not in sections:
+            known = ", ".join(f"[{name.replace('_', ' ')}]" for name in sections)
+            raise InputError(f"{path}, line {number} is in no known section; there are {known}")
+        if line and not line.startswith("["):
+            entries = [entry.strip() for entry in line.split(",") if entry.strip()]
+            if not all(to_words(to_ascii(entry)) for entry in entries):
+                raise InputError(f"{path}, line {number} has a name without letters")
+            sections[section] += entries
+    return Names(**{name: tuple(entries) for name, entries in sections.items()})
+
+
+class NameFinder:
+    """Finds people in prompts. Compiled once for a policy."""
+
+    def __init__(self, names: Names):
+        self._people = frozenset(tuple(to_words(to_ascii(name)).split()) for name in names.people)
+        self._longest = max(map(len, self._people), default=0)
+        self._false_friends = compile_phrases(names.false_friends, {}, "names: false friends")
+        self._capitalised = frozenset(names.capitalised)
+        self._given = frozenset(names.given_names)
+
+    def found_in(self, forms: Forms) -> bool:
+        """Whether the prompt names a person."""
+        return any(map(self._is_listed, (forms.words, *forms.decoded))) or self._is_written_as_a_name(forms.text)
+
+    def _is_listed(self, words: str) -> bool:
+        parts = self._false_friends.removed_from(words).split()
+        for start in range(len(parts)):
+            for end in range(start + 1, min(start + self._longest, len(parts)) + 1):
+                name = tuple(parts[start:end])
+                genitive = (*name[:-1], name[-1].removesuffix("s"))
+                if (name in self._people or genitive in self._people) and not _is_about_work(
+                    " ".join(parts[:start]) + " ", " ".join(parts[end:])
+                ):
+                    return True
+        return False
+
+    def _is_written_as_a_name(self, text: str) -> bool:
+        words = re.findall(r"[A-Za-z']{3,}", text)
+        if sum(word[0].isupper() for word in words) > max(2, len(words) / 2):
+            return False  # a title, where capitals say nothing
+        return any(self._is_single_name(text, match) for match in re.finditer(r"(?<=[a-z,] )[A-Z][a-z]+", text)) or any(
+            self._is_full_name(text, match) for match in _NAME.finditer(text)
+        )
+
+    def _is_single_name(self, text: str, match: re.Match) -> bool:
+        return match[0] in self._capitalised and self._is_nothing_else(text, match)
+
+    def _is_full_name(self, text: str, match: re.Match) -> bool:
+        given, surname = match[1], match[3]
+        return (
+            given.partition("-")[0] in self._given
+            and surname not in _NO_SURNAME
+            and not _MADE_UP.search(text[: match.start()])
+            and self._is_nothing_else(text, match)
+        )
+
+    def _is_nothing_else(self, text: str, match: re.Match) -> bool:
+        """Whether no false friend, with up to three words around, takes the name away, and no work is meant."""
+        before, after = to_words(text[: match.start()]), to_words(text[match.end() :])
+        if _is_about_work(before + " ", after):
+            return False
+        around = " ".join([*before.split()[-3:], to_words(match[0]), *after.split()[:3]])
+        first = to_words(match[0]).split()[0]
+        return around.split().count(first) == self._false_friends.removed_from(around).split().count(first)
+
+
+def _is_about_work(before: str, after: str) -> bool:
+    return bool(_WORK.search(before) or _STYLE.search(after))

@@ -1,0 +1,188 @@
+"""Prompts to the forms that the gate's layers read: plain ASCII, and what is left when disguises are taken off.
+
+Compatibility forms, lookalike letters, invisible characters, accents and other alphabets become ASCII letters. Digits
+and symbols that stand for letters, letters set apart and stretched words are undone beside the plain form, not in it,
+so that "10 balls" stays what it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+MAX_LENGTH = 4000  # characters, as given and in ASCII; several times what text encoders read
+
+# Fillers that are drawn as nothing but count as letters or symbols.
+_BLANK = "\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+_INVISIBLE = {"Cf", "Cn", "Co", "Cs", "Mn", "Me", "Mc"}
+# Chinese, Japanese and Korean are written without spaces; each of their characters counts as a word.
+_UNSPACED = re.compile("[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
+# In words that mix alphabets these are meant by their shape, not by their upper case.
+_BY_SHAPE = {ord("η"): "n", ord("μ"): "u", ord("ω"): "w", ord("и"): "u", ord("я"): "r", ord("з"): "3"}
+
+_LEET = str.maketrans("01345789@$!|+", "oieastbgasiit")
+_LEET_L = str.maketrans("1!|", "lll")
+_MEASURE = re.compile(
+    r"[\d.,/x:]+(k|d|p|i|mm|cm|m|km|fps|s|st|nd|rd|th|x|am|pm|h|min|sec|ms|hz|khz|bit|g|kg|lb|c|f|in|ft|px|mp)?|[a-z]{1,2}\d+",
+    re.IGNORECASE,
+)
+_SINGLE = r"[A-Za-z0-9@$!|+]"
+_SPACED = re.compile(rf"(?<![^\s(\"']){_SINGLE}(?:[ .,_\-*/\\~^]{_SINGLE}){{2,}}(?![A-Za-z0-9])")
+_LONGEST_WORD = 20
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What a prompt says.
+
+    Attributes:
+        text: ASCII with case and punctuation, single spaces.
+        words: `text` as lower-case words of letters and digits with single spaces.
+        decoded: other readings, like `words`, if the prompt holds anything that may be a disguise; else empty.
+    """
+
+    text: str
+    words: str
+    decoded: tuple[str, ...]
+
+
+def forms(prompt: str) -> Forms | None:
+    """Every form of a prompt, or None if it is longer than `MAX_LENGTH`.
+
+    `forms(forms(prompt).text).text` is the same text again.
+    """
+    if len(prompt) > MAX_LENGTH or len(ascii_text := to_ascii(prompt)) > MAX_LENGTH:
+        return None
+    text = " ".join(ascii_text.split())
+    words = to_words(text)
+    readings = []
+    for split in (False, True):
+        read = to_words(_unleet(_glue(_join_spaced(ascii_text, split))))
+        readings += [re.sub(r"([a-z])\1{2,}", short, read) for short in (r"\1", r"\1\1")]
+    return Forms(text, words, tuple(dict.fromkeys(read for read in readings if read != words)))
+
+
+def to_ascii(text: str) -> str:
+    """Latin letters for letters of any alphabet, names for emoji; white space is kept."""
+    from anyascii import anyascii
+
+    if not text.isascii():
+        text = "".join(character for character in text if not _is_invisible(character))
+        text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
+        text = "".join(character for character in text if not _is_invisible(character))
+        text = _UNSPACED.sub(lambda match: f" {match[0]} ", unicodedata.normalize("NFC", text))
+        text = re.sub(r"\w+", _ascii_word, text)
+        text = anyascii(text)
+    return re.sub(r"[\x00-\x08\x0e-\x1f\x7f]", "", text)
+
+
+def to_words(text: str) -> str:
+    """Lower-case words of ASCII letters and digits with single spaces; apostrophes join."""
+    return " ".join(re.sub(r"[^a-z0-9]+", " ", text.lower().replace("'", "").replace("`", "")).split())
+
+
+@functools.cache
+def lexicon() -> dict[str, int]:
+    """Words of English with their rank by frequency, from the vocabulary of the sentence encoder."""
+    words = (DATA / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    return {word: rank for rank, word in enumerate(words) if word.isascii() and word.isalpha()}
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_invisible(character: str) -> bool:
+    return unicodedata.category(character) in _INVISIBLE or character in _BLANK
+
+
+def _ascii_word(match: re.Match) -> str:
+    """One word: lookalikes by shape where that makes it Latin, else by sound."""
+    from anyascii import anyascii
+
+    word = match[0]
+    if word.isascii():
+        return word
+    strict, loose = _lookalikes()
+    shaped = word.translate(strict)
+    if shaped.isascii():
+        return shaped
+    if re.search("[A-Za-z]", word):  # a word of two alphabets is a disguise
+        return anyascii(word.translate(loose))
+    return anyascii(word)
+
+
+@functools.cache
+def _lookalikes() -> tuple[dict[int, str], dict[int, str]]:
+    """Characters that are drawn like an ASCII letter (Unicode's confusables); also those that are in capitals."""
+    from anyascii import anyascii
+    from confusable_homoglyphs import confusables
+
+    strict = {}
+    for character, found in confusables.confusables_data.items():
+        letters = [one["c"] for one in found if len(one["c"]) == 1 and one["c"].isascii() and one["c"].isalpha()]
+        if len(character) == 1 and not character.isascii() and letters:
+            sound = anyascii(character).lower()
+            strict[ord(character)] = next((one for one in letters if one.lower() == sound), letters[0])
+    loose = dict(strict)
+    for code in range(0x370, 0x530):  # Greek and Cyrillic
+        upper = chr(code).upper()
+        if code not in strict and len(upper) == 1 and ord(upper) in strict:
+            loose[code] = strict[ord(upper)].lower()
+    return strict, loose | _BY_SHAPE
+
+
+def _join_spaced(text: str, split: bool) -> str:
+    """ "n a k e d" and "n.a.k.e.d" as one word, or as several; two spaces and more stay a gap between words."""
+
+    def joined(match: re.Match) -> str:
+        letters = re.sub(r"[ .,_\-*/\\~^]", "", match[0])
+        return _split(letters) if split else letters
+
+    return _SPACED.sub(joined, text)
+
+
+def _split(letters: str) -> str:
+    """Letters without spaces as the likeliest words, where those of rank n are 1/n as frequent (Zipf's law)."""
+    known, lower = lexicon(), letters.lower()
+    best = [(0.0, 0)]  # for each end: the cost, and where its last word starts
+    for end in range(1, len(letters) + 1):
+        starts = range(max(0, end - _LONGEST_WORD), end)
+        best.append(min((best[start][0] + _cost(lower[start:end], known), start) for start in starts))
+    words, end = [], len(letters)
+    while end:
+        words.append(letters[best[end][1] : end])
+        end = best[end][1]
+    return " ".join(reversed(words))
+
+
+def _cost(word: str, known: dict[str, int]) -> float:
+    return math.log(known[word]) if word in known else 12.0 * len(word)
+
+
+def _glue(text: str) -> str:
+    """ "na-ked" as one word, if that is a commoner word than one of its parts."""
+    known = lexicon()
+
+    def glued(match: re.Match) -> str:
+        parts = re.split(r"[^A-Za-z0-9]+", match[0].lower())
+        word = "".join(parts)
+        rarest = max(known.get(part, 1 << 30) for part in parts)
+        return word if known.get(word, 1 << 30) < rarest else match[0]
+
+    return re.sub(r"(?<![A-Za-z])[A-Za-z]+(?:[.,_\-*/\\~^]{1,3}[A-Za-z]+)+", glued, text)
+
+
+def _unleet(text: str) -> str:
+    """Letters for the digits and symbols inside words; numbers and measures such as 35mm stay."""
+    return re.sub(r"\S+", _unleet_word, text)
+
+
+def _unleet_word(match: re.Match) -> str:
+    core = match[0].strip(".,;:?\"'()[]").rstrip("!")
+    if not re.search("[A-Za-z]", core) or not re.search(r"[0-9@$!|+]", core) or _MEASURE.fullmatch(core):
+        return match[0]
+    as_i, as_l = core.translate(_LEET), core.translate(_LEET_L).translate(_LEET)
+    return as_l if as_l.lower() in lexicon() and as_i.lower() not in lexicon() else as_i

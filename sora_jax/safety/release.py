@@ -1,0 +1,80 @@
+"""The one exit: frames are scanned, marked, encoded, signed and read back before a file has its name.
+
+    frames -> scan -> mark -> encode -> sign -> read back -> rename
+
+Every generated video and picture leaves through `release`, which alone writes frames to files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from sora_jax import media
+from sora_jax.errors import InputError, Refused
+from sora_jax.safety import keys, mark, provenance, scan
+from sora_jax.safety.keys import Signer
+from sora_jax.safety.provenance import Claim
+from sora_jax.safety.scan import Scanner
+
+
+def release(
+    path: str | os.PathLike,
+    frames_THWC: np.ndarray,
+    fps: float,
+    claim: Claim,
+    signer: Signer | None = None,
+    scanner: Scanner | None = None,
+) -> Path:
+    """Writes frames as .mp4, .gif or .png (one frame), scanned, marked and signed; returns the path.
+
+    The file appears at `path` when all is done and checked; whatever stops it before leaves an older file as it was.
+
+    Args:
+        frames_THWC: uint8 [T, H, W, 3], RGB.
+        fps: frames per second.
+        claim: what the file says of how it was made; the checks and the mark are added to it.
+        signer: by default the installation's own.
+        scanner: by default the one that comes with the package.
+
+    Raises:
+        Refused: the scan found what must not leave; a report without the pictures is written beside `path`.
+        InputError: name or folder do not fit (see `media.check_output`), or the file cannot be written or signed.
+    """
+    path = Path(path)
+    media.check_output(path, len(frames_THWC))
+    signer = signer or keys.load_signer()
+    found = scan.scan(frames_THWC, scanner or scan.default_scanner())
+    if not found.passed:
+        report = path.with_name(f"{path.name}.withheld.json")
+        with media.complete_or_absent(report) as hidden:
+            hidden.write_text(json.dumps(found.report, indent=1) + "\n")
+        raise Refused(f"the frame scan withholds {path}; {report} says why")
+    payload = mark_of(claim)
+    marked_THWC = mark.embed(frames_THWC, payload, keys.watermark_key())
+    checks = {**claim.checks, "frames": found.report, "mark": f"{payload:04x}"}
+    claim = dataclasses.replace(claim, title=path.name, checks=checks)
+    with media.complete_or_absent(path) as hidden:
+        unsigned = hidden.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+        try:
+            media.write(unsigned, marked_THWC, fps)
+            provenance.sign(unsigned, hidden, claim, signer)
+        finally:
+            unsigned.unlink(missing_ok=True)
+        provenance.verify_signed(hidden, signer)
+        written = len(media.read(hidden)[0])
+        if written != len(frames_THWC):
+            raise InputError(f"cannot write {path}: only {written} of {len(frames_THWC)} frames arrived")
+    return path
+
+
+def mark_of(claim: Claim) -> int:
+    """The 16 bits that the invisible mark carries, from a hash of the claim: the same video has the same mark."""
+    said = [claim.model, claim.weights_sha256, claim.config, claim.prompt_sha256, claim.seed]
+    return int.from_bytes(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:2])

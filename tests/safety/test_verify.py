@@ -1,0 +1,78 @@
+import json
+import shutil
+
+import av
+import numpy as np
+import pytest
+from test_release import noisy_clip, save
+
+from sora_jax.cli import main
+from sora_jax.safety import keys
+from sora_jax.safety.verify import verify
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory):
+    return save(noisy_clip(9, 128), tmp_path_factory.mktemp("signed") / "clip.mp4")
+
+
+@pytest.fixture
+def copy(signed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return shutil.copy(signed, tmp_path / "clip.mp4")
+
+
+def test_what_was_made_here_is_known_and_marked(copy, capsys):
+    assert main(["verify", "clip.mp4"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("clip.mp4: trusted\n")
+    for words in (
+        "unchanged since it was signed",
+        "generative model",
+        "not scanned for: ",
+        "carries the invisible mark",
+    ):
+        assert words in text
+    assert "not that what it says is true" in text
+
+
+def test_a_changed_byte_is_told(copy, capsys):
+    with open(copy, "r+b") as file:
+        file.seek(-5, 2)
+        file.write(b"x")
+    assert main(["verify", "clip.mp4"]) == 5
+    assert "changed after it was signed" in capsys.readouterr().out
+
+
+def test_without_its_manifest_a_file_still_has_the_mark(copy, tmp_path, capsys):
+    with av.open(str(copy)) as source, av.open(str(tmp_path / "remuxed.mp4"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    assert main(["verify", "remuxed.mp4", "--json"]) == 6
+    found = json.loads(capsys.readouterr().out)
+    assert found["manifest"]["state"] == "none" and found["mark"] == "found" and len(found["mark_bits"]) == 4
+    text = verify("remuxed.mp4").text
+    assert "carries no manifest" in text and "says nothing of how it was made" in text
+
+
+def test_another_installation_does_not_know_the_signer(copy, tmp_path, monkeypatch, capsys):
+    anchor = keys.local_anchor()
+    (tmp_path / "anchor.pem").write_text(anchor)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))
+    assert main(["verify", "clip.mp4"]) == 4
+    text = capsys.readouterr().out
+    assert "does not know" in text and "not looked for" in text
+    assert main(["verify", "clip.mp4", "--anchors", "anchor.pem"]) == 0
+
+
+def test_files_that_are_no_videos(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.mp4").write_text("not a video")
+    assert main(["verify", "text.mp4"]) in (2, 6)
+    assert main(["verify", "none.mp4"]) == 2
+    assert "cannot read none.mp4" in capsys.readouterr().err
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    assert main(["verify", "x.npy"]) in (2, 6)

@@ -1,0 +1,106 @@
+import os
+
+import av
+import numpy as np
+import pytest
+
+from sora_jax import media
+from sora_jax.errors import InputError
+
+
+def smooth_clip(T=9, H=64, W=96):
+    t, y, x = np.meshgrid(*(np.linspace(0, 1, n) for n in (T, H, W)), indexing="ij")
+    rgb = np.stack([0.5 + 0.4 * np.sin(3 * x + 2 * t), 0.5 + 0.4 * np.cos(3 * y - t), 0.2 + 0.5 * x * y], -1)
+    return (255 * rgb).astype(np.uint8)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+
+
+def test_mp4_plays_in_a_browser(tmp_path):
+    clip = smooth_clip()
+    path = media.write(tmp_path / "clip.mp4", clip, 8)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.frames, stream.average_rate, context.width, context.height) == (9, 8, 96, 64)
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (
+            1,
+            1,
+            1,
+            1,
+        )
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat"), "the index must come first for playback while loading"
+    back, fps = media.read(path)
+    assert fps == 8
+    assert psnr(back, clip) > 35
+
+
+@pytest.mark.parametrize("rate", [1, 7.5, 23.976, 60])
+def test_speed_survives(tmp_path, rate):
+    path = media.write(tmp_path / "clip.mp4", smooth_clip(), rate)
+    assert media.read(path)[1] == pytest.approx(rate, rel=1e-3)
+
+
+def test_odd_sides_grow_by_one(tmp_path):
+    clip = smooth_clip(5, 33, 47)
+    back, _ = media.read(media.write(tmp_path / "odd.mp4", clip, 8))
+    assert back.shape == (5, 34, 48, 3)
+    assert psnr(back[:, :33, :47], clip) > 35
+
+
+def test_gif_has_all_frames_and_the_colours_of_the_clip(tmp_path):
+    clip = smooth_clip()
+    back, _ = media.read(media.write(tmp_path / "clip.gif", clip, 8))
+    assert back.shape == clip.shape
+    assert psnr(back, clip) > 20
+    few = np.zeros((4, 32, 32, 3), np.uint8)
+    few[..., 0] = 200
+    few[2:, 8:16, 8:16] = (20, 40, 220)
+    back, _ = media.read(media.write(tmp_path / "few.gif", few, 8))
+    assert np.abs(back.astype(int) - few).max() <= 4
+
+
+def test_png_is_exact_and_for_one_frame(tmp_path):
+    one = smooth_clip()[:1]
+    assert np.array_equal(media.read(media.write(tmp_path / "one.png", one, 8))[0], one)
+    with pytest.raises(InputError, match="holds one frame, not 9"):
+        media.check_output(tmp_path / "many.png", 9)
+
+
+def test_impossible_places_are_named(tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, reason in {
+        "x.avi": "must end in",
+        "x": "must end in",
+        "none/x.mp4": "no folder",
+        "folder.mp4": "is a folder",
+        "file/x.mp4": "no folder",
+    }.items():
+        with pytest.raises(InputError, match=reason):
+            media.check_output(tmp_path / name, 9)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="Permission denied"):
+        media.check_output(tmp_path / "x.mp4", 9)
+
+
+def test_reading_what_is_no_video(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
+    for name in ("text.mp4", "none.mp4", "."):
+        with pytest.raises(InputError, match="cannot read"):
+            media.read(tmp_path / name)
+
+
+def test_names_are_paths_and_not_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file:a%03d.mp4", "two: one.gif"):
+        assert len(media.read(media.write(name, smooth_clip(3), 8))[0]) == 3
+    assert sorted(os.listdir(tmp_path)) == ["file:a%03d.mp4", "two: one.gif"]
