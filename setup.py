@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["sora_jax", "sora_jax.*"]),
-    package_data={"sora_jax": ["bundled/*", "safety/data/*"]},
+    package_data={"sora_jax": ["bundled/*", "safety/data/*", "safety/data/prompts/*"]},
     install_requires=[
         "anyascii>=0.3",
         "array-record>=0.8",

@@ -22,6 +22,7 @@ from sora_jax.errors import InputError
 from sora_jax.evaluation.prompts import EvaluationPrompt, evaluation_prompts
 from sora_jax.evaluation.reader import Reading, read
 from sora_jax.generate import Generator, load
+from sora_jax.intervals import wilson
 from sora_jax.training.codec_task import HELD_OUT_SEED
 from sora_jax.video import Video, contact_sheet
 
@@ -138,17 +139,6 @@ def score(prompt: EvaluationPrompt, reading: Reading) -> dict[str, bool]:
     if prompt.hidden:
         answers["hidden"] = first is not None and first.hidden_and_back
     return answers
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927); (0, 1) if nothing was asked."""
-    if n == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    p, spread = right / n, z * z / n
-    center = (p + spread / 2) / (1 + spread)
-    half = math.sqrt(p * (1 - p) * spread + spread**2 / 4) / (1 + spread)
-    return max(center - half, 0.0), min(center + half, 1.0)
 
 
 def codec_psnr(generator: Generator, clips: int = _PSNR_CLIPS, seed: int = 0, bar: Any = None) -> float:

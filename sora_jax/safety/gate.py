@@ -1,4 +1,10 @@
-"""The prompt gate: a prompt is normalised, and each layer in turn may refuse it."""
+"""The prompt gate: a prompt is normalised, and each layer in turn may refuse it.
+
+    prompt -> forms -> length -> rules -> names of real people -> meaning -> verdict
+
+A part that is missing or damaged is an error, never a pass. The gate errs, in both directions: `sora-jax safety-eval`
+says how often.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,13 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from sora_jax.safety.names import NameFinder
-from sora_jax.safety.normalize import MAX_LENGTH, forms
+from sora_jax.safety.normalize import MAX_LENGTH, Forms, forms
 from sora_jax.safety.phrases import compile_phrases
 from sora_jax.safety.policy import Policy
+from sora_jax.safety.semantic import classifier, encoder
 
 _PEOPLE = "real_people"
 
@@ -20,9 +29,9 @@ class Verdict:
 
     Attributes:
         allowed: whether it may be generated.
-        categories: codes of what it asks for, where it is refused.
+        categories: codes of what it asks for, where it is refused; "length" if it is too long to be read.
         reason: one line for people.
-        layer: which one decided: "length", "rules", "names" or "".
+        layer: which one decided: "length", "rules", "names" or "meaning"; "" if none refused.
     """
 
     allowed: bool
@@ -32,44 +41,71 @@ class Verdict:
 
 
 class Gate:
-    """The layers of a policy, ready to be asked."""
+    """The layers of a policy, ready to be asked.
+
+    Raises:
+        InputError: a part of the gate is missing or damaged.
+    """
 
     def __init__(self, policy: Policy):
         lists = dict(policy.lists)
-        enabled = [category for category in policy.categories if category.enabled]
-        self._descriptions = {category.name: category.description for category in enabled}
+        self._categories = [category for category in policy.categories if category.enabled]
+        self._descriptions = {category.name: category.description or category.name for category in self._categories}
         self._rules = {
-            category.name: (
-                compile_phrases(category.phrases, lists, category.name),
-                compile_phrases(category.allow, lists, category.name),
-            )
-            for category in enabled
+            category.name: [compile_phrases(part, lists, category.name) for part in (category.phrases, category.allow)]
+            for category in self._categories
         }
         self._names = NameFinder(policy.names) if _PEOPLE in self._rules else None
+        self._encode, self._classify = encoder(), classifier()
+        # A category of the user's own is known by its examples.
+        self._examples = {
+            category.name: self._embedded([_readable(example) for example in category.examples])
+            for category in self._categories
+            if category.examples
+        }
 
     def check(self, prompt: str) -> Verdict:
         """Reads one prompt."""
         read = forms(prompt)
         if read is None:
-            return Verdict(False, ("unreadable",), f"longer than {MAX_LENGTH} characters, too long to check", "length")
+            return Verdict(
+                False, ("length",), f"it is longer than {MAX_LENGTH} characters, too long to be read", "length"
+            )
         readings = (read.words, *read.decoded)
-        hits = [
-            name
-            for name, (phrases, allow) in self._rules.items()
-            if any(phrases.found_in(allow.removed_from(words)) for words in readings)
-        ]
-        if hits:
-            return self._refused(hits, "rules")
-        if self._names and self._names.found_in(read):
-            return self._refused([_PEOPLE], "names")
+        for layer, found in (
+            ("rules", lambda: self._by_rules(readings)),
+            ("names", lambda: [_PEOPLE] if self._names and self._names.found_in(read) else []),
+            ("meaning", lambda: self._by_meaning(read)),
+        ):
+            if hits := found():
+                return Verdict(False, tuple(hits), "; ".join(self._descriptions[name] for name in hits), layer)
         return Verdict(True)
 
     def check_many(self, prompts: Sequence[str]) -> list[Verdict]:
         """Reads prompts, one verdict each."""
         return [self.check(prompt) for prompt in prompts]
 
-    def _refused(self, names: Sequence[str], layer: str) -> Verdict:
-        return Verdict(False, tuple(names), "; ".join(self._descriptions[name] or name for name in names), layer)
+    def _by_rules(self, readings: Sequence[str]) -> list[str]:
+        return [
+            name
+            for name, (phrases, allow) in self._rules.items()
+            if any(phrases.found_in(allow.removed_from(words)) for words in readings)
+        ]
+
+    def _by_meaning(self, read: Forms) -> list[str]:
+        # The plain text, and what is left when disguises are off.
+        vectors_ND = self._embedded([read.text, *read.decoded[:1]])
+        scores = {name: p.max() for name, p in self._classify(vectors_ND).items()}
+        scores |= {name: (vectors_ND @ examples_MD.T).max() for name, examples_MD in self._examples.items()}
+        return [one.name for one in self._categories if scores.get(one.name, -1.0) >= one.threshold]
+
+    def _embedded(self, texts: Sequence[str]) -> np.ndarray:
+        return self._encode([window for text in texts for window in self._encode.windows(text)])
+
+
+def _readable(text: str) -> str:
+    read = forms(text)
+    return read.text if read else text[:MAX_LENGTH]
 
 
 @functools.lru_cache(maxsize=4)

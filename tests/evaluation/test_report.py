@@ -12,8 +12,9 @@ from sora_jax.errors import InputError
 from sora_jax.evaluation import report as report_module
 from sora_jax.evaluation.prompts import evaluation_prompts
 from sora_jax.evaluation.reader import Reading, SeenObject
-from sora_jax.evaluation.report import QUESTIONS, codec_psnr, evaluate, score, wilson
+from sora_jax.evaluation.report import QUESTIONS, codec_psnr, evaluate, score
 from sora_jax.generate import Generator
+from sora_jax.intervals import wilson
 from sora_jax.model_folder import SamplingConfig
 from sora_jax.video import Video, read_video
 

