@@ -27,6 +27,7 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
+from sora_jax import media
 from sora_jax.codec import Codec
 from sora_jax.codec.layers import convolve
 from sora_jax.counting import count_operations
@@ -35,10 +36,15 @@ from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError
 from sora_jax.generate import BUNDLED, Generator
 from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, read_model_folder
+from sora_jax.safety import keys, mark, provenance
+from sora_jax.safety.gate import load_gate
+from sora_jax.safety.policy import load_policy
+from sora_jax.safety.scan import scan
 from sora_jax.text import T5Encoder, TextConfig, tokenize
 from sora_jax.training import state as state_lib
 from sora_jax.training.codec_task import codec_config
 from sora_jax.training.dit_task import Aligner, DiTTask
+from sora_jax.video import Video
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRODUCT = 2048
@@ -197,7 +203,24 @@ def measure_model(bench: Bench, config: ModelConfig, params: Any, training: Conf
         lambda: generator.generate(PROMPT, progress=False).frames,
         text.operations + sampling.steps * step.operations + decode.operations,
     )
+    measure_exit(bench, generator.generate(PROMPT, progress=False))
     measure_training(bench, config, training)
+
+
+def measure_exit(bench: Bench, video: Video) -> None:
+    """Rows for what stands between frames and a file (see `sora_jax.safety.release`), and for the prompt gate."""
+    gate, signer, key = load_gate(load_policy()), keys.load_signer(), keys.watermark_key()
+    frames, fps = video.frames, video.fps
+    with tempfile.TemporaryDirectory() as folder:
+        plain, signed, saved = (Path(folder, name) for name in ("plain.mp4", "signed.mp4", "saved.mp4"))
+        bench.measure("gate, one prompt", lambda: gate.check(PROMPT), 0)
+        bench.measure("exit: frame scan", lambda: scan(frames), 0)
+        bench.measure("exit: mark", lambda: mark.embed(frames, 1, key), 0)
+        bench.measure("exit: encode", lambda: media.write(plain, frames, fps), 0)
+        bench.measure("exit: sign", lambda: provenance.sign(plain, signed, video.claim, signer), 0)
+        bench.measure("exit: verify", lambda: provenance.verify_signed(signed, signer), 0)
+        bench.measure("exit: read back", lambda: media.read(signed), 0)
+        bench.measure("exit, whole", lambda: video.save(saved, signer=signer), 0)
 
 
 def measure_training(bench: Bench, config: ModelConfig, training: ConfigDict) -> None:

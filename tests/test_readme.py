@@ -38,11 +38,12 @@ def in_new_folder(tmp_path, monkeypatch):
 def test_commands_from_training_to_evaluation(in_new_folder):
     commands = [line for block in BLOCKS for line in block.splitlines() if line.startswith("sora-jax ")]
     assert [command.split()[1] for command in commands] == [
+        *("check", "verify"),
         *("generate", "convert"),
         *("generate", "train", "plan"),
         *("train", "train", "export", "generate", "evaluate"),
     ]
-    for command in commands[5:]:
+    for command in commands[7:]:
         words = shlex.split(command)[1:]
         extra = [word for key, values in EXTRA.items() if key in words for word in values]
         assert main([*words, *extra]) == 0, command
@@ -82,6 +83,14 @@ def test_python_of_the_first_section(in_new_folder):
     names = {}
     exec(python_block("sora_jax.load()"), names)
     assert read_video("ball.mp4").frames.shape == names["video"].frames.shape
+
+
+def test_commands_that_check_and_verify(in_new_folder, capsys):
+    exec(python_block("sora_jax.load()"), {})
+    (block,) = [block for block in BLOCKS if "sora-jax verify" in block]
+    for command in block.strip().split("\n"):
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert capsys.readouterr().out.startswith("allowed\nball.mp4: trusted\n")
 
 
 def test_python_that_writes_a_data_set(in_new_folder):
