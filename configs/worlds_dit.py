@@ -2,20 +2,22 @@
 
     sora-jax train --config configs/worlds_dit.py --workdir runs/dit --config.codec=runs/codec
 
-runs 20,000 steps, about seven hours on two CPU cores. The bundled model has seen fewer, in three parts:
+runs 20,000 steps, about seven hours on two CPU cores. The bundled model has seen fewer, in four parts:
 
 1. 2,640 steps on the latents of an earlier codec, without alignment (`--config.align.weight=0`), about an hour: things
    moved and hid, but not as the prompt said;
-2. 3,500 steps from that model, on the latents of the codec as it is now, with alignment (78 minutes, beside other
-   work): colours and directions as asked;
-3. from that model, on 8,192 new clips with more pairs and camera motions (`--config.data.seed=2`), with `seen_share`
-   and the rest as the configuration stands: `--config.start_from=MODEL --config.optimizer.decay=0.35`, with
-   `--config.steps=5200` stopped by SIGTERM after 2,247 steps, then `--config.steps=3700` (110 minutes in all, beside
-   other work).
+2. 3,500 steps from that model, on the latents of its codec, with alignment (78 minutes, beside other work): colours and
+   directions as asked;
+3. from that model, on 8,192 new clips with more pairs and camera motions (`--config.data.seed=2`), with `seen_share`:
+   `--config.start_from=MODEL --config.optimizer.decay=0.35`, with `--config.steps=5200` stopped by SIGTERM after 2,247
+   steps, then `--config.steps=3700` (110 minutes in all, beside other work);
+4. from that model, on the latents of the codec as it is now (part 5 in worlds_codec.py), 6,144 new clips with more stars
+   and `align.objects`: `--config.start_from=MODEL --config.data.seed=3 --config.data.clips=6144`, with
+   `--config.steps=4200 --config.optimizer.decay=0.4` stopped by SIGTERM after 945 steps, then `--config.steps=1850
+   --config.optimizer.decay=0.47` (70 minutes in all, beside other work).
 
-Result: velocity loss 0.306 on 16 held-out clips (0.334, 0.323 and 0.312 after 1,000, 2,000 and 3,000 steps of part 3),
-weighted by channel 0.185 (0.207, 0.198, 0.190), still falling; the README has the evaluation. Losses of the parts do
-not compare: they are of other clips.
+Result: velocity loss 0.267 on 16 held-out clips, weighted 0.169 (0.276 and 0.177 after 1,000 steps of part 4), still
+falling; the README has the evaluation. Losses of the parts do not compare: they are of other clips.
 """
 
 from ml_collections import ConfigDict

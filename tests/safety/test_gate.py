@@ -198,7 +198,7 @@ def test_phrases():
 
 def _noise(number: int) -> str:
     rng = np.random.default_rng(number)
-    length = int(10 ** rng.uniform(0, 6)) if number % 10 == 0 else int(rng.integers(1, 400))
+    length = int(10 ** rng.uniform(0, 6)) if number % 10 == 0 else int(rng.integers(1, 100))
     highest = int(rng.choice([0x80, 0x3000, 0x110000]))
     codes = rng.integers(1, highest, length)
     return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000) or "x"
