@@ -11,8 +11,8 @@ runs 20,000 steps, about seven hours on two CPU cores. The bundled model has see
 3. from that model, on 8,192 new clips with more pairs and camera motions (`--config.data.seed=2`), with `seen_share`:
    `--config.start_from=MODEL --config.optimizer.decay=0.35`, with `--config.steps=5200` stopped by SIGTERM after 2,247
    steps, then `--config.steps=3700` (110 minutes in all, beside other work);
-4. from that model, on the latents of the codec as it is now (part 5 in worlds_codec.py), 6,144 new clips with more stars
-   and `align.objects`: `--config.start_from=MODEL --config.data.seed=3 --config.data.clips=6144`, with
+4. from that model, on the latents of the codec as it is now (part 5 in worlds_codec.py), 6,144 new clips with more
+   stars and `align.objects`: `--config.start_from=MODEL --config.data.seed=3 --config.data.clips=6144`, with
    `--config.steps=4200 --config.optimizer.decay=0.4` stopped by SIGTERM after 945 steps, then `--config.steps=1850
    --config.optimizer.decay=0.47` (70 minutes in all, beside other work).
 
