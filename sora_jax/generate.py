@@ -100,7 +100,7 @@ def _in_background(work: Callable[[], str]) -> Callable[[], str]:
     def run() -> None:
         try:
             future.set_result(work())
-        except OSError as error:
+        except Exception as error:  # whoever waits for the result gets it
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
