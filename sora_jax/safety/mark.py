@@ -123,18 +123,15 @@ def _embed(frames_THWC, word_N):
     waves_N2 = _waves()
     unit = math.sqrt(2 / len(waves_N2))  # so that the pattern has a mean square of one
     gain = 0.5 * unit * jnp.sum(jnp.mean(strength_THW / (spread_THW + 1), 0))
-    heard_N = _spectrum(jnp.mean(detail_THW / (spread_THW + 1), 0), waves_N2)
+    heard_N = _at(_spectrum(jnp.mean(detail_THW / (spread_THW + 1), 0)), waves_N2)
     # Waves that the frames have themselves, as far as they disagree with the word, are taken off in part.
     against_N = heard_N / gain * jnp.conj(word_N)
     against_N = jnp.minimum(against_N.real, 0) + 1j * against_N.imag
     energy = jnp.mean(jnp.abs(against_N) ** 2)
     share = jnp.minimum(energy, _CANCEL)
     drive_N = jnp.sqrt(1 - share) - against_N * jnp.sqrt(share / jnp.maximum(energy, 1e-9))
-    spectrum_N = unit * drive_N * word_N
-    rows, columns = (2j * np.pi / TILE * np.outer(np.arange(TILE), waves_N2[:, axis]) for axis in (0, 1))
-    rows, columns = (jnp.asarray(phases, jnp.complex64) for phases in (rows, columns))
-    # Sums, not products of matrices, which CPUs round differently from run to run: the same video stays the same.
-    tile = jnp.sum(jnp.real(jnp.exp(rows[:, None] + columns[None]) * spectrum_N), -1)
+    spectrum_YX = jnp.zeros((TILE, TILE), jnp.complex64).at[waves_N2[:, 0], waves_N2[:, 1]].set(drive_N * word_N)
+    tile = jnp.fft.ifft2(spectrum_YX).real
     tile /= jnp.sqrt(jnp.mean(tile**2))
     pattern_HW = jnp.tile(tile, (-(-H // TILE), -(-W // TILE)))[:H, :W]
     mark_THW = strength_THW * pattern_HW
@@ -168,16 +165,18 @@ def _blur(x_THW):
     return x_THW / _NEAR**2
 
 
-def _spectrum(plane_HW, waves_N2):
-    """The sum of plane * exp(-2 pi i k x / TILE) over all pixels, for waves k in whole or half periods: complex [N]."""
+def _spectrum(plane_HW):
+    """The sum of plane * exp(-2 pi i k x / TILE) over all pixels, for k in half periods: complex [2 TILE, 2 TILE]."""
     # Two tiles hold whole periods of them all, so that the frame can be folded first.
     H, W = (-(-side // (2 * TILE)) for side in plane_HW.shape)
     pads = [(0, 2 * TILE * tiles - side) for tiles, side in zip((H, W), plane_HW.shape, strict=True)]
-    folded = jnp.pad(plane_HW, pads).reshape(H, 2 * TILE, W, 2 * TILE).sum((0, 2))
-    rows, columns = (-2j * np.pi / TILE * np.outer(np.arange(2 * TILE), waves_N2[:, axis]) for axis in (0, 1))
-    rows, columns = (jnp.exp(jnp.asarray(phases, jnp.complex64)) for phases in (rows, columns))
-    along_xN = jnp.sum(folded[:, :, None] * rows[:, None], 0)
-    return jnp.sum(along_xN * columns, 0)
+    return jnp.fft.fft2(jnp.pad(plane_HW, pads).reshape(H, 2 * TILE, W, 2 * TILE).sum((0, 2)))
+
+
+def _at(spectrum_YX, waves_N2):
+    """What a spectrum has at waves given in whole or half periods to a tile: [N]."""
+    y, x = (2 * waves_N2.T).astype(int)
+    return spectrum_YX[y, x]  # negative periods count from the end, in NumPy's way and in Fourier's
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -192,9 +191,10 @@ def _heard(plane_HW):
     What the frames themselves have at a wave is told by what they have half a period beside it, where no mark is.
     """
     waves_N2 = _waves()
-    seen_N = _spectrum(plane_HW, waves_N2)
+    spectrum_YX = _spectrum(plane_HW)
+    seen_N = _at(spectrum_YX, waves_N2)
     beside = [(y, x) for y in (-0.5, 0, 0.5) for x in (-0.5, 0, 0.5) if (y, x) != (0, 0)]
-    others_8N = jnp.stack([_spectrum(plane_HW, waves_N2 + np.array(step)) for step in beside])
+    others_8N = jnp.stack([_at(spectrum_YX, waves_N2 + np.array(step)) for step in beside])
     noise_N = jnp.mean(jnp.abs(others_8N) ** 2, 0) + 1e-6 * jnp.mean(jnp.abs(seen_N) ** 2) + 1e-9
     size_N = jnp.abs(seen_N)
     weight_N = size_N / noise_N
