@@ -2,6 +2,7 @@
 
     python experiments/mark_robustness.py                                   # clips of the bundled model
     python experiments/mark_robustness.py --clips a.mp4 b.mp4 --side 256    # windows cut out of other videos
+    python experiments/mark_robustness.py --frames 1                        # pictures
 
 Each clip is marked with a key and payload of its own, changed, and read. A mark counts as recovered if all 16 bits are
 right. The last rows are unmarked clips under random keys: no mark may be found, and the least probable agreement shows
@@ -33,7 +34,6 @@ PROMPTS = (
     "a tiny purple ball bounces over the snow",
     "an orange pyramid moves up on a plain gray background",
 )
-FRAMES = 17
 
 
 def encoded(frames_THWC: np.ndarray, codec: str, crf: int) -> np.ndarray:
@@ -84,20 +84,20 @@ CHANGES: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 }
 
 
-def generated(count: int) -> list[np.ndarray]:
-    """Clips of the bundled model."""
+def generated(count: int, frames: int) -> list[np.ndarray]:
+    """Clips of the bundled model; the first frames of each."""
     import sora_jax
 
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
-    return [video.frames for video in sora_jax.load().generate(prompts, seed=list(range(count)))]
+    return [video.frames[:frames] for video in sora_jax.load().generate(prompts, seed=list(range(count)))]
 
 
-def windows(paths: list[str], side: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """`count` windows of FRAMES frames and side x side pixels, from anywhere in the videos, halved where they fit."""
+def windows(paths: list[str], side: int, count: int, frames: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """`count` windows of `frames` frames and side x side pixels, from anywhere in the videos, halved where they fit."""
     clips = []
     for number in range(count):
         frames_THWC, _ = media.read(paths[number % len(paths)])
-        frames_THWC = frames_THWC[(start := rng.integers(0, len(frames_THWC) - FRAMES + 1)) : start + FRAMES]
+        frames_THWC = frames_THWC[(start := rng.integers(0, len(frames_THWC) - frames + 1)) : start + frames]
         shortest = min(frames_THWC.shape[1:3])
         cut = 2 * side if shortest >= 2 * side else min(side, shortest)
         y, x = (rng.integers(0, length - cut + 1) for length in frames_THWC.shape[1:3])
@@ -109,12 +109,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", nargs="+", metavar="FILE", help="videos to cut clips from (default: generate them)")
     parser.add_argument("--side", type=int, default=256, help="height and width of clips cut from files (default: 256)")
+    parser.add_argument("--frames", type=int, default=17, help="frames of a clip, 1 to 17 (default: 17)")
     parser.add_argument("--num", type=int, default=32, help="clips (default: 32)")
     parser.add_argument("--keys", type=int, default=200, help="unmarked clips, each under a random key (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
-    clips = windows(options.clips, options.side, options.num, rng) if options.clips else generated(options.num)
+    if options.clips:
+        clips = windows(options.clips, options.side, options.num, options.frames, rng)
+    else:
+        clips = generated(options.num, options.frames)
     T, H, W, _ = clips[0].shape
     keys = [rng.bytes(32) for _ in clips]
     payloads = [int(payload) for payload in rng.integers(0, 2**16, len(clips))]

@@ -21,6 +21,7 @@ NOT_SCANNED_FOR = ("violence", "hate", "likeness of real people")
 THRESHOLD = 0.8
 # One frame of each group that the codec codes together, so that what lasts longer cannot slip between.
 EVERY = 4
+_BATCH = 16  # frames at a time: more of them take memory and are no faster
 
 
 class Scanner(Protocol):
@@ -75,10 +76,17 @@ def scan(
         frames_THWC: uint8 [T, H, W, 3], RGB.
         scanner: by default open_nsfw.
 
+        threshold: 0 to 1; a score from here on does not pass.
+        every: n, at least 1; the first and the last frame are always looked at.
+
     Raises:
-        InputError: the scanner is missing or damaged, or does not give a score in [0, 1] for each frame: nothing
-            passes that was not scanned.
+        InputError: a number out of range; or the scanner is missing or damaged, or does not give a score in [0, 1]
+            for each frame: nothing passes that was not scanned.
     """
+    if every < 1:
+        raise InputError(f"the frame scan looks at every n-th frame, n at least 1, not {every}")
+    if not 0 <= threshold <= 1:
+        raise InputError(f"the threshold of the frame scan must be from 0 to 1, not {threshold}")
     scanner = scanner or default_scanner()
     chosen = sorted({*range(0, len(frames_THWC), every), len(frames_THWC) - 1})
     try:
@@ -126,4 +134,5 @@ class OpenNSFW:
             ) from error
 
     def scores(self, frames_THWC: np.ndarray) -> list[float]:
-        return [prediction.nsfw for prediction in self._classifier.classify_batch(list(frames_THWC))]
+        batches = (frames_THWC[start : start + _BATCH] for start in range(0, len(frames_THWC), _BATCH))
+        return [found.nsfw for batch in batches for found in self._classifier.classify_batch(list(batch))]

@@ -96,6 +96,19 @@ def test_the_bound_on_chance_holds():
         assert 1 - quantile <= bound < 12 * (1 - quantile)
 
 
+def test_the_bound_on_chance_holds_for_a_clip_under_many_keys():
+    """Any one payload at any one shift agrees with an unmarked clip as rarely as said, or more rarely."""
+    seen_N, weight_N = mark._heard(mark._plane(clip()))
+    sums = []
+    for number in range(12):
+        words = np.exp(-1j * mark._phases(bytes([number] * 32)))
+        high, low = ((words[half] @ np.asarray(seen_N)[half::2]).real for half in range(2))
+        sums.append(np.add.outer(high, low))
+    for quantile in (0.9, 0.99, 0.999):
+        bound = 10 ** mark._log10_chance(np.quantile(sums, quantile), weight_N)
+        assert 1 - quantile <= bound < 15 * (1 - quantile)
+
+
 def test_unmarked_frames_under_many_keys_stay_below_the_bound():
     """The best agreement over all payloads and shifts, as `detect` takes it, never comes near what counts as found."""
     chances = [

