@@ -75,6 +75,7 @@ CHANGES: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "H.264, CRF 28": lambda frames, rng: encoded(frames, "libx264", 28),
     "0.5x resize": lambda frames, rng: half(frames),
     "0.5x resize, H.264, CRF 23": lambda frames, rng: encoded(half(frames), "libx264", 23),
+    "2/3x resize": lambda frames, rng: resized(frames, *(2 * side // 3 for side in frames.shape[1:3])),
     "12 % crop": cropped,
     "12 % crop, H.264, CRF 23": lambda frames, rng: encoded(cropped(frames, rng), "libx264", 23),
     "frame rate x 0.7, H.264, CRF 23": lambda frames, rng: encoded(

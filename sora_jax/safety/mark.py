@@ -9,6 +9,9 @@ off part of what the frames themselves say at these waves (Malvar and Florencio,
 `detect` compares the phases it finds with those of every payload, at every shift and at a few scales. How probable
 such an agreement is in frames that never had the mark follows from the secret phases alone, whatever the frames show,
 since the two are independent: see `_log10_chance`.
+
+What it does not survive: sizes between `SCALES` (a crop that is stretched to the old size is one), turning, mirroring,
+and another picture of the screen. Of less than about 64 x 64 pixels it is often not found.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from sora_jax.errors import InputError
 TILE = 64  # pixels
 WAVES = (5.0, 14.0)  # periods of a wave to a tile
 PSNR = 40.3  # dB, of marked frames against unmarked ones
-SCALES = (1.0, 0.5, 0.75, 1.5, 2.0)  # of frames relative to the marked ones: where the mark is looked for
+SCALES = (1.0, 0.5, 2 / 3, 0.75, 1.5, 2.0)  # of frames relative to the marked ones: where the mark is looked for
 MOST_CHANCE = 1e-5  # of finding a mark where there is none
 _WORDS = 256  # each half of the waves carries eight bits
 _LUMA = np.float32([0.299, 0.587, 0.114])

@@ -61,6 +61,7 @@ CHANGES = {
     "H.264 CRF 28": lambda frames: encoded(frames, "libx264", 28),
     "VP9": lambda frames: encoded(frames, "libvpx-vp9", 33),
     "half the size": lambda frames: resized(frames, 64),
+    "two thirds of the size": lambda frames: resized(frames, 85),
     "a crop": lambda frames: frames[:, 11 : 11 + 112, 5 : 5 + 112],
     "a crop, H.264": lambda frames: encoded(frames[:, 3 : 3 + 112, 13 : 13 + 112], "libx264", 23),
     "another frame rate": lambda frames: frames[[0, 0, 1, 3, 4, 6, 6, 8]],
@@ -72,7 +73,7 @@ CHANGES = {
 def test_it_survives(marked, change):
     found = mark.detect(CHANGES[change](marked), KEY)
     assert found.found and found.payload == 0xBEEF
-    assert found.scale == (0.5 if change == "half the size" else 1.0)
+    assert found.scale == {"half the size": 0.5, "two thirds of the size": 2 / 3}.get(change, 1.0)
 
 
 def test_it_survives_the_file_of_the_package(marked, tmp_path):
