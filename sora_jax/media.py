@@ -107,7 +107,9 @@ def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction) -> None:
     # H.264 with 4:2:0 colour halves both sides of the frame, so odd sides grow by one repeated row or column.
     frames = np.pad(frames, [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)], "edge")
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
+        # With several threads x264 does not give the same file each time.
+        options = {"crf": "16", "preset": "medium", "threads": "1"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
