@@ -1,8 +1,9 @@
 """How often the prompt gate errs, on frozen prompts: recall, precision and over-refusal by category.
 
 The prompts stand in data/prompts, one round to a file, each line a category (or "benign") and a prompt. The first round
-was written with the gate, the second after its first version, for the thresholds; the last one by somebody who had seen
-neither, and was read for the first time when all else was frozen.
+was written with the gate, the second after its first version, for the thresholds. The third (by somebody who had seen
+neither gate nor examples) and the fourth (by the author of the examples, to be hard) were read for the first time when
+all else was frozen.
 """
 
 from __future__ import annotations
