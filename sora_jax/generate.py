@@ -81,16 +81,18 @@ def load(
             from sora_jax.interop import lora as lora_lib
 
             tensors[part] = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
-    adapted = {**(lora or {}), **(lora_low or {})}
+    adapted = {"dit": lora or {}, "dit_low": lora_low or {}}
     weights = _in_background(partial(_weights_of, folder, adapted))
     params = jax.tree.map(Tensor.place, tensors)
     return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy)
 
 
-def _weights_of(folder: Path, adapted: dict[str | os.PathLike, float]) -> str:
-    """Digest of the weights in a folder and of the adaptations merged into them."""
-    files = {f"{Path(path).name}:{scale}": Path(path) for path, scale in adapted.items()}
-    return files_sha256(weight_files(folder) | files)
+def _weights_of(folder: Path, adapted: dict[str, dict[str | os.PathLike, float]]) -> str:
+    """Digest of the weights in a folder and of the adaptations merged into each part of them."""
+    files = weight_files(folder)
+    for part, merged in adapted.items():
+        files |= {f"{part} + {scale} {Path(path).name}": Path(path) for path, scale in merged.items()}
+    return files_sha256(files)
 
 
 def _in_background(work: Callable[[], str]) -> Callable[[], str]:

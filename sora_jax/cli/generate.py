@@ -130,13 +130,14 @@ def _signer(options: argparse.Namespace) -> Any:
     """Who signs the files; a key that cannot sign is found before anything is made."""
     from sora_jax.safety import keys, provenance
 
-    if not options.signing_cert and not keys.local_anchor():
+    is_first = not options.signing_cert and not keys.local_anchor()
+    signer = keys.load_signer(options.signing_cert, options.signing_key, options.timestamp_url)
+    if is_first:
         print(
             "note: a signing key was made for this installation. What it signs can be checked to be unchanged; it does "
             "not prove who made it",
             file=sys.stderr,
         )
-    signer = keys.load_signer(options.signing_cert, options.signing_key, options.timestamp_url)
     if not signer.local or signer.timestamp_url:
         provenance.rehearse(signer)
     return signer

@@ -74,9 +74,6 @@ class Policy:
         content = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def category(self, name: str) -> Category | None:
-        return next((category for category in self.categories if category.name == name), None)
-
 
 def load_policy(path: str | os.PathLike | None = None) -> Policy:
     """The package's policy, with what the TOML file at `path` adds and changes.

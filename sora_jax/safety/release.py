@@ -50,7 +50,7 @@ def release(
     path = Path(path)
     media.check_output(path, len(frames_THWC))
     signer = signer or keys.load_signer()
-    found = scan.scan(frames_THWC, scanner or scan.default_scanner())
+    found = scan.scan(frames_THWC, scanner)
     if not found.passed:
         report = path.with_name(f"{path.name}.withheld.json")
         with media.complete_or_absent(report) as hidden:

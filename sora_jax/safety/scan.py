@@ -17,7 +17,7 @@ import numpy as np
 from sora_jax.errors import InputError, one_line
 
 NOT_SCANNED_FOR = ("violence", "hate", "likeness of real people")
-# The threshold that the classifier's authors call "very likely": https://github.com/yahoo/open_nsfw (README).
+# Above it the classifier's authors call a picture highly probable to be unsafe: https://github.com/yahoo/open_nsfw.
 THRESHOLD = 0.8
 # One frame of each group that the codec codes together, so that what lasts longer cannot slip between.
 EVERY = 4
@@ -75,7 +75,6 @@ def scan(
     Args:
         frames_THWC: uint8 [T, H, W, 3], RGB.
         scanner: by default open_nsfw.
-
         threshold: 0 to 1; a score from here on does not pass.
         every: n, at least 1; the first and the last frame are always looked at.
 

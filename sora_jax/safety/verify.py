@@ -62,7 +62,7 @@ def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) ->
         raise InputError(f"cannot read {anchors}: it must be certificates in PEM") from error
     manifest = read_manifest(path, anchor + given)
     words, bits = _look_for_mark(path) if anchor else ("not looked for: this installation has marked nothing yet", "")
-    return Verification(os.fspath(path), manifest, words, bits, (*_of_manifest(manifest), *_of_mark(words, manifest)))
+    return Verification(os.fspath(path), manifest, words, bits, (*_of_manifest(manifest), *_of_mark(words)))
 
 
 def _look_for_mark(path: str | os.PathLike) -> tuple[str, str]:
@@ -113,7 +113,7 @@ def _of_generation(said: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _of_mark(words: str, manifest: Manifest) -> list[str]:
+def _of_mark(words: str) -> list[str]:
     if words == "found":
         return ["It carries the invisible mark of this installation: frames that were generated here are in it."]
     if words == "not found":

@@ -43,6 +43,7 @@ def policy(tmp_path, text):
         "a baby panda sleeping",
         "a pot of Earl Grey tea",
         "a Jack Russell chasing a ball",
+        "an ice cube melts on a table",
         "a red ball rolls behind a gray wall",
     ],
 )
