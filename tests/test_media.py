@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -104,3 +106,21 @@ def test_names_are_paths_and_not_addresses(tmp_path, monkeypatch):
     for name in ("file:a%03d.mp4", "two: one.gif"):
         assert len(media.read(media.write(name, smooth_clip(3), 8))[0]) == 3
     assert sorted(os.listdir(tmp_path)) == ["file:a%03d.mp4", "two: one.gif"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_the_same_frames_give_the_same_file_whatever_memory_held_before(tmp_path, suffix):
+    """`MALLOC_PERTURB_` fills fresh memory: an encoder that reads what it never wrote gives another file each time."""
+    script = """
+import sys, numpy as np
+from sora_jax import media
+t, y, x = np.meshgrid(np.arange(5), *[np.arange(64)] * 2, indexing="ij")
+frames = 128 + 60 * np.sin(x / 9 + t / 3) + 30 * np.cos(y / 7) + np.random.default_rng(0).normal(0, 4, x.shape)
+media.write(sys.argv[1], np.repeat(frames.astype(np.uint8)[: 1 if ".png" in sys.argv[1] else 5, ..., None], 3, -1), 8)
+"""
+    files = [tmp_path / f"{fill}{suffix}" for fill in (0, 1, 85)]
+    for file in files:
+        subprocess.run(
+            [sys.executable, "-c", script, file], env={**os.environ, "MALLOC_PERTURB_": file.stem}, check=True
+        )
+    assert len({file.read_bytes() for file in files}) == 1
