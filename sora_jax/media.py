@@ -15,7 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from sora_jax.errors import InputError
 
@@ -80,8 +80,9 @@ def read(path: str | os.PathLike) -> tuple[np.ndarray, float]:
             if not container.streams.video:
                 raise InputError(f"cannot read {path}: it holds no video")
             stream = container.streams.video[0]
+            convert = VideoReformatter().reformat  # one for all frames: its tables take longer than a small frame
             frames = [
-                frame.reformat(format="rgb24", interpolation=_EXACT).to_ndarray() for frame in container.decode(stream)
+                convert(frame, format="rgb24", interpolation=_EXACT).to_ndarray() for frame in container.decode(stream)
             ]
             rate = stream.average_rate or stream.guessed_rate or Fraction(8)
     except (OSError, av.error.FFmpegError) as error:
@@ -119,9 +120,10 @@ def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction) -> None:
         context = stream.codec_context
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = ColorRange.MPEG
+        convert = VideoReformatter().reformat
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture = picture.reformat(
+            picture = convert(
+                av.VideoFrame.from_ndarray(frame, format="rgb24"),
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
