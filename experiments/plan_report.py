@@ -9,20 +9,21 @@ from pathlib import Path
 from sora_jax import plan
 
 CASES = (
-    # model, topology, size, frames
+    # model, topology, size, frames, and whether each part is on the chips only while it works
     ("wan2.1-t2v-14b", "v6e:2x4", (720, 1280), 81),
     ("wan2.1-t2v-14b", "v5p:2x2x2", (720, 1280), 81),
     ("wan2.1-t2v-1.3b", "v6e:1x1", (480, 832), 81),
     ("wan2.1-t2v-1.3b", "v5e:1x1", (480, 832), 81),
+    ("wan2.1-t2v-1.3b", "v5e:1x1", (480, 832), 81, True),
     ("wan2.2-t2v-a14b", "v6e:2x4", (720, 1280), 81),
     ("wan2.2-t2v-a14b", "v5p:2x2x1", (720, 1280), 81),
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 121),
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 1441),
 )
 TRAINING = (
-    # model, topology, size, frames, batches
-    ("wan2.1-t2v-1.3b", "v5p:2x2x4", (480, 832), 81, (32, 64, 128)),
-    ("wan2.2-ti2v-5b", "v5p:2x2x4", (704, 1280), 121, (16, 32, 64)),
+    # model, topology, size, frames: with the largest batch that fits
+    ("wan2.1-t2v-1.3b", "v5p:2x2x4", (480, 832), 81),
+    ("wan2.2-ti2v-5b", "v5p:2x2x4", (704, 1280), 121),
 )
 HEAD = """# What models need on TPU slices
 
@@ -38,32 +39,33 @@ COLUMNS = (
 
 
 TRAINING_HEAD = """
-Training the transformer from scratch, float32 parameters, AdamW and averages, bfloat16 products, blocks recomputed:
+Training the transformer from scratch, float32 parameters, AdamW and averages, bfloat16 products, blocks recomputed,
+with the largest batch that fits, a multiple of the chips:
 
 | model | slice | video | mesh | batch | arguments + heap = HBM | received a step | |
 |---|---|---|---|---|---|---|---|
 """
 
 
-def training_row(model: str, topology: str, size: tuple[int, int], frames: int, batch: int) -> str:
-    mesh, _ = plan.training_mesh(batch, plan.chips(topology)[1])
-    job = plan.Job(model, "", topology, mesh, size, frames, batch)
-    needs = plan.needs(job, ("train",))
-    need = needs["train"]
+def training_row(model: str, topology: str, size: tuple[int, int], frames: int) -> str:
+    number = plan.chips(topology)[1]
+    mesh, _ = plan.training_mesh(number, number)
+    job, need = plan.largest_batch(plan.Job(model, "", topology, mesh, size, frames, batch=number))
     sizes = [f"{x / plan.GIB:.2f}" for x in (need.arguments, need.heap, need.hbm)]
     memory = need.error or f"{sizes[0]} + {sizes[1]} = {sizes[2]}"
     received = f"{sum(need.collectives.values()) / plan.GIB:.1f}"
-    cells = [model, topology, f"{frames} x {size[0]} x {size[1]}", mesh, str(batch), memory, received]
-    return f"| {' | '.join(cells)} | {plan.verdict(job, needs, 1)} |\n"
+    cells = [model, topology, f"{frames} x {size[0]} x {size[1]}", mesh, str(job.batch), memory, received]
+    return f"| {' | '.join(cells)} | {plan.verdict(job, {'train': need}, 1)} |\n"
 
 
-def row(model: str, topology: str, size: tuple[int, int], frames: int) -> str:
+def row(model: str, topology: str, size: tuple[int, int], frames: int, offload: bool = False) -> str:
     config = plan.model_config(model)
     chip, number = plan.chips(topology)
     mesh, _ = plan.choose_mesh(config, size, frames, number)
-    job = plan.Job(model, "", topology, mesh, size, frames)
+    job = plan.Job(model, "", topology, mesh, size, frames, offload=offload)
     needs = plan.needs(job)
-    step, cells = needs["denoise"], [model, topology, f"{frames} x {size[0]} x {size[1]}", mesh]
+    words = f"{model} --offload" if offload else model
+    step, cells = needs["denoise"], [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh]
     if step.error:
         cells += [step.error, "", "", ""]
     else:
@@ -93,9 +95,8 @@ def main() -> None:
     for case in CASES:
         add(row(*case))
     add(TRAINING_HEAD)
-    for *case, batches in TRAINING:
-        for batch in batches:
-            add(training_row(*case, batch))
+    for case in TRAINING:
+        add(training_row(*case))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from sora_jax.pipeline import Given
 from sora_jax.request import Request, make_request
 from sora_jax.safety.policy import Policy, load_policy
 from sora_jax.safety.provenance import Claim
-from sora_jax.tensors import Tensor, files_sha256, weight_files
+from sora_jax.tensors import OnDemand, Tensor, files_sha256, weight_files
 from sora_jax.text import ByteTokenizer, FileTokenizer
 from sora_jax.video import Video
 from sora_jax.vision import preprocess
@@ -47,6 +47,7 @@ def load(
     lora: dict[str | os.PathLike, float] | None = None,
     lora_low: dict[str | os.PathLike, float] | None = None,
     mesh: Mesh | None = None,
+    offload: bool = False,
     policy: Policy | None = None,
 ) -> Generator:
     """The generator of a model folder, ours or one in the diffusers layout; without a path, of the model that comes
@@ -62,6 +63,8 @@ def load(
         lora_low: the same for a second transformer for low noise levels.
         mesh: of `sora_jax.mesh`, the devices that share the parameters; by default all are on JAX's default device.
             Either way they go there in pieces: the host never holds the model.
+        offload: a part of the model is on the devices only while it works, and is read again for the next video: for
+            models whose parts fit one by one. `sora-jax plan --offload` tells.
         policy: what prompts may ask for (see `sora_jax.safety.policy.load_policy`); by default that of the package.
 
     Raises:
@@ -83,7 +86,7 @@ def load(
             tensors[part] = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
     adapted = {"dit": lora or {}, "dit_low": lora_low or {}}
     weights = _in_background(partial(_weights_of, folder, adapted))
-    params = jax.tree.map(Tensor.place, tensors)
+    params = OnDemand(tensors) if offload else jax.tree.map(Tensor.place, tensors)
     return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy)
 
 
@@ -148,11 +151,11 @@ def _open(
 
 
 class Generator:
-    """A model with its parameters on the device, ready to make videos.
+    """A model with its parameters, ready to make videos.
 
     Attributes:
         config: ModelConfig.
-        params: {"text": ..., "codec": ..., "dit": ...} and perhaps "dit_low" and "vision".
+        params: {"text": ..., "codec": ..., "dit": ...} and perhaps "dit_low" and "vision"; or `OnDemand`.
         tokenizer: prompts to ids.
         dtype: of the large products of text encoder and transformer.
         mesh: the devices that share the work, or None: JAX's default device does it.
@@ -164,7 +167,7 @@ class Generator:
     def __init__(
         self,
         config: ModelConfig,
-        params: dict[str, Any],
+        params: Mapping[str, Any],
         tokenizer: ByteTokenizer | FileTokenizer | None = None,
         dtype: str = "float32",
         mesh: Mesh | None = None,
@@ -177,9 +180,11 @@ class Generator:
         self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer or ByteTokenizer()
         self.mesh = mesh
-        # Parameters that are in their places stay there.
-        places = mesh and jax.tree.map(lambda leaf: leaf.sharding, model_folder.abstract_params(config, mesh))
-        self.params = jax.device_put(params, places)
+        self.params = params
+        if not isinstance(params, OnDemand):
+            # Parameters that are in their places stay there.
+            places = mesh and jax.tree.map(lambda leaf: leaf.sharding, model_folder.abstract_params(config, mesh))
+            self.params = jax.device_put(params, places)
         self._bar: tqdm | None = None
         config, dtype = self.config, self.dtype
         self._draw_noise = jax.jit(pipeline.draw_noise, static_argnums=1)

@@ -92,6 +92,15 @@ def read(path: str | os.PathLike) -> tuple[np.ndarray, float]:
     return np.stack(frames), float(rate)
 
 
+def png(picture_HWC: np.ndarray) -> bytes:
+    """A PNG file of a picture, uint8 [H, W, 3], RGB."""
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = picture_HWC.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture_HWC), format="rgb24")
+    return b"".join(bytes(packet) for packet in [*encoder.encode(picture), *encoder.encode()])
+
+
 @contextlib.contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
     """A hidden path beside `path` that takes its place if the block succeeds, else leaves no trace."""
@@ -159,11 +168,7 @@ def _write_gif(path: Path, frames: np.ndarray, rate: Fraction) -> None:
 
 
 def _write_png(path: Path, frames: np.ndarray, rate: Fraction) -> None:
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = frames.shape[1:3]
-    encoder.pix_fmt, encoder.time_base = "rgb24", 1 / rate
-    picture = av.VideoFrame.from_ndarray(frames[0], format="rgb24")
-    path.write_bytes(b"".join(bytes(packet) for packet in [*encoder.encode(picture), *encoder.encode()]))
+    path.write_bytes(png(frames[0]))
 
 
 _ENCODERS: dict[str, Callable[[Path, np.ndarray, Fraction], None]] = {

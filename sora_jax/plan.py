@@ -79,6 +79,7 @@ class Job:
     frames: int
     batch: int = 1
     dtype: str = "bfloat16"
+    offload: bool = False  # each part of `generate` is on the chips only while it works
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,37 @@ def search(job: Job, full: bool = False) -> dict[str, dict[str, Need]]:
 
     def rank(mesh):
         need = found[mesh]["denoise"]
-        return bool(need.error) or need.hbm + need.others > chip.hbm, sum(need.bounds(chip).values()), need.hbm
+        return bool(need.error) or occupied(job, need) > chip.hbm, sum(need.bounds(chip).values()), need.hbm
 
     return {mesh: found[mesh] for mesh in sorted(found, key=rank)}
+
+
+def largest_batch(job: Job) -> tuple[Job, Need]:
+    """Training with the largest batch, a multiple of the job's own, that fits; or with that one, if none does.
+
+    Memory grows with the batch along a straight line, nearly: two small batches tell where to look.
+    """
+    chip, _ = chips(job.topology)
+    found = {}
+
+    def need(times: int) -> Need:
+        if times not in found:
+            larger = dataclasses.replace(job, batch=times * job.batch)
+            found[times] = needs(larger, ("train",))["train"]
+        return found[times]
+
+    def fits(times: int) -> bool:
+        return not need(times).error and need(times).hbm <= chip.hbm
+
+    times = 1
+    if fits(1) and fits(2):
+        growth = need(2).hbm - need(1).hbm
+        times = 2 + int((chip.hbm - need(2).hbm) / growth)
+        while not fits(times):
+            times -= 1
+        while fits(times + 1):
+            times += 1
+    return dataclasses.replace(job, batch=times * job.batch), need(times)
 
 
 # One program, compiled in a process of its own
@@ -473,6 +502,11 @@ def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
     return "\n".join(rows)
 
 
+def occupied(job: Job, need: Need) -> int:
+    """Bytes on a chip while a part works: its own, and the parameters of the others unless they are taken off."""
+    return need.hbm + (0 if job.offload else need.others)
+
+
 def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
     """Whether it fits, and how long a video takes at least."""
     chip, _ = chips(job.topology)
@@ -483,11 +517,13 @@ def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
         fits = "fits" if need.hbm <= chip.hbm else "does not fit"
         seconds = max(need.bounds(chip).values())
         return f"{fits}: {need.hbm / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; a step takes {seconds:.2f} s at least"
-    # Parameters of all parts stay; the parts run one after the other.
-    most = {part: need.hbm + need.others for part, need in needs.items()}
+    # The parts run one after the other.
+    most = {part: occupied(job, need) for part, need in needs.items()}
     if over := [part for part, size in most.items() if size > chip.hbm]:
-        sizes = ", ".join(f"{part} needs {most[part] / GIB:.1f} GiB with the parameters of the others" for part in over)
-        return f"does not fit in {chip.hbm / GIB:.1f} GiB: {sizes}"
+        others = "" if job.offload else " with the parameters of the others"
+        sizes = ", ".join(f"{part} needs {most[part] / GIB:.1f} GiB{others}" for part in over)
+        enough = not job.offload and all(need.hbm <= chip.hbm for need in needs.values())
+        return f"does not fit in {chip.hbm / GIB:.1f} GiB: {sizes}{'; with --offload it fits' if enough else ''}"
     F = model_config(job.model).codec.latent_shape(job.frames, *job.size)[0]
     times = {"text": 1, "denoise": steps, "decode": F * job.batch}
     words = {"text": "the text", "denoise": f"{steps} steps", "decode": "decoding"}

@@ -9,7 +9,6 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from sora_jax.errors import InputError, Refused
 from sora_jax.model_folder import ModelConfig
 from sora_jax.safety.gate import load_gate
 from sora_jax.safety.policy import Policy, load_policy
+from sora_jax.safety.provenance import Source
 from sora_jax.safety.scan import scan
 
 
@@ -42,7 +42,7 @@ class Request:
     noise: np.ndarray | None = None
     image: np.ndarray | None = None
     last_image: np.ndarray | None = None
-    ingredients: tuple[Path, ...] = ()  # files that pictures were read from
+    ingredients: tuple[Source, ...] = ()  # the pictures, for the manifests of what is made of them
     policy: Policy = field(default_factory=load_policy)
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ def check_shape(config: ModelConfig, frames: int, size: tuple[int, int]) -> None
 
 
 def _images(config: ModelConfig, image: Any, last_image: Any, frames: int) -> dict[str, Any]:
-    """The images as arrays, checked, and the files among them."""
+    """The images as arrays, checked, and as files: those that they were read from, with all that these say."""
     dit = config.dit
     if (image is not None or last_image is not None) and not (config.known_frames or dit.condition_channels):
         raise InputError("this model makes videos from text alone: it takes no image")
@@ -148,15 +148,18 @@ def _images(config: ModelConfig, image: Any, last_image: Any, frames: int) -> di
         raise InputError(f"{frames} frames are too few for a first and a last image")
     if dit.image_positions and last_image is None:
         raise InputError("this model goes from a first to a last image: give --last-image FILE too")
-    arrays, files = {}, []
+    arrays, ingredients = {}, []
     for name, picture in (("image", image), ("last_image", last_image)):
+        source = None
         if picture is not None and not isinstance(picture, np.ndarray):
-            files.append(Path(picture))
+            source = Source.read(picture)
             picture = media.read(picture)[0][0]
         if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
             raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
         arrays[name] = picture
-    return {**arrays, "ingredients": tuple(files)}
+        if picture is not None:
+            ingredients.append(source or Source(f"{name}.png", media.png(picture)))
+    return {**arrays, "ingredients": tuple(ingredients)}
 
 
 def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,30 @@ class Tensor:
             start += len(piece)
             whole.block_until_ready()  # or pieces would wait in memory for the devices
         return whole
+
+
+class OnDemand(Mapping[str, Any]):
+    """The parameters of a model's parts, each on its devices only while it works: asking for one takes the others off.
+
+    Transformers work together, and stay together. What is taken off is read again from its files when it is asked for.
+    """
+
+    def __init__(self, tensors: dict[str, Any]):
+        """Takes trees of `Tensor`s by part."""
+        self._tensors = tensors
+        self._here: dict[str, Any] = {}
+
+    def __getitem__(self, part: str) -> Any:
+        if part not in self._here:
+            self._here = {other: tree for other, tree in self._here.items() if other[:3] == part[:3] == "dit"}
+            self._here[part] = jax.tree.map(Tensor.place, self._tensors[part])
+        return self._here[part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)

@@ -1,11 +1,20 @@
+import dataclasses
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 
 from sora_jax import generate as generate_module
+from sora_jax import media
 from sora_jax.errors import InputError
-from sora_jax.generate import Generator
+from sora_jax.generate import Generator, load
+from sora_jax.mesh import parse_mesh
+from sora_jax.request import make_request
+from sora_jax.safety.manifest import read_manifest
+from sora_jax.tensors import OnDemand, Tensor
+
+PARTS = ("text", "dit", "dit_low", "codec")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +40,27 @@ def test_a_batch_gives_each_seed_its_own_noise(generator, monkeypatch):
         assert np.abs(alone.frames.astype(int) - video.frames).max() <= 1
 
 
+@pytest.mark.parametrize("mesh", [None, "data=1"])
+def test_a_model_can_be_on_the_device_part_by_part(tiny_folder, mesh):
+    mesh = mesh and parse_mesh(mesh)
+    whole, by_part = (load(tiny_folder, mesh=mesh, offload=offload) for offload in (False, True))
+    frames = whole.generate("a red ball", progress=False).frames
+    for _ in range(2):
+        assert np.array_equal(by_part.generate("a red ball", progress=False).frames, frames)
+
+
+def test_a_part_that_works_takes_the_others_off_the_device():
+    shape = (4,)
+    tensors = {part: {"x": Tensor(shape, np.dtype("float32"), lambda: iter([np.ones(shape)]))} for part in PARTS}
+    params = OnDemand(tensors)
+    assert list(params) == list(PARTS)
+    seen = {part: weakref.ref(params[part]["x"]) for part in PARTS}
+    here = [part for part in PARTS if seen[part]() is not None]
+    assert here == ["codec"]
+    seen = {part: weakref.ref(params[part]["x"]) for part in ("dit", "dit_low")}
+    assert all(reference() is not None for reference in seen.values()), "transformers work together"
+
+
 def test_noise_can_be_given(generator):
     noise = np.random.default_rng(0).normal(size=(2, 2, 4, 4)).astype(np.float32)
     shape = generator.config.codec.latent_shape(5, 32, 64)
@@ -51,6 +81,22 @@ def test_prompt_guidance_and_negative_prompt_count(generator):
     assert not np.array_equal(plain, frames(guidance=9.0))
     assert not np.array_equal(plain, frames(negative_prompt="red"))
     assert np.array_equal(frames(guidance=0.0), frames("red", guidance=0.0))
+
+
+def test_what_is_made_of_pictures_says_so_and_needs_their_files_no_longer(tiny_config, tiny_params, tmp_path):
+    config = dataclasses.replace(tiny_config, known_frames=True)
+    picture = np.full((32, 64, 3), 90, np.uint8)
+    file = tmp_path / "last.png"
+    file.write_bytes(media.png(picture))
+    request = make_request(config, "a red ball", frames=9, image=picture, last_image=file)
+    file.unlink()
+    (video,) = Generator(config, tiny_params).run(request, progress=False)
+    manifest = read_manifest(video.save(tmp_path / "clip.mp4"))
+    assert manifest.actions == ("c2pa.opened", "c2pa.edited")
+    assert [(one.title, one.relationship) for one in manifest.ingredients] == [
+        ("image.png", "parentOf"),
+        ("last.png", "inputTo"),
+    ]
 
 
 def test_the_bar_counts_every_step(generator, capsys):

@@ -164,12 +164,32 @@ def test_the_verdict_adds_up():
     needs = {"text": need, "denoise": need, "decode": need}
     # 8 GiB beside 8 GiB of the others' parameters do not fit in 16 GB.
     assert plan.verdict(job, needs, 10).startswith("does not fit in 14.9 GiB: text needs 16.0 GiB")
+    # One after the other they do.
+    assert plan.verdict(job, needs, 10).endswith("; with --offload it fits")
+    assert plan.verdict(dataclasses.replace(job, offload=True), needs, 10).startswith("fits: at most 8.00 of 14.9 GiB")
     needs = dict.fromkeys(needs, dataclasses.replace(need, hbm=6 * plan.GIB))
     # One second each: the text, 10 steps, 21 latent frames.
     assert plan.verdict(job, needs, 10).endswith("the text and 10 steps and decoding take 32.0 s at least")
     needs["decode"] = plan.Need(error="too large")
     assert plan.verdict(job, needs, 10) == "does not fit: decode cannot be compiled"
     assert "does not compile: too large" in plan.describe(job, needs, 10)
+
+
+@pytest.mark.parametrize(
+    "rest, growth, bend, largest", [(1.4, 4, 0, 21), (1.4, 4, 0.05, 17), (10, 80, 0, 1), (99, 1, 0, 1)]
+)
+def test_the_largest_batch_that_fits_is_found(monkeypatch, rest, growth, bend, largest):
+    """Memory of a known shape: a line, a line that bends, one that fits once, one that never fits (GiB, of 88.5)."""
+
+    def hbm(batch):
+        return rest + growth * batch / 16 + bend * (batch / 16) ** 2
+
+    def needs(job, parts):
+        return {"train": plan.Need(hbm=int(hbm(job.batch) * plan.GIB))}
+
+    monkeypatch.setattr(plan, "needs", needs)
+    job, need = plan.largest_batch(plan.Job("bundled", "", "v5p:2x2x4", "fsdp=16", (128, 128), 17, batch=16))
+    assert job.batch == 16 * largest and need.hbm == int(hbm(job.batch) * plan.GIB)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")

@@ -51,6 +51,7 @@ def add_commands(commands: Any) -> None:
     add("--lora-low", action="append", type=lora, metavar="FILE[:SCALE]", help="likewise, for low noise levels")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
     add("--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor, or auto (default: one device)")
+    add("--offload", action="store_true", help="each part of the model is on the device only while it works")
     add("--policy", metavar="FILE", help="a TOML file that changes what prompts may ask for (see docs/safety.md)")
     add(
         "--embed-prompt",
@@ -109,7 +110,15 @@ def _generate(options: argparse.Namespace) -> None:
     mesh = parse_mesh(words) if words else None
     signer = _signer(options)
     lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
-    generator = load(options.model, options.dtype, lora=lora, lora_low=lora_low, mesh=mesh, policy=request.policy)
+    generator = load(
+        options.model,
+        options.dtype,
+        lora=lora,
+        lora_low=lora_low,
+        mesh=mesh,
+        offload=options.offload,
+        policy=request.policy,
+    )
     for note in generator.notes(request):
         print(note, file=sys.stderr)
     withheld = []

@@ -26,11 +26,12 @@ def add_commands(commands: Any) -> None:
     add("--mesh", default="auto", metavar="AXIS=N,...", help="chips along data, fsdp, context, tensor (default: auto)")
     add("--size", type=size, metavar="HxW", help="height and width in pixels (default: the model's)")
     add("--frames", type=whole(1), help="frames of the video (default: the model's)")
-    add("--batch", type=whole(1), default=1, help="videos at a time (default: 1)")
+    add("--batch", type=_batch, default=1, help="videos at a time (default: 1); with --train also max: what fits")
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="precision of the large products")
     add("--full", action="store_true", help="generate code too: minutes, but finds kernels that cannot be")
     add("--train", action="store_true", help="a step of training the transformer, in place of generating")
+    add("--offload", action="store_true", help="each part is on the chips only while it works, as in generate")
     add("--search", action="store_true", help="try the meshes that make sense, and rank them")
     add("--json", action="store_true", help="print JSON")
 
@@ -43,6 +44,10 @@ def add_commands(commands: Any) -> None:
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of prompts and noise (default: 0)")
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
     add("--guidance", type=number(), help="weight of the prompt; 1 is no guidance (default: the model's)")
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "max" else whole(1)(text)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -60,6 +65,8 @@ def _plan(options: argparse.Namespace) -> None:
 
     if options.search and (options.train or options.mesh != "auto"):
         raise InputError("--search tries the meshes for generating: give neither --train nor --mesh with it")
+    if options.batch == "max" and not options.train:
+        raise InputError("--batch max is for --train: give a number")
     config = plan.model_config(options.model)
     sampling = config.sampling
     size, frames = options.size or sampling.size, options.frames or sampling.frames
@@ -68,14 +75,18 @@ def _plan(options: argparse.Namespace) -> None:
     mesh = options.mesh
     if mesh == "auto":
         if options.train:
-            mesh, reason = plan.training_mesh(options.batch, number)
+            mesh, reason = plan.training_mesh(number if options.batch == "max" else options.batch, number)
         else:
             mesh, reason = plan.choose_mesh(config, size, frames, number)
         if not options.search:
             print(f"mesh {mesh}: {reason}", file=sys.stderr)
-    job = plan.Job(options.model, "", options.topology, mesh, size, frames, options.batch, options.dtype)
+    batch = number if options.batch == "max" else options.batch
+    job = plan.Job(options.model, "", options.topology, mesh, size, frames, batch, options.dtype, options.offload)
     steps = options.steps or sampling.steps
-    if options.search:
+    if options.batch == "max":
+        job, need = plan.largest_batch(job)
+        results = {mesh: {"train": need}}
+    elif options.search:
         results = plan.search(job, options.full)
     else:
         results = {mesh: plan.needs(job, ("train",) if options.train else plan.PARTS, options.full)}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,27 @@ _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2k
 
 
 @dataclass(frozen=True)
+class Source:
+    """A file that something was made from, as it was when it was read.
+
+    Attributes:
+        title: its name, without folders; the ending says what kind of file it is.
+        data: all of it.
+    """
+
+    title: str
+    data: bytes = field(repr=False)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Source:
+        """Raises InputError if it cannot be read."""
+        try:
+            return cls(Path(path).name, Path(path).read_bytes())
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
 class Claim:
     """What a generated file says about itself; what is not known stays empty.
 
@@ -47,7 +69,7 @@ class Claim:
         mesh: the device mesh, as the command line writes it.
         version: of this program.
         checks: what was checked before the file was released, as JSON has it.
-        ingredients: files that were used as input; the file is then an edit of the first.
+        ingredients: what it was made from; the file is then an edit of the first.
     """
 
     title: str = ""
@@ -60,7 +82,7 @@ class Claim:
     mesh: str = ""
     version: str = sora_jax.__version__
     checks: Mapping[str, Any] = field(default_factory=dict)
-    ingredients: tuple[str | os.PathLike, ...] = ()
+    ingredients: tuple[Source, ...] = ()
 
 
 def sign(source: str | os.PathLike, target: str | os.PathLike, claim: Claim, signer: Signer) -> None:
@@ -73,7 +95,7 @@ def sign(source: str | os.PathLike, target: str | os.PathLike, claim: Claim, sig
         signer: who signs it.
 
     Raises:
-        InputError: if an ingredient cannot be read, or signing or its time stamp fails.
+        InputError: if signing or its time stamp fails.
     """
     import c2pa
 
@@ -93,8 +115,8 @@ def sign(source: str | os.PathLike, target: str | os.PathLike, claim: Claim, sig
             manifest = _manifest(claim, boxes.left_out_sha256(original))
             original.seek(0)
             builder = c2pa.Builder(manifest, context=c2pa.Context.from_dict(_SIGNING))
-            for number, path in enumerate(claim.ingredients):
-                _add_ingredient(builder, number, Path(path))
+            for number, ingredient in enumerate(claim.ingredients):
+                _add_ingredient(builder, number, ingredient)
             algorithm = c2pa.C2paSigningAlg[signer.algorithm.upper()]
             with c2pa.Signer.from_callback(call, algorithm, signer.chain, signer.timestamp_url) as native:
                 builder.sign(native, media_type(source), original, signed)
@@ -143,8 +165,8 @@ def verify_signed(path: str | os.PathLike, signer: Signer) -> Manifest:
 
 def _manifest(claim: Claim, left_out: str | None) -> dict[str, Any]:
     agent = {"name": "sora_jax", "version": claim.version}
-    generation = asdict(claim) | {LEFT_OUT: left_out}
-    generation["ingredients"] = [{"title": Path(path).name, "sha256": _sha256(path)} for path in claim.ingredients]
+    used = [{"title": one.title, "sha256": hashlib.sha256(one.data).hexdigest()} for one in claim.ingredients]
+    generation = asdict(replace(claim, ingredients=())) | {"ingredients": used, LEFT_OUT: left_out}
     if claim.prompt is None:
         del generation["prompt"]
     identifiers = [_identifier(number) for number in range(len(claim.ingredients))]
@@ -166,17 +188,11 @@ def _manifest(claim: Claim, left_out: str | None) -> dict[str, Any]:
     }
 
 
-def _add_ingredient(builder: Any, number: int, path: Path) -> None:
+def _add_ingredient(builder: Any, number: int, source: Source) -> None:
     relationship = "inputTo" if number else "parentOf"
-    entry = {"title": path.name, "relationship": relationship, "instance_id": _identifier(number)}
-    with open(path, "rb") as file:
-        builder.add_ingredient(entry, media_type(path) or "application/octet-stream", file)
+    entry = {"title": source.title, "relationship": relationship, "instance_id": _identifier(number)}
+    builder.add_ingredient(entry, media_type(source.title) or "application/octet-stream", io.BytesIO(source.data))
 
 
 def _identifier(number: int) -> str:
     return f"ingredient-{number}"
-
-
-def _sha256(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

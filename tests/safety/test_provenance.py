@@ -15,7 +15,7 @@ from sora_jax.errors import InputError
 from sora_jax.safety import boxes
 from sora_jax.safety.keys import load_signer
 from sora_jax.safety.manifest import read_manifest
-from sora_jax.safety.provenance import Claim, rehearse, sign, verify_signed
+from sora_jax.safety.provenance import Claim, Source, rehearse, sign, verify_signed
 
 sys.path.append(str(Path(__file__).parents[2] / "experiments"))
 import provenance_matrix as matrix  # noqa: E402
@@ -77,10 +77,14 @@ def test_the_prompt_is_there_only_if_given(source, signer, tmp_path):
     assert read_manifest(tmp_path / "a.gif").generation["prompt"] == "a réd ball\n\x1b[31m"
 
 
+def made_of(*paths):
+    return replace(CLAIM, ingredients=tuple(map(Source.read, paths)))
+
+
 def test_c2pa_itself_finds_nothing_wrong(source, signer, tmp_path):
     for format in matrix.FORMATS:
         path = tmp_path / f"signed.{format}"
-        sign(source[format], path, replace(CLAIM, ingredients=(source["png"], source["gif"])), signer)
+        sign(source[format], path, made_of(source["png"], source["gif"]), signer)
         trust = {"trust": {"user_anchors": signer.anchor}}
         results = c2pa.Reader(str(path), context=c2pa.Context.from_dict(trust)).get_validation_results()
         assert results["activeManifest"]["failure"] == []
@@ -91,7 +95,7 @@ def test_an_edit_carries_the_manifests_of_what_it_was_made_from(source, signer, 
     sign(source["png"], first, replace(CLAIM, title="first"), signer)
     last.write_bytes(tampering.flip(first.read_bytes(), first.stat().st_size - 20))
     path = tmp_path / "video.mp4"
-    sign(source["mp4"], path, replace(CLAIM, ingredients=(first, source["gif"], last)), signer)
+    sign(source["mp4"], path, made_of(first, source["gif"], last), signer)
     manifest = verify_signed(path, signer)
     assert manifest.actions == ("c2pa.opened", "c2pa.edited")
     assert manifest.source_types == ("trainedAlgorithmicMedia",)
@@ -110,7 +114,7 @@ def test_an_input_that_c2pa_cannot_read_is_named_all_the_same(source, signer, tm
     (tmp_path / "odd.mp4").write_bytes(b"not a video")
     (tmp_path / "odd.xyz").write_bytes(b"nor this")
     odd = (tmp_path / "odd.mp4", tmp_path / "odd.xyz")
-    sign(source["gif"], tmp_path / "x.gif", replace(CLAIM, ingredients=odd), signer)
+    sign(source["gif"], tmp_path / "x.gif", made_of(*odd), signer)
     ingredients = verify_signed(tmp_path / "x.gif", signer).ingredients
     assert [(one.title, one.state) for one in ingredients] == [("odd.mp4", "unreadable"), ("odd.xyz", "none")]
 
@@ -136,8 +140,8 @@ def test_failures_of_signing_are_one_line(source, signer, tmp_path):
                 use(broken)
             assert "\n" not in str(caught.value)
     rehearse(signer)
-    with pytest.raises(InputError, match="cannot sign .*none.png: No such file"):
-        sign(source["png"], tmp_path / "x.png", replace(CLAIM, ingredients=(tmp_path / "none.png",)), signer)
+    with pytest.raises(InputError, match="cannot read .*none.png: No such file"):
+        Source.read(tmp_path / "none.png")
 
 
 def test_a_file_by_another_signer_is_not_taken_for_ours(source, signer, tmp_path, monkeypatch):
