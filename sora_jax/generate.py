@@ -204,6 +204,8 @@ class Generator:
         *,
         seed: int | Sequence[int] = 0,
         frames: int | None = None,
+        window: int | None = None,
+        overlap: int | None = None,
         size: tuple[int, int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -221,6 +223,10 @@ class Generator:
             prompt: what the video shows; a list gives one video each.
             seed: 0 to 2**32 - 1; a list gives one video each. Noise depends on the seed alone, not the batch.
             frames: 1 + a multiple of the codec's stride in time.
+            window: frames that are sampled at a time, by default all: a longer video goes on from the last ones of
+                each window, so that time grows with its length and not with the square of it.
+            overlap: how many frames a window starts with that the one before has made, 1 + a multiple of the codec's
+                stride in time; by default 1. More of them carry motion along, in models that take more than one.
             size: (height, width) in pixels, multiples of what codec and transformer fold together.
             steps: steps of the solver, >= 1.
             guidance: the velocity is `without + guidance * (with - without)` the prompt (arXiv:2207.12598).
@@ -241,6 +247,8 @@ class Generator:
             prompt,
             seed=seed,
             frames=frames,
+            window=window,
+            overlap=overlap,
             size=size,
             steps=steps,
             guidance=guidance,
@@ -259,13 +267,15 @@ class Generator:
 
     def run(self, request: Request, progress: bool = True) -> Iterator[Video]:
         """Yields the videos of a checked request, in order, sampling in batches of bounded size."""
-        pixels = request.frames * math.prod(request.size)
+        pixels = request.window * math.prod(request.size)
         copies = self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
         batch = max(1, min(-(-len(request.prompts) // copies), _PIXELS_PER_BATCH // pixels)) * copies
         starts = range(0, len(request.prompts), batch)
         with self._on_mesh():
-            given = self._given(request)
-        bar = tqdm(total=len(starts) * request.steps, desc="sampling", unit="step", disable=not progress)
+            first = self._known(_pictures(request), request)
+        bar = tqdm(
+            total=len(starts) * request.windows * request.steps, desc="sampling", unit="step", disable=not progress
+        )
         # The compiled scan reports to whatever bar is there: a program that held one bar would serve only once.
         self._bar = bar
         with bar:
@@ -273,17 +283,30 @@ class Generator:
                 # The last batch is filled up with repeats: cheaper than compiling for another size.
                 chosen = [min(start + i, len(request.prompts) - 1) for i in range(batch)]
                 with self._on_mesh():
-                    latents_BFYXZ = self._sample(request, chosen, given)
-                for number, latents_FYXZ in enumerate(latents_BFYXZ[: len(request.prompts) - start], start):
+                    before, given = [[]] * batch, first
+                    for window in range(request.windows - 1):
+                        latents_BFYXZ = self._sample(request, chosen, given, window)
+                        before = [self._go_on(*pair, request) for pair in zip(before, latents_BFYXZ, strict=True)]
+                        known = [self._known(dict(enumerate(clip[-1][-request.overlap :])), request) for clip in before]
+                        given = jax.tree.map(lambda *parts: jnp.concatenate(parts), *known)
+                    latents_BFYXZ = self._sample(request, chosen, given, request.windows - 1)
+                for number, latents_FYXZ in enumerate(latents_BFYXZ[: len(request.prompts) - start]):
                     # One video at a time: decoding needs far more memory than sampling.
                     with self._on_mesh():
-                        frames = self._decode_video(latents_FYXZ, request)
-                    yield Video(frames, request.fps, self._claim(request, number))
+                        frames_THWC = np.concatenate(self._go_on(before[number], latents_FYXZ, request))
+                    claim = self._claim(request, start + number)
+                    yield Video(frames_THWC[: request.frames], request.fps, claim)
+
+    def _go_on(self, clips: list[np.ndarray], latents_FYXZ: jax.Array, request: Request) -> list[np.ndarray]:
+        """The windows of a video with another one, without the frames that are those of the last."""
+        return [*clips, self._decode_video(latents_FYXZ, request)[request.overlap if clips else 0 :]]
 
     def _claim(self, request: Request, number: int) -> Claim:
         """What the file of a video will say of how it was made."""
         sampling = self.config.sampling
         said = {name: getattr(request, name) for name in ("frames", "size", "steps", "guidance", "fps")}
+        if request.windows > 1:
+            said |= {"window": request.window, "overlap": request.overlap}
         if self.config.boundary is not None:
             said["guidance_low"] = request.guidance_low
         said |= {name: getattr(sampling, name) for name in ("solver", "schedule", "shift")} | {"dtype": self.dtype.name}
@@ -307,7 +330,7 @@ class Generator:
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
-    def _sample(self, request: Request, chosen: list[int], given: Given) -> jax.Array:
+    def _sample(self, request: Request, chosen: list[int], given: Given, window: int) -> jax.Array:
         prompts = [request.prompts[i] for i in chosen]
         # Without guidance the half without the prompt has no weight.
         is_guided = not request.guidance == request.guidance_low == 1.0
@@ -316,8 +339,8 @@ class Generator:
             self.params["text"], self.tokenizer([*prompts, *negative], self.config.text.length)
         )
         if request.noise is None:
-            shape = self.config.codec.latent_shape(request.frames, *request.size)
-            noise_BFYXZ = self._draw_noise(np.array(request.seeds, np.uint32)[chosen], shape)
+            shape = self.config.codec.latent_shape(request.window, *request.size)
+            noise_BFYXZ = self._draw_noise(np.array(request.seeds, np.uint32)[chosen], shape, window or None)
         else:
             noise_BFYXZ = request.noise[chosen]
         sampling = self.config.sampling
@@ -330,7 +353,7 @@ class Generator:
 
     def _decode_video(self, latents_FYXZ: jax.Array, request: Request) -> np.ndarray:
         """Frames, uint8 [T, H, W, 3]: at once if they are few, else one latent frame after the other."""
-        if request.frames * math.prod(request.size) <= _PIXELS_AT_ONCE:
+        if request.window * math.prod(request.size) <= _PIXELS_AT_ONCE:
             return np.asarray(_wait(self._decode(self.params["codec"], {}, latents_FYXZ[None], True)[0]))[0]
         pieces, state = [], {}
         for number in range(len(latents_FYXZ)):
@@ -352,41 +375,37 @@ class Generator:
             pieces.append(latents)
         return jnp.concatenate(pieces, axis=1)
 
-    def _given(self, request: Request) -> Given:
-        config = self.config
-        if request.image is None and request.last_image is None:
+    def _known(self, frames: dict[int, np.ndarray], request: Request) -> Given:
+        """What the known frames of a window give the transformer: pictures by the number of their frame."""
+        config, T = self.config, request.window
+        if not frames:
             return Given()
-        stride, T = config.codec.stride_time, request.frames
-        pictures = {
-            frame: _stretch(picture, request.size)
-            for frame, picture in ((0, request.image), (T - 1, request.last_image))
-            if picture is not None
-        }
+        stride, clip = config.codec.stride_time, {t: _stretch(frame, request.size) for t, frame in frames.items()}
         if not config.dit.condition_channels:
-            # An image is a latent frame of its own at the start, and a group of equal frames at the end.
             F, Y, X, Z = config.codec.latent_shape(T, *request.size)
-            latents_FYXZ, known_F = np.zeros((F, Y, X, Z), np.float32), np.zeros(F, bool)
-            for frame, picture in pictures.items():
-                still_THWC = np.stack([picture] * (1 + (stride if frame else 0)))
-                place = 0 if frame == 0 else F - 1
-                latents_FYXZ[place] = self._encode_clip(still_THWC)[0, -1]
-                known_F[place] = True
-            return Given(latents_FYXZ[None], known_F[None])
+            latents_1FYXZ, known_1F = np.zeros((1, F, Y, X, Z), np.float32), np.zeros((1, F), bool)
+            start = [clip[t] for t in range(T) if all(before in clip for before in range(t + 1))]
+            if start:
+                places = slice(1 + (len(start) - 1) // stride)
+                latents_1FYXZ[:, places], known_1F[:, places] = self._encode_clip(np.stack(start)), True
+            if len(clip) > len(start):  # a last picture is a group of equal frames
+                latents_1FYXZ[:, -1] = self._encode_clip(np.stack([clip[T - 1]] * (1 + stride)))[:, -1]
+                known_1F[:, -1] = True
+            return Given(latents_1FYXZ, known_1F)
         video_THWC = np.zeros((T, *request.size, 3), np.float32)
         mask_T = np.zeros(T, np.float32)
-        for frame, picture in pictures.items():
-            video_THWC[frame], mask_T[frame] = picture, 1.0
+        for t, frame in clip.items():
+            video_THWC[t], mask_T[t] = frame, 1.0
         latents_1FYXZ = self._encode_clip(video_THWC)
         # The mask of a latent frame is that of its group of frames; the first frame fills a group alone.
         mask_FC = np.concatenate([np.repeat(mask_T[:1], stride), mask_T[1:]]).reshape(-1, stride)
         mask_1FYXC = jnp.broadcast_to(mask_FC[:, None, None], (*latents_1FYXZ.shape[1:4], stride))[None]
         features = None
         if config.vision is not None:
-            seen = [request.image] if request.last_image is None else [request.image, request.last_image]
-            seen_BHWC = np.stack([preprocess(picture, config.vision.image_size) for picture in seen])
-            features = self._see(self.params["vision"], seen_BHWC)
+            seen = [preprocess(frames[t], config.vision.image_size) for t in (0, T - 1) if t in frames]
+            features = self._see(self.params["vision"], np.stack(seen))
             features = features.reshape(1, -1, features.shape[-1])
-        return Given(condition_1FYXC=jnp.concatenate([mask_1FYXC, latents_1FYXZ], axis=-1), image_1LD=features)
+        return Given(condition_BFYXC=jnp.concatenate([mask_1FYXC, latents_1FYXZ], axis=-1), image_BLD=features)
 
     def _step_done(self, _) -> None:
         if self._bar is not None:
@@ -409,6 +428,12 @@ class Generator:
             if rest := self.tokenizer.unread(text, self.config.text.length):
                 notes.append(f"note: the prompt is too long for this model, which does not read its end: ...{rest}")
         return notes
+
+
+def _pictures(request: Request) -> dict[int, np.ndarray]:
+    """The pictures of a request by the number of the frame they are."""
+    pictures = {0: request.image, request.frames - 1: request.last_image}
+    return {t: picture for t, picture in pictures.items() if picture is not None}
 
 
 def _stretch(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:

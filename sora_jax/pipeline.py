@@ -22,18 +22,19 @@ from sora_jax.vision import VisionEncoder
 
 
 class Given(NamedTuple):
-    """What the images of a request give the transformer; each part is None where the model or the request has none.
+    """What known frames give the transformer; each part is None where the model or the request has none.
 
     Attributes:
-        latents_1FYXZ, known_1F: latent frames that stay as they are, and which those are.
-        condition_1FYXC: channels beside the latents.
-        image_1LD: features of the images.
+        latents_BFYXZ, known_BF: latent frames that stay as they are, and which those are.
+        condition_BFYXC: channels beside the latents.
+        image_BLD: features of the images.
+            B is that of the noise, or 1: the same for all videos.
     """
 
-    latents_1FYXZ: jax.Array | None = None
-    known_1F: jax.Array | None = None
-    condition_1FYXC: jax.Array | None = None
-    image_1LD: jax.Array | None = None
+    latents_BFYXZ: jax.Array | None = None
+    known_BF: jax.Array | None = None
+    condition_BFYXC: jax.Array | None = None
+    image_BLD: jax.Array | None = None
 
 
 def encode_text(config: ModelConfig, dtype: Any, params: Any, ids_BL: jax.Array) -> jax.Array:
@@ -46,9 +47,18 @@ def see(config: ModelConfig, dtype: Any, params: Any, image_BHWC: jax.Array) -> 
     return VisionEncoder(config.vision).apply({"params": params}, image_BHWC)
 
 
-def draw_noise(seeds_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Noise (B, *shape) float32, of each seed alone, whatever else is in the batch and on whatever mesh."""
-    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds_B)
+def draw_noise(seeds_B: jax.Array, shape: tuple[int, ...], window: int | jax.Array | None = None) -> jax.Array:
+    """Noise (B, *shape) float32, of each seed alone, whatever else is in the batch and on whatever mesh.
+
+    Args:
+        window: the number of a window after the first one, which draws noise of its own.
+    """
+
+    def draw(seed):
+        key = jax.random.key(seed)
+        return jax.random.normal(key if window is None else jax.random.fold_in(key, window), shape)
+
+    noise = jax.vmap(draw)(seeds_B)
     return constrain(noise, "batch", *[None] * len(shape))
 
 
@@ -79,11 +89,12 @@ def denoise(
     given = given or Given()
 
     def repeat(x, batch):
-        return None if x is None else jnp.broadcast_to(x, (batch, *x.shape[1:]))
+        # Both halves of a guided batch are of the same videos.
+        return None if x is None else jnp.tile(x, (batch // len(x), *[1] * (x.ndim - 1)))
 
     def with_dit(params, guidance):
         def velocity(x_BFYXZ, level_BF):
-            condition, image = (repeat(x, len(x_BFYXZ)) for x in (given.condition_1FYXC, given.image_1LD))
+            condition, image = (repeat(x, len(x_BFYXZ)) for x in (given.condition_BFYXC, given.image_BLD))
             return DiT(config.dit, dtype, kernel).apply(
                 {"params": params}, x_BFYXZ, level_BF, text_BLD, condition, image
             )
@@ -99,8 +110,8 @@ def denoise(
             return jax.lax.cond(jnp.max(level_BF) >= boundary, high, low, x_BFYXZ, level_BF)
 
     known = None
-    if given.known_1F is not None:
-        known = tuple(repeat(x, len(noise_BFYXZ)) for x in (given.latents_1FYXZ, given.known_1F))
+    if given.known_BF is not None:
+        known = tuple(repeat(x, len(noise_BFYXZ)) for x in (given.latents_BFYXZ, given.known_BF))
     return sampler.sample(velocity, noise_BFYXZ, schedule, config.sampling.solver, known, progress=progress)
 
 

@@ -416,8 +416,8 @@ def program(job: Job, mesh: jax.sharding.Mesh):
     dits = [held(part) for part in config.parts if part.startswith("dit")]
     schedule = sampler.Schedule(array((_STEPS + 1,)), array((_STEPS,)))
     given = pipeline.Given(
-        condition_1FYXC=array((1, F, Y, X, config.dit.condition_channels)) if config.dit.condition_channels else None,
-        image_1LD=array((1, config.dit.image_positions or config.vision.tokens, config.vision.width))
+        condition_BFYXC=array((1, F, Y, X, config.dit.condition_channels)) if config.dit.condition_channels else None,
+        image_BLD=array((1, config.dit.image_positions or config.vision.tokens, config.vision.width))
         if config.vision
         else None,
     )

@@ -26,6 +26,9 @@ from sora_jax.safety.scan import scan
 class Request:
     """What is to be made, complete and checked: one video per entry of `prompts` and `seeds`.
 
+    `window` frames are sampled at a time, and each window but the first starts with the last `overlap` frames of the
+    one before.
+
     Raises:
         Refused: the policy forbids a prompt or a picture.
     """
@@ -34,6 +37,8 @@ class Request:
     seeds: tuple[int, ...]
     negative_prompt: str
     frames: int
+    window: int
+    overlap: int
     size: tuple[int, int]
     steps: int
     guidance: float
@@ -44,6 +49,11 @@ class Request:
     last_image: np.ndarray | None = None
     ingredients: tuple[Source, ...] = ()  # the pictures, for the manifests of what is made of them
     policy: Policy = field(default_factory=load_policy)
+
+    @property
+    def windows(self) -> int:
+        """How many windows the video takes; what the last one has too many is cut off."""
+        return 1 + max(0, -(-(self.frames - self.window) // (self.window - self.overlap)))
 
     def __post_init__(self) -> None:
         texts = dict.fromkeys(self.prompts)
@@ -69,6 +79,8 @@ def make_request(
     *,
     seed: int | Sequence[int] = 0,
     frames: int | None = None,
+    window: int | None = None,
+    overlap: int | None = None,
     size: tuple[int, int] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -106,6 +118,9 @@ def make_request(
     frames = _whole("frames", defaults.frames if frames is None else frames, 1)
     size = tuple(_whole("size", side, 1) for side in _pair(defaults.size if size is None else size))
     check_shape(config, frames, size)
+    window, overlap = _window(config, frames, window, overlap)
+    if window < frames and (noise is not None or last_image is not None):
+        raise InputError("noise and a last image need all frames at once: leave out the window")
     fps = _number("fps", defaults.fps if fps is None else fps)
     media.check_fps(fps)
     if noise is not None:
@@ -119,13 +134,15 @@ def make_request(
         seeds=tuple(_whole("seed", value, 0, 2**32 - 1) for value in seeds),
         negative_prompt=negative_prompt,
         frames=frames,
+        window=window,
+        overlap=overlap,
         size=size,
         steps=_whole("steps", defaults.steps if steps is None else steps, 1),
         guidance=guidance,
         guidance_low=guidance_low,
         fps=fps,
         noise=noise,
-        **_images(config, image, last_image, frames),
+        **_images(config, image, last_image, window),
         policy=policy or load_policy(),
     )
 
@@ -135,6 +152,24 @@ def check_shape(config: ModelConfig, frames: int, size: tuple[int, int]) -> None
     _check_multiple("frames", frames, config.codec.stride_time, 1)
     for name, side, patch in zip(("height", "width"), size, config.dit.patch[1:], strict=True):
         _check_multiple(name, side, config.codec.stride_space * patch, 0)
+
+
+def _window(config: ModelConfig, frames: int, window: Any, overlap: Any) -> tuple[int, int]:
+    """Frames that are sampled at a time, and how many of them are those of the window before."""
+    stride = config.codec.stride_time
+    if window is None and overlap is not None:
+        raise InputError("an overlap is that of windows: give the window too")
+    window = frames if window is None else _whole("window", window, 1)
+    overlap = 1 if overlap is None else _whole("overlap", overlap, 1)
+    for name, value in (("window", window), ("overlap", overlap)):
+        _check_multiple(name, value, stride, 1)
+    if window >= frames:
+        return frames, overlap
+    if overlap >= window:
+        raise InputError(f"windows of {window} frames that overlap by {overlap} make no headway")
+    if not (config.known_frames or config.dit.condition_channels) or config.dit.image_positions:
+        raise InputError("this model cannot go on from the frames of another window: leave out the window")
+    return window, overlap
 
 
 def _images(config: ModelConfig, image: Any, last_image: Any, frames: int) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import warnings
 import weakref
 
@@ -99,6 +100,55 @@ def test_what_is_made_of_pictures_says_so_and_needs_their_files_no_longer(tiny_c
     ]
 
 
+def test_a_long_video_goes_on_window_by_window(tiny_config, tiny_params, capsys):
+    generator = Generator(dataclasses.replace(tiny_config, known_frames=True), tiny_params)
+
+    def frames(seed, **options):
+        return generator.generate("a red ball", seed=seed, **options).frames.astype(int)
+
+    long = frames(3, frames=17, window=9, overlap=5)
+    assert "6/6" in capsys.readouterr().err, "2 steps in each of 3 windows"
+    assert len(long) == 17
+    # The first window is a video of its own; the second one goes on from its last frames, at other noise.
+    first = frames(3, frames=9)
+    assert np.array_equal(long[:9], first)
+    following = generator.run(make_request(generator.config, "a red ball", frames=9), progress=False)
+    assert not np.array_equal(long[8:13], next(following).frames[4:9])
+    # What is cut off at the end and what else is in the batch change nothing.
+    assert np.array_equal(frames(3, frames=13, window=9, overlap=1), frames(3, frames=17, window=9, overlap=1)[:13])
+    batch = generator.generate("a red ball", seed=[3, 4], frames=17, window=9, overlap=5, progress=False)
+    assert np.abs(batch[0].frames - long).max() <= 1
+    assert np.abs(batch[1].frames - frames(4, frames=17, window=9, overlap=5)).max() <= 1
+    assert np.array_equal(frames(3, frames=9, window=17), first)
+    for options, message in (
+        ({"window": 8}, "window must be 1 + a multiple of 4"),
+        ({"window": 5, "overlap": 5}, "make no headway"),
+        ({"overlap": 5}, "give the window too"),
+        ({"window": 5, "last_image": np.zeros((32, 64, 3), np.uint8)}, "need all frames at once"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            frames(3, frames=17, **options)
+
+
+def test_known_frames_stay_at_the_seam_of_windows(tiny_config, tiny_params, monkeypatch):
+    """What a window is told of the one before are the codec's latents of its last frames."""
+    generator = Generator(dataclasses.replace(tiny_config, known_frames=True), tiny_params)
+    told, sample = [], generator._sample
+
+    def spy(request, chosen, given, window):
+        latents = sample(request, chosen, given, window)
+        told.append((given, np.asarray(latents)))
+        return latents
+
+    monkeypatch.setattr(generator, "_sample", spy)
+    video = generator.generate("a red ball", frames=13, window=9, overlap=5, progress=False)
+    (nothing, _), (given, latents) = told
+    assert nothing.known_BF is None and np.array_equal(given.known_BF, [[True, True, False]])
+    last = np.float32(video.frames[4:9]) / 127.5 - 1
+    np.testing.assert_allclose(given.latents_BFYXZ[:, :2], generator._encode_clip(last), atol=1e-5)
+    np.testing.assert_allclose(latents[:, :2], given.latents_BFYXZ[:, :2], atol=1e-6)
+
+
 def test_the_bar_counts_every_step(generator, capsys):
     generator.generate(["red", "ball"], steps=3)
     assert "3/3" in capsys.readouterr().err
@@ -132,6 +182,7 @@ def test_unknown_words_and_long_prompts_are_told(generator):
         ({"seed": -1}, "seed must be from 0 to 4294967295"),
         ({"seed": 2**32}, "seed must be from 0 to 4294967295"),
         ({"fps": 0}, "fps must be from 0.001"),
+        ({"frames": 9, "window": 5}, "cannot go on from the frames of another window"),
     ],
 )
 def test_impossible_requests_name_what_is_possible(generator, options, message):

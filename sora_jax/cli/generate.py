@@ -38,6 +38,8 @@ def add_commands(commands: Any) -> None:
         help="videos per prompt, with seeds SEED, SEED+1, ... (default: 1)",
     )
     add("--frames", type=whole(1), help="frames of the video (default: the model's)")
+    add("--window", type=whole(1), metavar="N", help="frames sampled at a time; longer videos go on from the last ones")
+    add("--overlap", type=whole(1), metavar="N", help="frames a window has from the one before (default: 1)")
     add("--size", type=size, metavar="HxW", help="height and width in pixels (default: the model's)")
     add("--fps", type=number(0), help="frames per second of the file (default: the model's)")
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
@@ -88,6 +90,8 @@ def _generate(options: argparse.Namespace) -> None:
         seed=[seed for _, seed in jobs],
         negative_prompt=options.negative_prompt,
         frames=options.frames,
+        window=options.window,
+        overlap=options.overlap,
         size=options.size,
         steps=options.steps,
         guidance=options.guidance,

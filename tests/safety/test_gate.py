@@ -105,7 +105,8 @@ def test_every_part_must_be_there(tmp_path, monkeypatch):
 
 
 def test_no_request_exists_that_was_not_checked():
-    words = dict(negative_prompt="", frames=1, size=(16, 16), steps=1, guidance=4.0, guidance_low=4.0, fps=8.0)
+    shape = dict(frames=1, window=1, overlap=1, size=(16, 16))
+    words = dict(negative_prompt="", steps=1, guidance=4.0, guidance_low=4.0, fps=8.0, **shape)
     with pytest.raises(Refused, match="prompt 2: .*real_people"):
         Request(prompts=("a red ball", "Tom Hanks on a bench"), seeds=(0, 0), **words)
     # A guidance below one leads towards the negative prompt.
