@@ -4,6 +4,7 @@ Needs `sora-jax[tpu]` for the TPU's compiler, and no TPU. Each row takes half a 
 """
 
 import argparse
+from importlib.metadata import version
 from pathlib import Path
 
 from sora_jax import plan
@@ -29,7 +30,8 @@ HEAD = """# What models need on TPU slices
 
 Written by `python experiments/plan_report.py`, from the TPU compiler's own memory report; no TPU was used. GiB per
 chip; the step is one of the sampler, both branches of guidance as one batch, bfloat16. "At least" is the largest of
-arithmetic at the chip's peak, weights once from HBM, and bytes over the interconnect: no measurement of time.
+arithmetic at the chip's peak, weights once from HBM, and bytes over the interconnect: no measurement of time. With
+libtpu {version}.
 
 """
 COLUMNS = (
@@ -84,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/plan.md"))
     output = parser.parse_args().output
-    text = HEAD + f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    text = HEAD.format(version=version("libtpu")) + f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 
     def add(more: str) -> None:
         nonlocal text
