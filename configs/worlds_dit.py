@@ -19,8 +19,8 @@ runs 20,000 steps, about seven hours on two CPU cores. The bundled model has see
    --config.codec=MODEL --config.data.seed=4 --config.data.clips=6144 --config.align.objects=4.0 --config.steps=4200
    --config.optimizer.decay=0.4` (two and a half hours, beside other work).
 
-Result: velocity loss 0.221 on 16 held-out clips, weighted 0.142 (0.230 and 0.148 after 2,000 steps of part 5); the README
-has the evaluation. Losses of the parts do not compare: they are of other clips.
+Result: velocity loss 0.221 on 16 held-out clips, weighted 0.142 (0.230 and 0.148 after 2,000 steps of part 5); the
+README has the evaluation. Losses of the parts do not compare: they are of other clips.
 """
 
 from ml_collections import ConfigDict
