@@ -21,18 +21,10 @@ from sora_jax.text import tokenize
 Encode = Callable[[int, int], Iterator[dict]]  # (start, count) -> {"latents", "captions"[, "layout"]} of each clip
 
 
-def write_shards(
-    folder: Path, clips: int, shard: int, encode: Encode, progress: Callable[[int], None], about: dict
-) -> list[Path]:
-    """Writes `clips` clips in files of `shard`, skipping those that are there; a file appears when it is complete.
+def claim_folder(folder: Path, about: dict) -> None:
+    """Makes the folder of clips that are made from what `about` says, which is kept beside them.
 
-    Of several processes each writes some of the files: when all have returned, all files are there.
-
-    Args:
-      encode: gives clips start to start + count: latents (F, Y, X, Z) and perhaps the layout (F, Y, X, C), both kept
-        in float16, and captions, one on each line.
-      progress: called with the number of clips that this process need no longer care about.
-      about: what the clips were made from, kept beside them.
+    Of several processes none may write clips before all have returned.
 
     Raises:
       InputError: the folder holds clips made from something else.
@@ -41,6 +33,21 @@ def write_shards(
     if any(folder.glob("clips-*")) and not (folder / "about.json").exists():
         raise InputError(f"{folder} holds clips of unknown origin, without about.json; use a new --workdir")
     check_about(folder / "about.json", about)
+
+
+def write_shards(folder: Path, clips: int, shard: int, encode: Encode, progress: Callable[[int], None]) -> list[Path]:
+    """Writes `clips` clips in files of `shard`, skipping those that are there; a file appears when it is complete.
+
+    Of several processes each writes some of the files: when all have returned, all files are there.
+
+    Args:
+      encode: gives clips start to start + count: latents (F, Y, X, Z) and perhaps the layout (F, Y, X, C), both kept
+        in float16, and captions, one on each line.
+      progress: called with the number of clips that this process need no longer care about.
+
+    Raises:
+      InputError: the disk is full.
+    """
     paths = []
     for number, start in enumerate(range(0, clips, shard)):
         count = min(shard, clips - start)

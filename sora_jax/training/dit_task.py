@@ -221,6 +221,8 @@ class DiTTask:
         patch = self.dit_config.patch
         about = {"codec": str(config.codec), "frames": config.frames, "size": config.size, "patch": patch}
         about |= _origin(config)
+        latents_lib.claim_folder(folder, about)
+        hosts.wait("the folder of clips")
         with tqdm(total=count, unit="clip", desc="encode clips", disable=not hosts.is_first()) as bar:
             paths = latents_lib.write_shards(
                 folder,
@@ -228,7 +230,6 @@ class DiTTask:
                 config.data.shard,
                 lambda start, count: _encode(self.codec_config, self.codec_params, clips(start, count), patch),
                 bar.update,
-                about,
             )
         hosts.wait("clips are encoded")
         return paths

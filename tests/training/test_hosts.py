@@ -76,9 +76,14 @@ def wait_for(workdir, step, children):
     deadline = time.monotonic() + PATIENCE
     while max(losses(workdir), default=0) < step or not (workdir / "checkpoints" / "6").exists():
         for child in children:
-            assert child.poll() is None, child.communicate()[1][-3000:]
+            assert child.poll() is None, errors_of(child)
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def errors_of(child):
+    """What a process that has ended says went wrong: its first words count, what JAX adds on the way out is long."""
+    return child.communicate()[1].replace("\r", "\n")[:3000]
 
 
 def finish(children):
