@@ -1,6 +1,7 @@
 """Checkpoints by orbax: each host writes its own shards; a half-written checkpoint is never taken for a whole one."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,17 +46,16 @@ class Checkpoints:
           InputError: the checkpoint belongs to a model of another shape.
         """
         step = self.latest()
-        try:
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError) as error:
+        # Before anything is read: a restore that fails on the way leaves half of its work behind.
+        wanted, found = _shapes(abstract), _shapes(self._manager.item_metadata(step).tree)
+        if wanted != found:
+            name = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            has, needs = (list(shapes[name]) if name in shapes else "absent" for shapes in (found, wanted))
             raise InputError(
                 f"checkpoint {step} in {self._manager.directory} does not fit this configuration: "
-                + str(error).splitlines()[0]
-            ) from error
-        wanted, found = jax.tree.map(lambda x: x.shape, abstract), jax.tree.map(lambda x: x.shape, state)
-        if wanted != found:
-            raise InputError(f"checkpoint {step} in {self._manager.directory} does not fit this configuration")
-        return state
+                f"{name} is {has} there, and {needs} here"
+            )
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def restore_any(self) -> dict:
         """The newest checkpoint as a tree of NumPy arrays, without knowing the model.
@@ -78,3 +78,9 @@ class Checkpoints:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays in a tree by their names, which are the same for a state and for what is said of it."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}

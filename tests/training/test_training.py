@@ -178,7 +178,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
 
 def test_checkpoint_of_another_shape_is_refused(codec_run, tmp_path):
     shutil.copytree(codec_run / "checkpoints", tmp_path / "checkpoints")  # without the config that would tell first
-    with pytest.raises(InputError, match="does not fit this configuration"):
+    with pytest.raises(InputError, match=r"does not fit this configuration: .* is \[.*\] there, and \[.*\] here$"):
         loop.train(codec_config("--config.steps=8", "--config.codec.width=8"), tmp_path)
 
 
