@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -283,13 +284,14 @@ class Generator:
                 # The last batch is filled up with repeats: cheaper than compiling for another size.
                 chosen = [min(start + i, len(request.prompts) - 1) for i in range(batch)]
                 with self._on_mesh():
+                    text_BLD = self._read([request.prompts[i] for i in chosen], request)
                     before, given = [[]] * batch, first
                     for window in range(request.windows - 1):
-                        latents_BFYXZ = self._sample(request, chosen, given, window)
+                        latents_BFYXZ = self._sample(request, chosen, text_BLD, given, window)
                         before = [self._go_on(*pair, request) for pair in zip(before, latents_BFYXZ, strict=True)]
                         known = [self._known(dict(enumerate(clip[-1][-request.overlap :])), request) for clip in before]
                         given = jax.tree.map(lambda *parts: jnp.concatenate(parts), *known)
-                    latents_BFYXZ = self._sample(request, chosen, given, request.windows - 1)
+                    latents_BFYXZ = self._sample(request, chosen, text_BLD, given, request.windows - 1)
                 for number, latents_FYXZ in enumerate(latents_BFYXZ[: len(request.prompts) - start]):
                     # One video at a time: decoding needs far more memory than sampling.
                     with self._on_mesh():
@@ -330,14 +332,13 @@ class Generator:
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
-    def _sample(self, request: Request, chosen: list[int], given: Given, window: int) -> jax.Array:
-        prompts = [request.prompts[i] for i in chosen]
-        # Without guidance the half without the prompt has no weight.
-        is_guided = not request.guidance == request.guidance_low == 1.0
-        negative = [request.negative_prompt] * len(prompts) if is_guided else []
-        text_BLD = self._encode_text(
-            self.params["text"], self.tokenizer([*prompts, *negative], self.config.text.length)
-        )
+    def _read(self, prompts: list[str], request: Request) -> jax.Array:
+        """Features of the prompts, and after them, with guidance, of as many negative prompts."""
+        negative = [request.negative_prompt] * len(prompts) if request.is_guided else []
+        ids_BL = self.tokenizer([*prompts, *negative], self.config.text.length)
+        return self._encode_text(self.params["text"], ids_BL)
+
+    def _sample(self, request: Request, chosen: list[int], text_BLD: jax.Array, given: Given, window: int) -> jax.Array:
         if request.noise is None:
             shape = self.config.codec.latent_shape(request.window, *request.size)
             noise_BFYXZ = self._draw_noise(np.array(request.seeds, np.uint32)[chosen], shape, window or None)
@@ -347,7 +348,9 @@ class Generator:
         schedule = sampler.noise_schedule(request.steps, sampling.shift, sampling.schedule)
         guidance_2 = np.float32([request.guidance, request.guidance_low])
         dits = [self.params[part] for part in self.config.parts if part.startswith("dit")]
-        latents = _wait(self._denoise(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=is_guided))
+        latents = _wait(
+            self._denoise(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=request.is_guided)
+        )
         jax.effects_barrier()  # the last steps reach the bar before it closes
         return latents
 
@@ -384,7 +387,7 @@ class Generator:
         if not config.dit.condition_channels:
             F, Y, X, Z = config.codec.latent_shape(T, *request.size)
             latents_1FYXZ, known_1F = np.zeros((1, F, Y, X, Z), np.float32), np.zeros((1, F), bool)
-            start = [clip[t] for t in range(T) if all(before in clip for before in range(t + 1))]
+            start = [clip[t] for t in takewhile(clip.__contains__, range(T))]
             if start:
                 places = slice(1 + (len(start) - 1) // stride)
                 latents_1FYXZ[:, places], known_1F[:, places] = self._encode_clip(np.stack(start)), True

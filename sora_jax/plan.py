@@ -208,7 +208,7 @@ def search(job: Job, full: bool = False) -> dict[str, dict[str, Need]]:
     return {mesh: found[mesh] for mesh in sorted(found, key=rank)}
 
 
-def largest_batch(job: Job) -> tuple[Job, Need]:
+def largest_batch(job: Job, full: bool = False) -> tuple[Job, Need]:
     """Training with the largest batch, a multiple of the job's own, that fits; or with that one, if none does.
 
     Memory grows with the batch along a straight line, nearly: two small batches tell where to look.
@@ -219,7 +219,7 @@ def largest_batch(job: Job) -> tuple[Job, Need]:
     def need(times: int) -> Need:
         if times not in found:
             larger = dataclasses.replace(job, batch=times * job.batch)
-            found[times] = needs(larger, ("train",))["train"]
+            found[times] = needs(larger, ("train",), full)["train"]
         return found[times]
 
     def fits(times: int) -> bool:

@@ -53,7 +53,12 @@ class Request:
     @property
     def windows(self) -> int:
         """How many windows the video takes; what the last one has too many is cut off."""
-        return 1 + max(0, -(-(self.frames - self.window) // (self.window - self.overlap)))
+        return 1 - (self.window - self.frames) // (self.window - self.overlap)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is guidance: without it, the half without the prompt has no weight."""
+        return not self.guidance == self.guidance_low == 1.0
 
     def __post_init__(self) -> None:
         texts = dict.fromkeys(self.prompts)
@@ -164,7 +169,7 @@ def _window(config: ModelConfig, frames: int, window: Any, overlap: Any) -> tupl
     for name, value in (("window", window), ("overlap", overlap)):
         _check_multiple(name, value, stride, 1)
     if window >= frames:
-        return frames, overlap
+        return frames, 0  # one window, with none before it
     if overlap >= window:
         raise InputError(f"windows of {window} frames that overlap by {overlap} make no headway")
     if not (config.known_frames or config.dit.condition_channels) or config.dit.image_positions:

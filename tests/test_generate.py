@@ -11,7 +11,7 @@ from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator, load
 from sora_jax.mesh import parse_mesh
-from sora_jax.request import make_request
+from sora_jax.request import Request, make_request
 from sora_jax.safety.manifest import read_manifest
 from sora_jax.tensors import OnDemand, Tensor
 
@@ -39,6 +39,23 @@ def test_a_batch_gives_each_seed_its_own_noise(generator, monkeypatch):
     for seed, video in zip([3, 4, 2**32 - 1], batch, strict=True):
         alone = generator.generate("a red ball", seed=seed, progress=False)
         assert np.abs(alone.frames.astype(int) - video.frames).max() <= 1
+
+
+def test_a_picture_is_a_video_of_one_frame(generator, tmp_path):
+    video = generator.generate("a red ball", frames=1, progress=False)
+    assert video.frames.shape == (1, 32, 64, 3)
+    assert len(media.read(video.save(tmp_path / "ball.png"))[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "frames, window, overlap, windows", [(1, 1, 0, 1), (17, 17, 0, 1), (17, 9, 1, 2), (65, 17, 5, 5)]
+)
+def test_windows_cover_the_video_and_no_more(frames, window, overlap, windows):
+    shape = dict(frames=frames, window=window, overlap=overlap, size=(16, 16))
+    request = Request(("a red ball",), (0,), "", **shape, steps=1, guidance=4.0, guidance_low=4.0, fps=8.0)
+    assert request.windows == windows
+    covered = window + (windows - 1) * (window - overlap)
+    assert covered >= frames and (windows == 1 or covered - (window - overlap) < frames)
 
 
 @pytest.mark.parametrize("mesh", [None, "data=1"])
@@ -135,8 +152,8 @@ def test_known_frames_stay_at_the_seam_of_windows(tiny_config, tiny_params, monk
     generator = Generator(dataclasses.replace(tiny_config, known_frames=True), tiny_params)
     told, sample = [], generator._sample
 
-    def spy(request, chosen, given, window):
-        latents = sample(request, chosen, given, window)
+    def spy(request, chosen, text_BLD, given, window):
+        latents = sample(request, chosen, text_BLD, given, window)
         told.append((given, np.asarray(latents)))
         return latents
 

@@ -184,7 +184,7 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch, rest, growth, bend, l
     def hbm(batch):
         return rest + growth * batch / 16 + bend * (batch / 16) ** 2
 
-    def needs(job, parts):
+    def needs(job, parts, full):
         return {"train": plan.Need(hbm=int(hbm(job.batch) * plan.GIB))}
 
     monkeypatch.setattr(plan, "needs", needs)

@@ -72,19 +72,18 @@ def _plan(options: argparse.Namespace) -> None:
     size, frames = options.size or sampling.size, options.frames or sampling.frames
     check_shape(config, frames, size)
     _, number = plan.chips(options.topology)
-    mesh = options.mesh
+    mesh, batch = options.mesh, number if options.batch == "max" else options.batch
     if mesh == "auto":
         if options.train:
-            mesh, reason = plan.training_mesh(number if options.batch == "max" else options.batch, number)
+            mesh, reason = plan.training_mesh(batch, number)
         else:
             mesh, reason = plan.choose_mesh(config, size, frames, number)
         if not options.search:
             print(f"mesh {mesh}: {reason}", file=sys.stderr)
-    batch = number if options.batch == "max" else options.batch
     job = plan.Job(options.model, "", options.topology, mesh, size, frames, batch, options.dtype, options.offload)
     steps = options.steps or sampling.steps
     if options.batch == "max":
-        job, need = plan.largest_batch(job)
+        job, need = plan.largest_batch(job, options.full)
         results = {mesh: {"train": need}}
     elif options.search:
         results = plan.search(job, options.full)
