@@ -176,19 +176,33 @@ def test_the_verdict_adds_up():
 
 
 @pytest.mark.parametrize(
-    "rest, growth, bend, largest", [(1.4, 4, 0, 21), (1.4, 4, 0.05, 17), (10, 80, 0, 1), (99, 1, 0, 1)]
+    "rest, growth, bend, largest",
+    [
+        (1.4, 4, 0, 21),
+        (1.4, 4, 0.05, 17),
+        (1.4, 0.01, 0, 8707),
+        (1.4, 0.01, 1e-5, 2492),
+        (1.4, 4, -0.01, 23),
+        (10, 80, 0, 1),
+        (99, 1, 0, 1),
+    ],
 )
 def test_the_largest_batch_that_fits_is_found(monkeypatch, rest, growth, bend, largest):
-    """Memory of a known shape: a line, a line that bends, one that fits once, one that never fits (GiB, of 88.5)."""
+    """Memory of a known shape: lines, lines that bend, one that fits once, one that never fits (GiB, of 88.5)."""
+    asked = []
 
     def hbm(batch):
         return rest + growth * batch / 16 + bend * (batch / 16) ** 2
 
     def needs(job, parts, full):
+        asked.append(job.batch)
         return {"train": plan.Need(hbm=int(hbm(job.batch) * plan.GIB))}
 
     monkeypatch.setattr(plan, "needs", needs)
     job, need = plan.largest_batch(plan.Job("bundled", "", "v5p:2x2x4", "fsdp=16", (128, 128), 17, batch=16))
+    # A line is answered at once; else the guess of the line is off by at most its own size, which is halved.
+    line = int((88.5 - rest) / growth)
+    assert len(asked) <= 4 + 2 * (bend != 0) * line.bit_length() and len(set(asked)) == len(asked)
     assert job.batch == 16 * largest and need.hbm == int(hbm(job.batch) * plan.GIB)
 
 

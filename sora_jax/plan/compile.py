@@ -1,0 +1,135 @@
+"""One program, compiled for a topology in a process of its own, and what the compiler's reports say of it.
+
+An impossible program can end the process that compiles it.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from sora_jax import mesh as mesh_lib
+from sora_jax.counting import count_collectives, count_operations
+from sora_jax.errors import InputError, one_line
+from sora_jax.plan.job import Job, Need, chips
+from sora_jax.plan.programs import at_rest, bytes_here, program, steps
+
+
+def compile_part(job: Job, full: bool = False) -> Need:
+    """What a part needs. Only with `full` is code generated, which takes most of the time and tells nothing of this;
+    but an impossible kernel is found only there.
+
+    Raises:
+        InputError: libtpu is not installed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock file: there is no TPU to share
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*planned",
+        }
+        command = [sys.executable, "-m", "sora_jax.plan", json.dumps(dataclasses.asdict(job))]
+        started = time.perf_counter()
+        # Files, since the compiler may say more than a pipe holds.
+        with open(f"{folder}/out", "w+") as out, open(f"{folder}/errors", "w+") as errors:
+            process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors)
+            try:
+                while process.poll() is None and (full or not _report(Path(folder))):
+                    time.sleep(0.2)
+            finally:
+                process.kill()
+                process.wait()
+            seconds = time.perf_counter() - started
+            texts = []
+            for file in (out, errors):
+                file.seek(0)
+                texts.append(file.read())
+        out, errors = texts
+        answer = next((line for line in reversed(out.splitlines()) if line.startswith("{")), None)
+        values = json.loads(answer) if answer else {}
+        if "input_error" in values:
+            raise InputError(values["input_error"])
+        report = _report(Path(folder))
+        if not report or (full and process.returncode):
+            return Need(error=_reason(errors), seconds=seconds)
+        report, program_text = report
+        hbm = int(re.search(r"\(color=0\)\s+Total bytes: (\d+)", report)[1])
+        collectives = count_collectives(program_text, steps(job), chips(job.topology)[1])
+        arguments = values["arguments"]
+        return Need(
+            arguments=arguments,
+            heap=hbm - arguments,
+            hbm=hbm,
+            operations=values["operations"],
+            others=values["others"],
+            weights=values["weights"],
+            collectives=collectives,
+            seconds=seconds,
+        )
+
+
+def _report(folder: Path) -> tuple[str, str] | None:
+    """The compiler's report on memory and the program it is about, once both are there."""
+    reports, programs = (
+        folder.glob("*planned*memory-usage-report.txt"),
+        folder.glob("*planned*.after_optimizations.txt"),
+    )
+    found = [(path.read_text(), other.read_text()) for path in reports for other in programs]
+    # The report has a part for each kind of memory; the program ends with its entry.
+    for report, text in found:
+        if report.count("Total bytes") >= 2 and "(color=0)" in report and re.search(r"^ENTRY (?s:.*)^\}", text, re.M):
+            return report, text
+    return None
+
+
+def _reason(errors: str) -> str:
+    lines = [line for line in errors.splitlines() if "RESOURCE_EXHAUSTED" in line or "Error" in line]
+    return " ".join((lines or errors.splitlines() or ["the compiler ended without a word"])[-1].split())[:300]
+
+
+def work(job: Job) -> None:
+    """What such a process does: lowers and compiles; prints what only this process knows before it starts compiling."""
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        print(json.dumps({"input_error": "planning needs the TPU compiler: pip install 'sora-jax[tpu]'"}))
+        return
+    from jax.experimental import topologies
+
+    bounds = {"chips_per_host_bounds": [1, 1, 1]} if job.topology.endswith(":1x1") else {}
+    try:
+        topology = topologies.get_topology_desc(job.topology, platform="tpu", **bounds)
+    except Exception as error:  # the compiler's library objects in its own ways
+        print(json.dumps({"input_error": f"topology {job.topology}: {one_line(error)}"}))
+        return
+    try:
+        mesh = mesh_lib.parse_mesh(job.mesh, devices=topology.devices)
+        function, arguments, donated = program(job, mesh)
+    except InputError as error:
+        print(json.dumps({"input_error": str(error)}))
+        return
+    local = jax.tree.map(_on_one_device, arguments)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(function, donate_argnums=donated, keep_unused=True).lower(*arguments)
+    weights = arguments[0].params if job.part == "train" else arguments[0]
+    values = {
+        "arguments": sum(bytes_here(leaf) for leaf in jax.tree.leaves(arguments)),
+        "others": 0 if job.part == "train" else at_rest(job, mesh),
+        "operations": count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps(job)) / mesh.size,
+        "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)) // mesh.shape["tensor"],
+    }
+    print(json.dumps(values), flush=True)
+    lowered.compile()
+
+
+def _on_one_device(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -1,0 +1,104 @@
+"""What is asked of the compiler and what it answers: chips, jobs and needs."""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sora_jax.errors import InputError
+from sora_jax.generate import read_config
+from sora_jax.interop.presets import PRESETS
+from sora_jax.model_folder import ModelConfig
+
+GIB = 2**30
+PARTS = ("text", "denoise", "decode")  # of `generate`; "train" is a step of training the transformer
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Figures of a chip: HBM in bytes, the rest per second. Interconnect: bytes that come in over all links.
+
+    From https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e.
+    """
+
+    hbm: float
+    operations: float
+    hbm_bandwidth: float
+    interconnect: float
+
+
+CHIPS = {
+    "v4": Chip(32e9, 275e12, 1228e9, 300e9),
+    "v5e": Chip(16e9, 197e12, 819e9, 200e9),
+    "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32e9, 918e12, 1640e9, 400e9),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile: a preset's name or a model folder, one of `PARTS`, and for what."""
+
+    model: str
+    part: str
+    topology: str
+    mesh: str
+    size: tuple[int, int]
+    frames: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+    offload: bool = False  # each part of `generate` is on the chips only while it works
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one part needs, bytes and operations per chip; of the denoising, per step.
+
+    Attributes:
+        arguments, heap, hbm: bytes; hbm is what the compiler allocates, with outputs and padding.
+        operations: of matrix products and convolutions.
+        others: bytes of the parameters of the other parts, which rest on the chip meanwhile.
+        weights: bytes of them that the chip's products read.
+        collectives: bytes received, by kind.
+        seconds: that compiling took.
+        error: in place of all these, why it does not compile.
+    """
+
+    arguments: int = 0
+    heap: int = 0
+    hbm: int = 0
+    operations: float = 0.0
+    others: int = 0
+    weights: int = 0
+    collectives: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    error: str = ""
+
+    def bounds(self, chip: Chip) -> dict[str, float]:
+        """Seconds that arithmetic, HBM and interconnect take at least."""
+        return {
+            "arithmetic": self.operations / chip.operations,
+            "hbm": self.weights / chip.hbm_bandwidth,
+            "interconnect": sum(self.collectives.values()) / chip.interconnect,
+        }
+
+
+def model_config(model: str) -> ModelConfig:
+    """The config of a preset, a model folder, or "bundled"."""
+    if model in PRESETS:
+        return PRESETS[model]
+    if model != "bundled" and not Path(model).is_dir():
+        raise InputError(f"{model} is neither a model folder nor one of bundled, {', '.join(PRESETS)}")
+    return read_config(None if model == "bundled" else model)
+
+
+def chips(topology: str) -> tuple[Chip, int]:
+    """The kind of chip, and how many there are, in a topology like "v6e:2x4"."""
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d?(x[1-9]\d?){1,2}", shape):
+        raise InputError(
+            f"topology {topology!r} must be a kind of chip and their arrangement, such as v6e:2x4 or v5p:2x2x2; "
+            f"kinds are {', '.join(CHIPS)}"
+        )
+    return CHIPS[kind], math.prod(map(int, shape.split("x")))

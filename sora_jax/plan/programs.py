@@ -1,0 +1,142 @@
+"""The programs that `generate` and `train` run, with abstract arguments in their places: nothing is computed."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import meta
+
+from sora_jax import flow, pipeline, sampler
+from sora_jax import mesh as mesh_lib
+from sora_jax.dit import DiT
+from sora_jax.model_folder import ModelConfig, abstract_params, memory_dtype
+from sora_jax.plan.job import Job, model_config
+from sora_jax.training import state as state_lib
+
+_STEPS = 2  # of the scan that is compiled; what a step costs does not depend on their number
+
+
+def steps(job: Job) -> int:
+    """Steps of the scan that is compiled."""
+    return _STEPS if job.part == "denoise" else 1
+
+
+def at_rest(job: Job, mesh: jax.sharding.Mesh) -> int:
+    """Bytes on a chip of the parameters of all parts but the job's own."""
+    config = model_config(job.model)
+    own = {"text": "text", "decode": "codec", "denoise": "dit"}[job.part]
+    others = [part for part in config.parts if not part.startswith(own)]
+    return sum(bytes_here(leaf) for part in others for leaf in jax.tree.leaves(_held(config, part, mesh, job.dtype)))
+
+
+def _held(config: ModelConfig, part: str, mesh: jax.sharding.Mesh, dtype: str) -> Any:
+    """The abstract parameters of a part as they are in memory."""
+
+    def in_memory(path, leaf):
+        kind = memory_dtype(part, jax.tree_util.keystr(path, simple=True, separator="."), dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=leaf.sharding)
+
+    return jax.tree.map_with_path(in_memory, abstract_params(config, mesh)[part])
+
+
+def bytes_here(leaf) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def program(job: Job, mesh: jax.sharding.Mesh):
+    """The function of a part, its abstract arguments with their places, parameters first, and which are donated."""
+    config = model_config(job.model)
+    dtype = jnp.dtype(job.dtype)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def held(part):
+        return _held(config, part, mesh, job.dtype)
+
+    def array(shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    F, Y, X, Z = config.codec.latent_shape(job.frames, *job.size)
+    if job.part == "train":
+        return _training(config, dtype, mesh, job.batch, (F, Y, X, Z))
+    guided = config.sampling.guidance != 1
+    texts = job.batch * (2 if guided else 1)
+    if job.part == "text":
+
+        def planned(params, ids_BL):
+            return pipeline.encode_text(config, dtype, params, ids_BL)
+
+        return planned, (held("text"), array((texts, config.text.length), jnp.int32)), ()
+    if job.part == "decode":
+        # As `generate` decodes: the first latent frame, then one after the other with what went before.
+        def planned(params, state, latents_BFYXZ):
+            return pipeline.decode(config, params, state, latents_BFYXZ, False)
+
+        codec = held("codec")  # under a mesh of devices that are not there, nothing can be computed
+        with jax.set_mesh(mesh):
+            first = partial(pipeline.decode, config, first=True)
+            _, state = jax.eval_shape(first, codec, {}, array((1, 1, Y, X, Z)))
+            state = jax.tree.map(lambda leaf: _by_rows(leaf, mesh), state)
+        return planned, (codec, state, array((1, 1, Y, X, Z))), 1
+
+    dits = [held(part) for part in config.parts if part.startswith("dit")]
+    schedule = sampler.Schedule(array((_STEPS + 1,)), array((_STEPS,)))
+    given = pipeline.Given(
+        condition_BFYXC=array((1, F, Y, X, config.dit.condition_channels)) if config.dit.condition_channels else None,
+        image_BLD=array((1, config.dit.image_positions or config.vision.tokens, config.vision.width))
+        if config.vision
+        else None,
+    )
+
+    def planned(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given):
+        return pipeline.denoise(
+            config, dtype, dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=guided
+        )
+
+    text = array((texts, config.text.length, config.text.width))
+    return planned, (dits, array((job.batch, F, Y, X, Z)), text, schedule, array((2,)), given), 1
+
+
+def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: int, shape: tuple[int, ...]):
+    """A step of training the transformer on latents and text features: AdamW, float32 parameters and averages."""
+    dit = dataclasses.replace(config.dit, remat="full", condition_channels=0, image_width=0)
+    model = DiT(dit, dtype)
+    x0_BFYXZ, text_BLD = jnp.zeros((1, *shape)), jnp.zeros((1, config.text.length, config.text.width))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+
+    def create():
+        level_BF = jnp.zeros((1, shape[0]))
+        return state_lib.create(model.init(jax.random.key(0), x0_BFYXZ, level_BF, text_BLD)["params"], optimizer)
+
+    boxed = jax.eval_shape(create)
+    state = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        meta.unbox(boxed),
+        mesh_lib.shardings(boxed, mesh),
+    )
+
+    def loss(params, batch, key):
+        x0_BFYXZ, text_BLD = batch
+        drawn = flow.noised(key, x0_BFYXZ, shift=3.0, known_share=0.2)
+        velocity_BFYXZ = model.apply({"params": params}, drawn.x_BFYXZ, drawn.level_BF, text_BLD)
+        return flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, drawn.noise_BFYXZ, drawn.known_BF), {}
+
+    place = mesh_lib.batch_sharding(mesh)
+    clips = tuple(
+        jax.ShapeDtypeStruct((batch, *x.shape[1:]), jnp.float32, sharding=place) for x in (x0_BFYXZ, text_BLD)
+    )
+    step = state_lib.make_step(loss, optimizer, seed=0, ema_decay=0.999)
+
+    def planned(state, clips):
+        return step(state, clips)
+
+    return planned, (state, clips), 0
+
+
+def _by_rows(leaf, mesh):
+    with jax.set_mesh(mesh):
+        spec = mesh_lib.spec(leaf.shape, ("batch", None, "rows", None, None))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
