@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
                 residual=True,
             ),
             freeze_encoder=False,  # train the decoder alone, from `start_from`: the folder `codec` of a DiT run
-            loss=dict(absolute=0.1, squared=4.0, kl=2e-4),
+            loss=dict(absolute=0.1, squared=4.0, outlines=0.0, kl=2e-4),
             optimizer=dict(
                 name="muon",
                 learning_rate=3e-3,

@@ -1,4 +1,4 @@
-"""What can go wrong in ways that concern the user: input that cannot be used, and requests that are refused."""
+"""What can go wrong in ways that concern the user: input that cannot be used, refused requests, lost hosts."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,13 @@ class InputError(ValueError):
 
 class Refused(Exception):
     """The policy forbids what was asked for, or what came out; one line says why, and never quotes the prompt."""
+
+
+class HostLost(Exception):
+    """Another process of this run is gone, and something that was computed with it has failed.
+
+    Where nothing fails but only waits, as on TPUs, JAX ends the process by itself after some silence of the other.
+    """
 
 
 def one_line(error: Exception) -> str:

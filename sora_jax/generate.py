@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from sora_jax import model_folder, pipeline, sampler
+from sora_jax import hosts, model_folder, pipeline, sampler
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, write_model_folder
 from sora_jax.pipeline import Given
@@ -267,7 +267,10 @@ class Generator:
         return videos[0] if isinstance(prompt, str) and np.ndim(seed) == 0 else videos
 
     def run(self, request: Request, progress: bool = True) -> Iterator[Video]:
-        """Yields the videos of a checked request, in order, sampling in batches of bounded size."""
+        """Yields the videos of a checked request, in order, sampling in batches of bounded size.
+
+        Where the mesh is that of several processes, all of them run this and have the videos.
+        """
         pixels = request.window * math.prod(request.size)
         copies = self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
         batch = max(1, min(-(-len(request.prompts) // copies), _PIXELS_PER_BATCH // pixels)) * copies
@@ -275,7 +278,10 @@ class Generator:
         with self._on_mesh():
             first = self._known(_pictures(request), request)
         bar = tqdm(
-            total=len(starts) * request.windows * request.steps, desc="sampling", unit="step", disable=not progress
+            total=len(starts) * request.windows * request.steps,
+            desc="sampling",
+            unit="step",
+            disable=not (progress and hosts.is_first()),
         )
         # The compiled scan reports to whatever bar is there: a program that held one bar would serve only once.
         self._bar = bar
@@ -287,12 +293,12 @@ class Generator:
                     text_BLD = self._read([request.prompts[i] for i in chosen], request)
                     before, given = [[]] * batch, first
                     for window in range(request.windows - 1):
-                        latents_BFYXZ = self._sample(request, chosen, text_BLD, given, window)
-                        before = [self._go_on(*pair, request) for pair in zip(before, latents_BFYXZ, strict=True)]
+                        latents = self._sample(request, chosen, text_BLD, given, window)
+                        before = [self._go_on(*pair, request) for pair in zip(before, latents, strict=True)]
                         known = [self._known(dict(enumerate(clip[-1][-request.overlap :])), request) for clip in before]
                         given = jax.tree.map(lambda *parts: jnp.concatenate(parts), *known)
-                    latents_BFYXZ = self._sample(request, chosen, text_BLD, given, request.windows - 1)
-                for number, latents_FYXZ in enumerate(latents_BFYXZ[: len(request.prompts) - start]):
+                    latents = self._sample(request, chosen, text_BLD, given, request.windows - 1)
+                for number, latents_FYXZ in enumerate(latents[: len(request.prompts) - start]):
                     # One video at a time: decoding needs far more memory than sampling.
                     with self._on_mesh():
                         frames_THWC = np.concatenate(self._go_on(before[number], latents_FYXZ, request))
@@ -338,7 +344,10 @@ class Generator:
         ids_BL = self.tokenizer([*prompts, *negative], self.config.text.length)
         return self._encode_text(self.params["text"], ids_BL)
 
-    def _sample(self, request: Request, chosen: list[int], text_BLD: jax.Array, given: Given, window: int) -> jax.Array:
+    def _sample(
+        self, request: Request, chosen: list[int], text_BLD: jax.Array, given: Given, window: int
+    ) -> list[jax.Array]:
+        """Latents (F, Y, X, Z) of a window of each of the chosen videos."""
         if request.noise is None:
             shape = self.config.codec.latent_shape(request.window, *request.size)
             noise_BFYXZ = self._draw_noise(np.array(request.seeds, np.uint32)[chosen], shape, window or None)
@@ -348,35 +357,35 @@ class Generator:
         schedule = sampler.noise_schedule(request.steps, sampling.shift, sampling.schedule)
         guidance_2 = np.float32([request.guidance, request.guidance_low])
         dits = [self.params[part] for part in self.config.parts if part.startswith("dit")]
-        latents = _wait(
+        latents_BFYXZ = _wait(
             self._denoise(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=request.is_guided)
         )
         jax.effects_barrier()  # the last steps reach the bar before it closes
-        return latents
+        return [latents_BFYXZ[number] for number in range(len(chosen))]
 
     def _decode_video(self, latents_FYXZ: jax.Array, request: Request) -> np.ndarray:
         """Frames, uint8 [T, H, W, 3]: at once if they are few, else one latent frame after the other."""
         if request.window * math.prod(request.size) <= _PIXELS_AT_ONCE:
-            return np.asarray(_wait(self._decode(self.params["codec"], {}, latents_FYXZ[None], True)[0]))[0]
+            return hosts.whole(_wait(self._decode(self.params["codec"], {}, latents_FYXZ[None], True)[0]))[0]
         pieces, state = [], {}
         for number in range(len(latents_FYXZ)):
             piece = latents_FYXZ[None, number : number + 1]
             frames, state = self._decode(self.params["codec"], state, piece, number == 0)
-            pieces.append(np.asarray(_wait(frames))[0])
+            pieces.append(hosts.whole(_wait(frames))[0])
         return np.concatenate(pieces)
 
-    def _encode_clip(self, video_THWC: np.ndarray) -> jax.Array:
+    def _encode_clip(self, video_THWC: np.ndarray) -> np.ndarray:
         """Latents (1, F, Y, X, Z) of frames in [-1, 1], in pieces if there are many."""
         stride, params = self.config.codec.stride_time, self.params["codec"]
         if video_THWC[..., 0].size <= _PIXELS_AT_ONCE:
-            return self._encode_video(params, {}, video_THWC[None], True)[0]
+            return hosts.whole(self._encode_video(params, {}, video_THWC[None], True)[0])
         ends = range(1, len(video_THWC) + 1, stride)
         pieces, state = [], {}
         for end in ends:
             piece = video_THWC[None, max(end - stride, 0) : end]
             latents, state = self._encode_video(params, state, piece, end == 1)
-            pieces.append(latents)
-        return jnp.concatenate(pieces, axis=1)
+            pieces.append(hosts.whole(latents))
+        return np.concatenate(pieces, axis=1)
 
     def _known(self, frames: dict[int, np.ndarray], request: Request) -> Given:
         """What the known frames of a window give the transformer: pictures by the number of their frame."""

@@ -1,6 +1,7 @@
 """The command `sora-jax`.
 
-Every mistake a user can make ends in one line on stderr and exit code 2, a refusal in exit code 3, Ctrl-C in 130.
+Every mistake a user can make ends in one line on stderr and exit code 2, a refusal in exit code 3, Ctrl-C in 130, the
+loss of another host of the run in 1.
 JAX and the model are imported by the command that needs them, so that help and mistakes are quick.
 """
 
@@ -12,12 +13,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import sora_jax
 from sora_jax.cli import generate, model, safety, train
-from sora_jax.errors import InputError, Refused
+from sora_jax.errors import HostLost, InputError, Refused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,17 +40,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
         if arguments is None:
-            # The command ends here: a normal exit waits until JAX has finished the abandoned sampling.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            _leave(code)  # a normal exit waits until JAX has finished the abandoned sampling
         return code
+    except HostLost as lost:
+        code = _fail(str(lost), 1)
+        # Where the first process goes, the others are stopped by JAX, which says much: it leaves them the time to end
+        # with a line of their own.
+        time.sleep(2)
+        _leave(code)  # a normal exit would wait for the one that is gone
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail("not enough memory; try a smaller size, fewer frames or a smaller batch", 2)
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the command at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _fail(message: str, code: int, kind: str = "error") -> int:

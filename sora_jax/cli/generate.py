@@ -7,6 +7,7 @@ import contextlib
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,17 @@ def _generate(options: argparse.Namespace) -> None:
     # A cache that cannot be written only makes the next start slower.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
 
+    import jax
     from tqdm.auto import tqdm
 
+    from sora_jax import hosts
     from sora_jax.generate import load, read_config
     from sora_jax.mesh import parse_mesh
     from sora_jax.request import make_request
     from sora_jax.safety.policy import load_policy
+    from sora_jax.video import Video
 
+    hosts.connect()
     # What can be refused is refused before a model is loaded, which may take minutes.
     config = read_config(options.model)
     request = make_request(
@@ -102,17 +107,22 @@ def _generate(options: argparse.Namespace) -> None:
         policy=load_policy(options.policy),
     )
     target = _Target(options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames)
-    target.check(prompts[0])
-    words = options.mesh
+    words = options.mesh or ("auto" if jax.process_count() > 1 else None)
     if words == "auto":
-        import jax
-
         from sora_jax.plan import choose_mesh
 
         words, reason = choose_mesh(config, request.size, request.frames, jax.device_count())
-        print(f"mesh {words}: {reason}", file=sys.stderr)
+        _say(f"mesh {words}: {reason}")
     mesh = parse_mesh(words) if words else None
-    signer = _signer(options)
+    # Of several hosts, the first alone writes.
+    signer = None
+
+    def prepare() -> None:
+        nonlocal signer
+        target.check(prompts[0])
+        signer = _signer(options)
+
+    hosts.by_first(prepare)
     lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
     generator = load(
         options.model,
@@ -124,19 +134,30 @@ def _generate(options: argparse.Namespace) -> None:
         policy=request.policy,
     )
     for note in generator.notes(request):
-        print(note, file=sys.stderr)
+        _say(note)
     withheld = []
-    with contextlib.closing(generator.run(request, progress=True)) as videos:
+
+    def save(video: Video, title: str) -> None:
+        path = target.path(title)
+        video.save(path, embed_prompt=options.embed_prompt, signer=signer)
+        tqdm.write(str(path))  # to stdout, past the progress bar
+
+    with hosts.watched(), contextlib.closing(generator.run(request, progress=True)) as videos:
         for (prompt, seed), video in zip(jobs, videos, strict=True):
-            path = target.path(f"{prompt} seed {seed}" if options.num > 1 else prompt)
             try:
-                video.save(path, embed_prompt=options.embed_prompt, signer=signer)
+                hosts.by_first(partial(save, video, f"{prompt} seed {seed}" if options.num > 1 else prompt))
             except Refused as refusal:
                 withheld.append(str(refusal))
-            else:
-                tqdm.write(str(path))  # to stdout, past the progress bar
     if withheld:
         raise Refused(f"{len(withheld)} of {len(jobs)} videos: {withheld[0]}")
+
+
+def _say(line: str) -> None:
+    """To stderr, once, however many hosts there are."""
+    from sora_jax import hosts
+
+    if hosts.is_first():
+        print(line, file=sys.stderr)
 
 
 def _signer(options: argparse.Namespace) -> Any:

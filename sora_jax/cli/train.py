@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
 from typing import Any
 
 from sora_jax.cli.config_file import load_config
+from sora_jax.errors import HostLost
 
 
 def add_commands(commands: Any) -> None:
@@ -28,21 +26,15 @@ def add_commands(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.rest)
 
-    from sora_jax.training import hosts
+    from sora_jax import hosts
 
     hosts.connect()
     from sora_jax.training import loop
 
     try:
         loop.train(config, options.workdir)
-    except hosts.HostLost as lost:
-        print(f"sora-jax: error: {lost}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # A normal exit would wait for the one that is gone. Where the first process goes, the others are stopped by
-        # JAX, which says much: it leaves them the time to end with a line of their own.
-        if hosts.is_first():
-            time.sleep(2)
-        os._exit(1)
+    except HostLost as lost:
+        raise HostLost(f"{lost}; started again, the run goes on from its newest checkpoint") from lost
 
 
 def _export(options: argparse.Namespace) -> None:

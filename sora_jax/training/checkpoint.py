@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sora_jax.errors import InputError
-from sora_jax.training.hosts import HostLost
+from sora_jax.errors import HostLost, InputError
 from sora_jax.training.state import TrainState
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from sora_jax import flow, sampler
+from sora_jax import flow, hosts, sampler
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.data import clips as clips_lib
 from sora_jax.data import latents as latents_lib
@@ -31,7 +31,6 @@ from sora_jax.model_folder import ModelConfig, SamplingConfig, read_codec, read_
 from sora_jax.request import admit
 from sora_jax.safety.policy import load_policy
 from sora_jax.text import T5Encoder, TextConfig, tokenize
-from sora_jax.training import hosts
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.codec_task import codec_config as codec_config_of
 

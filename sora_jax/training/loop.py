@@ -18,10 +18,10 @@ from flax.core import meta
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
 from sora_jax.errors import InputError, Refused
 from sora_jax.model_folder import read_codec, write_model_folder
-from sora_jax.training import hosts
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.video import Video

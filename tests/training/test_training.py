@@ -76,6 +76,23 @@ def stop_after(monkeypatch, task, steps):
     monkeypatch.setattr(task, "batches", cut)
 
 
+def test_outlines_have_their_share_of_the_loss():
+    from sora_jax.training.codec_task import outline_weights
+
+    video = np.zeros((1, 1, 32, 32, 3), np.float32)
+    video[:, :, 8:24, 8:24] = 1.0
+    weights = np.asarray(outline_weights(video, 0.6))
+    np.testing.assert_allclose(weights.mean(), 1.0, rtol=1e-5)
+    near = np.zeros((32, 32), bool)
+    near[6:26, 6:26], near[10:22, 10:22] = True, False
+    np.testing.assert_allclose(weights[0, 0, ~near], 0.4, atol=1e-5)
+    assert weights[0, 0, near].min() > 0.4
+    np.testing.assert_array_equal(outline_weights(video, 0.0), 1.0)
+    np.testing.assert_array_equal(outline_weights(video * 0, 0.0), 1.0)
+    with pytest.raises(InputError, match="config.loss.outlines is 2.0; it must be 0 to 1"):
+        make_task(codec_config("--config.loss.outlines=2.0"), None)
+
+
 def test_interrupted_codec_run_equals_uninterrupted(codec_run, tmp_path, monkeypatch):
     from sora_jax.training.codec_task import CodecTask
 

@@ -1,4 +1,5 @@
-"""Several processes train what one does, and what stops them costs nothing but time. On loopback, on fake devices."""
+"""Several processes train and generate what one does, and what stops them costs nothing but time. On loopback, on fake
+devices."""
 
 import contextlib
 import json
@@ -16,15 +17,18 @@ import pytest
 from jax.sharding import AbstractMesh
 from tiny import TINY_DIT
 
+import sora_jax
+from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
-from sora_jax.training import hosts, loop
+from sora_jax.training import loop
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.dit_task import DiTTask
+from sora_jax.video import read_video
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds; far more than a quiet machine needs
 ENDLESS = [
     "--config.steps=100000",
@@ -38,21 +42,24 @@ ENDLESS = [
 ]
 
 
-def start(workdir, processes, devices, *overrides):
-    """`sora-jax train` in so many processes, each with so many devices."""
+def train(workdir, *overrides):
+    return ["train", "--config", "configs/worlds_dit.py", "--workdir", workdir, *overrides]
+
+
+def start(processes, devices, command):
+    """A command of `sora-jax` in so many processes, each with so many devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
-    command = [sys.executable, "-m", "sora_jax", "train", "--config", "configs/worlds_dit.py", "--workdir", workdir]
     return [
         subprocess.Popen(
-            [*command, *overrides],
+            [sys.executable, "-m", "sora_jax", *command],
             env={**environment, "JAX_PROCESS_ID": str(index)},
             cwd=ROOT,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -116,7 +123,7 @@ def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp
     workdir = tmp_path / "many"
 
     # Two hosts; one is lost.
-    first, second = children = start(workdir, 2, 1, *overrides)
+    first, second = children = start(2, 1, train(workdir, *overrides))
     wait_for(workdir, 7, children)
     second.kill()
     begin = time.monotonic()
@@ -128,7 +135,7 @@ def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp
     before = losses(workdir)
 
     # Four hosts take over, with the parameters split among them; one of them is sent away.
-    children = start(workdir, 4, 1, *overrides, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    children = start(4, 1, train(workdir, *overrides, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"))
     wait_for(workdir, 10, children)
     children[2].send_signal(signal.SIGTERM)
     errors = finish(children)
@@ -149,6 +156,46 @@ def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp
         np.testing.assert_allclose([some[step] for step in common], [alone[step] for step in common], rtol=1e-4)
     events = list((workdir / "tensorboard").iterdir())
     assert len(events) == 3  # each start has written once, by its first process
+
+
+@pytest.mark.slow
+def test_hosts_generate_what_one_does_and_the_first_writes_it(tmp_path):
+    """By windows, and with more videos than fit at a time."""
+    sampling = ["--num=2", "--steps=2", "--frames=9", "--window=5", "--size=64x64"]
+    command = ["generate", "a red ball", *sampling, "-o", str(tmp_path / "two"), "--mesh", "data=2,context=2"]
+    first, second = start(2, 2, command)
+    (printed, errors), (nothing, others) = (child.communicate(timeout=PATIENCE) for child in (first, second))
+    assert first.returncode == second.returncode == 0, errors + others
+    paths = [Path(line) for line in printed.splitlines() if not line.startswith("[Gloo]")]
+    assert paths == sorted((tmp_path / "two").iterdir()) and len(paths) == 2
+    assert not others and all(line.startswith("[Gloo]") for line in nothing.splitlines())
+    alone = sora_jax.load().generate("a red ball", seed=range(2), steps=2, frames=9, window=5, size=(64, 64))
+    for path, video in zip(paths, alone, strict=True):
+        video.save(tmp_path / "one.mp4")
+        between = read_video(path).frames.astype(float) - read_video(tmp_path / "one.mp4").frames
+        # 40 dB: the encoder makes more of differences in the last bit, but another seed gives 15 dB.
+        assert np.mean(between**2) < 255**2 * 1e-4
+
+    # What the first cannot write, none makes.
+    children = start(2, 2, [*command[:-4], "-o", str(tmp_path / "missing" / "folder"), "--mesh", "data=2,context=2"])
+    ends = [child.communicate(timeout=PATIENCE)[1] for child in children]
+    assert [child.returncode for child in children] == [2, 2]
+    assert all(end.startswith("sora-jax: error: cannot make the folder") and end.count("\n") == 1 for end in ends), ends
+
+
+@pytest.mark.slow
+def test_a_host_that_is_lost_while_generating_ends_the_other_with_a_line(tiny_folder, tmp_path):
+    endless = ["--model", str(tiny_folder), "--steps=100000"]
+    command = ["generate", "a red ball", *endless, "-o", str(tmp_path / "ball.mp4")]
+    first, second = start(2, 1, command)
+    begin = time.monotonic()
+    while b"step/s" not in os.read(first.stderr.fileno(), 1000):
+        assert time.monotonic() - begin < PATIENCE
+    second.kill()
+    errors = first.communicate(timeout=PATIENCE)[1]
+    assert first.returncode == 1 and "Traceback" not in errors
+    assert "sora-jax: error: process 0 of 2 has lost another one" in errors
+    assert not list(tmp_path.iterdir())
 
 
 def test_sizes_of_the_mesh_that_do_not_divide_the_parameters_are_one_line(tiny_folder, tmp_path):
@@ -182,7 +229,7 @@ def test_only_who_is_told_of_others_looks_for_them(monkeypatch):
     ],
 )
 def test_half_of_what_is_to_be_told_is_a_mistake(environment, said):
-    script = "from sora_jax.training import hosts; hosts.connect()"
+    script = "from sora_jax import hosts; hosts.connect()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert "InputError: cannot join the other processes: " in result.stderr and said in result.stderr

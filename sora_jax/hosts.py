@@ -1,12 +1,12 @@
-"""Several processes, one on each host, that train one model: `jax.distributed`, and what they have to agree about.
+"""Several processes, one on each host, that do one thing: `jax.distributed`, and what they have to agree about.
 
-All of them run the same program on the same work folder. A process alone does none of this.
+All of them run the same program; in training, on the same work folder. A process alone does none of this.
 """
 
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -14,17 +14,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sora_jax import mesh as mesh_lib
-from sora_jax.errors import InputError
+from sora_jax.errors import HostLost, InputError, Refused
 
 # Seconds without a sign of life after which JAX ends all processes, and that one which is done waits for the others.
 _HEARTBEAT, _SHUTDOWN = 40, 60
-
-
-class HostLost(Exception):
-    """Another process is gone, and something that was computed with it has failed.
-
-    Where nothing fails but only waits, as on TPUs, JAX ends the process by itself after some silence of the other.
-    """
+_LONGEST = 1024  # bytes of a message that goes from the first process to the others
 
 
 def connect() -> None:
@@ -81,7 +75,27 @@ def alone() -> contextlib.AbstractContextManager:
 
 def whole(array: jax.Array) -> np.ndarray:
     """An array whose parts are with several processes, in each of them; all have to ask."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def by_first(work: Callable[[], None]) -> None:
+    """Does what only one process may do, such as writing a file, in the first; where that fails, it fails in all."""
+    failure = None
+    if is_first():
+        try:
+            work()
+        except (InputError, Refused) as error:
+            failure = error
+    if jax.process_count() > 1:
+        said = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        letters = np.frombuffer(said.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+        kind, _, said = of_first(letters).tobytes().rstrip(b"\0").decode(errors="replace").partition(": ")
+        if kind and failure is None:
+            failure = (Refused if kind == "Refused" else InputError)(said)
+    if failure is not None:
+        raise failure
 
 
 def of_first(array: np.ndarray) -> np.ndarray:
@@ -130,6 +144,5 @@ def watched() -> Iterator[None]:
         if jax.process_count() == 1 or not from_jax or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise HostLost(
-            f"process {jax.process_index()} of {jax.process_count()} has lost another one ({_line(error)}); "
-            "started again, the run goes on from its newest checkpoint"
+            f"process {jax.process_index()} of {jax.process_count()} has lost another one ({_line(error)})"
         ) from error
