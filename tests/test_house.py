@@ -19,7 +19,7 @@ CODE = [*MODULES, *(path for part in ("configs", "experiments", "tests") for pat
 FLOORS = [
     ("errors",),
     ("mesh", "flow", "counting", "intervals", "media", "tensors"),
-    ("layers", "attention"),
+    ("layers", "attention", "hosts"),
     ("text", "codec", "dit", "sampler", "vision", "safety"),
     ("data", "video"),
     ("model_folder",),

@@ -71,7 +71,8 @@ class Manifest:
         generation: our own assertion, empty in files by others; its strings are as they were signed, not made safe
             for a terminal.
         signer: common name and organization in the certificate.
-        time: of the time stamp (ISO 8601), or "".
+        time: of a time stamp that fits the signature (ISO 8601), or "".
+        time_is_trusted: whether the certificate of the time-stamp server leads to an anchor.
         ingredients: files that this one was made from.
     """
 
@@ -86,6 +87,7 @@ class Manifest:
     signer: str = ""
     serial_number: str = ""
     time: str = ""
+    time_is_trusted: bool = False
     ingredients: tuple[Ingredient, ...] = ()
 
 
@@ -149,6 +151,7 @@ def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO)
     actions = [action for assertion in assertions for action in assertion["data"]["actions"]]
     certificate = active.get("signature_info") or {}
     state, problems = _state(report["validation_results"])
+    passed = {entry["code"] for entry in report["validation_results"]["activeManifest"]["success"]}
     if state in ("trusted", "valid", "rejected"):
         problem = _container_problem(file, generation)
         if problem:
@@ -167,7 +170,8 @@ def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO)
         generation=generation,
         signer=", ".join(plain(certificate[part]) for part in ("common_name", "issuer") if certificate.get(part)),
         serial_number=plain(certificate.get("cert_serial_number", "")),
-        time=plain(certificate.get("time", "")),
+        time=plain(certificate.get("time", "")) if "timeStamp.validated" in passed else "",
+        time_is_trusted="timeStamp.trusted" in passed,
         ingredients=tuple(
             Ingredient(
                 plain(one.get("title", "")),

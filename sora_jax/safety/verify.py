@@ -92,7 +92,11 @@ def _of_manifest(manifest: Manifest) -> list[str]:
         return [f"It is unchanged, but its signer's certificate does not hold: {'; '.join(manifest.problems)}.", said]
     known = "knows" if manifest.state == "trusted" else "does not know"
     who = f"{manifest.signer or 'somebody without a name'}, whom this installation {known}"
-    lines = [f"It is unchanged since it was signed by {who}.", said, *_of_generation(manifest.generation)]
+    lines = [f"It is unchanged since it was signed by {who}."]
+    if manifest.time:
+        known = "knows" if manifest.time_is_trusted else "does not know"
+        lines.append(f"It was signed by {manifest.time}, says a time-stamp server that this installation {known}.")
+    lines += [said, *_of_generation(manifest.generation)]
     for one in manifest.ingredients:
         lines.append(f"It was made from {one.title}, whose own manifest is: {one.state}.")
     lines += [f"Note: {problem}." for problem in manifest.problems]

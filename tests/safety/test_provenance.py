@@ -1,9 +1,11 @@
 """What is signed, what reading says of it, and that nothing which changes a pixel passes."""
 
 import json
+import shutil
 import socket
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import c2pa
@@ -16,10 +18,12 @@ from sora_jax.safety import boxes
 from sora_jax.safety.keys import load_signer
 from sora_jax.safety.manifest import read_manifest
 from sora_jax.safety.provenance import Claim, Source, rehearse, sign, verify_signed
+from sora_jax.safety.verify import verify
 
-sys.path.append(str(Path(__file__).parents[2] / "experiments"))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "experiments")]
 import provenance_matrix as matrix  # noqa: E402
 import tampering  # noqa: E402
+from time_stamps import time_stamp_server  # noqa: E402
 
 CLAIM = Claim(
     title="clip",
@@ -142,6 +146,29 @@ def test_failures_of_signing_are_one_line(source, signer, tmp_path):
     rehearse(signer)
     with pytest.raises(InputError, match="cannot read .*none.png: No such file"):
         Source.read(tmp_path / "none.png")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="a time-stamp server needs openssl")
+def test_a_time_stamp_says_when_a_file_was_signed(source, signer, tmp_path):
+    with time_stamp_server(tmp_path) as url:
+        stamped = replace(signer, timestamp_url=url)
+        rehearse(stamped)
+        begin = datetime.now(UTC).replace(microsecond=0)
+        sign(source["mp4"], tmp_path / "video.mp4", CLAIM, stamped)
+    manifest = verify_signed(tmp_path / "video.mp4", stamped)
+    assert begin <= datetime.fromisoformat(manifest.time) <= datetime.now(UTC)
+    assert not manifest.time_is_trusted
+    assert (
+        f"It was signed by {manifest.time}, says a time-stamp server that this installation does not know."
+        in verify(tmp_path / "video.mp4").verdict
+    )
+    known = read_manifest(tmp_path / "video.mp4", signer.anchor + (tmp_path / "root.pem").read_text())
+    assert known.state == "trusted" and known.time_is_trusted
+    # A stamp that was changed is none.
+    data = (tmp_path / "video.mp4").read_bytes()
+    place = data.index(manifest.time.replace("-", "").replace(":", "").replace("T", "")[:14].encode() + b"Z")
+    (tmp_path / "earlier.mp4").write_bytes(data[:place] + b"1999" + data[place + 4 :])
+    assert not read_manifest(tmp_path / "earlier.mp4", signer.anchor).time
 
 
 def test_a_file_by_another_signer_is_not_taken_for_ours(source, signer, tmp_path, monkeypatch):
