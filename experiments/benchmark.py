@@ -9,6 +9,7 @@ a 2048 x 2048 x 2048 product (float32) that was timed in between, and compile ti
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -27,7 +28,7 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from sora_jax import media
+from sora_jax import attention, media
 from sora_jax.codec import Codec
 from sora_jax.codec.layers import convolve
 from sora_jax.counting import count_operations
@@ -75,10 +76,10 @@ class Row:
     def __str__(self) -> str:
         compiles = [f"{t:9.2f}" if t is not None else f"{'':9}" for t in (self.compile_cold, self.compile_cached)]
         share = f"{self.rate / self.product_rate:7.0%}"
-        return f"{self.name:34}{self.seconds:11.4f}{self.rate / 1e9:10.1f}{share}{''.join(compiles)}"
+        return f"{self.name:40}{self.seconds:11.4f}{self.rate / 1e9:10.1f}{share}{''.join(compiles)}"
 
 
-HEADER = f"{'':34}{'seconds':>11}{'GFLOP/s':>10}{'share':>7}{'cold s':>9}{'cached s':>9}"
+HEADER = f"{'':40}{'seconds':>11}{'GFLOP/s':>10}{'share':>7}{'cold s':>9}{'cached s':>9}"
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -267,6 +268,29 @@ def measure_convolutions(bench: Bench, quick: bool) -> None:
         bench.measure_function(f"{name}, gradients", gradients(function), x, kernel)
 
 
+def measure_attention(bench: Bench, quick: bool) -> None:
+    """Rows that compare the kernels of attention that this device has, and JAX's own, by the number of tokens.
+
+    float32 on CPUs, bfloat16 elsewhere; peak memory is that of the compiled program, beside queries, keys, values.
+    """
+    platform = jax.default_backend()
+    kernels = {"cpu": ("xla",), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}.get(platform, ("xla",))
+    dtype, (heads, width) = (jnp.float32, (4, 64)) if platform == "cpu" else (jnp.bfloat16, (12, 128))
+    for tokens in (64, 128) if quick else (1024, 4096, 8192) if platform == "cpu" else (4096, 16384, 65536):
+        q, k, v = (
+            jax.random.normal(key, (1, tokens, heads, width), dtype) for key in jax.random.split(jax.random.key(0), 3)
+        )
+        functions = {kernel: functools.partial(attention.attend, kernel=kernel) for kernel in kernels}
+        functions["jax.nn"] = jax.nn.dot_product_attention
+        for name, function in functions.items():
+            compiled = jax.jit(function).lower(q, k, v).compile()
+            memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            count = 4 * tokens**2 * heads * width
+            bench.measure(
+                f"attention {name}, {tokens} tokens, {memory:.0f} MiB", functools.partial(compiled, q, k, v), count
+            )
+
+
 def peak_bytes() -> int:
     """The most main memory this process has held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -295,6 +319,7 @@ def run(model: Path | None, quick: bool) -> dict[str, Any]:
     bench = Bench(repeats=1 if quick else 7)
     measure_model(bench, config, params, training)
     measure_convolutions(bench, quick)
+    measure_attention(bench, quick)
     product_rate = statistics.median(row.product_rate for row in bench.rows)
     print(f"\nmatrix product {product_rate / 1e9:.1f} GFLOP/s; peak memory {peak_bytes() / 2**30:.2f} GiB")
     return {
