@@ -20,19 +20,20 @@ HEAD = """# How a step grows with tokens and shrinks with chips
 
 Written by `python experiments/scaling_report.py`, from the TPU compiler's own memory report and the collectives in
 the compiled program (libtpu {version}); no TPU was used, and nothing here is a measurement of time. One step of the
-sampler, both branches of guidance as one batch, bfloat16. Memory and traffic are per chip. "Heap, shared" is how much
-of the heap of one chip a chip would have if it were shared ideally, over what it has. "Ideal" traffic is that of
-attention by all-to-all alone (where the heads do not divide, rings carry keys and values besides) and of every weight
-that rests elsewhere coming in once. The last column is the time that arithmetic takes at the chip's peak, over the
-largest of arithmetic, weights from HBM and traffic: 100 % means that nothing but arithmetic bounds the step.
+sampler with guidance, bfloat16; its two branches are one batch on several chips, and one after the other on a single
+one. Memory and traffic are per chip. "Heap, shared" is how much of the heap of one chip a chip would have if it were
+shared ideally, over what it has. "At best" is the traffic that context parallelism needs: attention by all-to-all
+(where the heads do not divide, rings carry keys and values besides), and every weight that rests elsewhere coming in
+once; `tensor` needs less. The last column is the time that arithmetic takes at the chip's peak, over the largest of
+arithmetic, weights from HBM and traffic: 100 % means that nothing but arithmetic bounds the step.
 
 ![](scaling.png)
 
 """
-COLUMNS = ("tokens", "chips", "mesh", "arguments", "heap", "heap, shared", "TFLOP", "received", "ideal", "arithmetic")
+COLUMNS = ("tokens", "chips", "mesh", "arguments", "heap", "heap, shared", "TFLOP", "received", "at best", "arithmetic")
 
 
-def ideal_traffic(job: plan.Job, tokens: int, chips: int) -> float:
+def least_traffic(job: plan.Job, tokens: int, chips: int) -> float:
     """Bytes that a chip has to receive in a step: activations of attention (bfloat16), and the weights it has not."""
     dit = plan.model_config(job.model).dit
     elsewhere = (chips - 1) / chips
@@ -61,7 +62,7 @@ def measure(model: str, topology: str, frames: int, size: tuple[int, int]) -> di
         heap=need.heap / plan.GIB,
         operations=need.operations / 1e12,
         received=sum(need.collectives.values()) / plan.GIB,
-        ideal=ideal_traffic(job, tokens, chips) / plan.GIB,
+        least=least_traffic(job, tokens, chips) / plan.GIB,
         arithmetic=bounds["arithmetic"] / max(bounds.values()),
     )
 
@@ -76,7 +77,7 @@ def table(title: str, rows: list[dict]) -> str:
         else:
             shared = f"{one['heap'] / row['chips'] / row['heap']:.0%}" if one and row["tokens"] == one["tokens"] else ""
             cells += [f"{row['arguments']:.2f} GiB", f"{row['heap']:.2f} GiB", shared, f"{row['operations']:.1f}"]
-            cells += [f"{row['received']:.2f} GiB", f"{row['ideal']:.2f} GiB", f"{row['arithmetic']:.0%}"]
+            cells += [f"{row['received']:.2f} GiB", f"{row['least']:.2f} GiB", f"{row['arithmetic']:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n"
 
@@ -90,9 +91,9 @@ def draw(by_tokens: list[dict], by_chips: list[dict], path: Path) -> None:
         for name, label in (("operations", "TFLOP"), ("heap", "heap, GiB"), ("received", "received, GiB")):
             points = [(row[axis], row[name]) for row in rows if row[name] > 0]
             axes.loglog(*zip(*points, strict=True), "o-", label=f"{label} a chip and step")
-        ideal = [(row[axis], row["ideal"]) for row in rows if row["ideal"] > 0]
-        if ideal:
-            axes.loglog(*zip(*ideal, strict=True), "k:", label="received, ideal")
+        least = [(row[axis], row["least"]) for row in rows if row["least"] > 0]
+        if least:
+            axes.loglog(*zip(*least, strict=True), "k:", label="received, at best")
         axes.set_xlabel(axis)
         axes.grid(alpha=0.3)
     figure.axes[0].set_title(f"{TOKENS_MODEL} on {TOKENS_TOPOLOGY}", fontsize=10)

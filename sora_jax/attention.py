@@ -65,14 +65,17 @@ def _share(q, k, v, *, devices: int, tokens: int | None, kernel: str):
     if group > 1:
         groups = None if rounds == 1 else np.arange(devices).reshape(rounds, group).tolist()
         whole = partial(jax.lax.all_to_all, axis_name=_CONTEXT, axis_index_groups=groups, tiled=True)
-        q, k, v = (whole(x, split_axis=3, concat_axis=2) for x in (q, k, v))
-    flat = [x.reshape(B, F * S * group, K // group, E) for x in (q, k, v)]
+    # Heads come first meanwhile: a TPU fills up the last but one axis to a multiple of 8.
+    q, k, v = (jnp.moveaxis(x, 3, 1) for x in (q, k, v))
+    if group > 1:
+        q, k, v = (whole(x, split_axis=1, concat_axis=3) for x in (q, k, v))
+    flat = [x.reshape(B, K // group, F * S * group, E).swapaxes(1, 2) for x in (q, k, v)]
     if rounds == 1:
         out = attend(*flat, _valid(range(group), F, S, tokens), kernel)
     else:
         out = _ring(*flat, rounds, group, partial(_valid, frames=F, part=S, tokens=tokens), kernel)
-    out = out.reshape(B, F, S * group, K // group, E)
-    return whole(out, split_axis=2, concat_axis=3) if group > 1 else out
+    out = out.swapaxes(1, 2).reshape(B, K // group, F, S * group, E)
+    return jnp.moveaxis(whole(out, split_axis=3, concat_axis=1) if group > 1 else out, 1, 3)
 
 
 def _valid(devices, frames: int, part: int, tokens: int | None):

@@ -5,6 +5,7 @@
 They are compiled for a mesh when called under one (`jax.set_mesh`), and can be compiled without any device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from sora_jax.mesh import constrain
 from sora_jax.model_folder import ModelConfig
 from sora_jax.text import T5Encoder
 from sora_jax.vision import VisionEncoder
+
+_MANY = 8192  # tokens that keep a device busy
 
 
 class Given(NamedTuple):
@@ -93,13 +96,17 @@ def denoise(
         return None if x is None else jnp.tile(x, (batch // len(x), *[1] * (x.ndim - 1)))
 
     def with_dit(params, guidance):
-        def velocity(x_BFYXZ, level_BF):
+        def velocity(x_BFYXZ, level_BF, text_BLD=text_BLD):
             condition, image = (repeat(x, len(x_BFYXZ)) for x in (given.condition_BFYXC, given.image_BLD))
             return DiT(config.dit, dtype, kernel).apply(
                 {"params": params}, x_BFYXZ, level_BF, text_BLD, condition, image
             )
 
-        return sampler.guided(velocity, guidance) if is_guided else velocity
+        if not is_guided:
+            return velocity
+        if _in_turn(config, noise_BFYXZ.shape):
+            return sampler.guided_in_turn(velocity, text_BLD.reshape(2, -1, *text_BLD.shape[1:]), guidance)
+        return sampler.guided(velocity, guidance)
 
     velocity = with_dit(dits[0], guidance_2[0])
     if config.boundary is not None:
@@ -113,6 +120,17 @@ def denoise(
     if given.known_BF is not None:
         known = tuple(repeat(x, len(noise_BFYXZ)) for x in (given.latents_BFYXZ, given.known_BF))
     return sampler.sample(velocity, noise_BFYXZ, schedule, config.sampling.solver, known, progress=progress)
+
+
+def _in_turn(config: ModelConfig, shape: tuple[int, ...]) -> bool:
+    """Whether the two branches of guidance are computed one after the other, which takes half the memory.
+
+    A device by itself is as fast with one branch as with two, if that is work enough. Several would gather the
+    parameters that rest with others twice.
+    """
+    B, F, Y, X, _ = shape
+    mesh = jax.sharding.get_abstract_mesh()
+    return B * F * Y * X // math.prod(config.dit.patch) >= _MANY and (mesh.empty or mesh.size == 1)
 
 
 def decode(config: ModelConfig, params: Any, state: dict, latents_BFYXZ: jax.Array, first: bool):

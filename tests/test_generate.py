@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sora_jax import generate as generate_module
-from sora_jax import media
+from sora_jax import media, pipeline, sampler
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator, load
 from sora_jax.mesh import parse_mesh
@@ -88,6 +88,27 @@ def test_noise_can_be_given(generator):
     assert np.array_equal(first.frames, second.frames)
     with pytest.raises(InputError, match="noise must be"):
         generator.generate("a red ball", noise=noise[:, :1])
+
+
+def test_many_tokens_are_guided_in_turn_in_less_memory(tiny_config, tiny_params, monkeypatch):
+    """The result is the same: also of what is given, which both branches have."""
+    config = dataclasses.replace(tiny_config, known_frames=True)
+    picture = np.full((*config.sampling.size, 3), 99, np.uint8)
+    temporary, frames = [], []
+    for many in (10**9, 1):
+        monkeypatch.setattr(pipeline, "_MANY", many)
+        generator = Generator(config, tiny_params)
+        frames.append(generator.generate("red", seed=[1, 2], steps=2, image=picture, negative_prompt="blue"))
+        B, shape = 2, config.codec.latent_shape(33, 128, 128)
+        text = np.zeros((2 * B, config.text.length, config.text.width), np.float32)
+        arguments = ([tiny_params["dit"]], np.zeros((B, *shape), np.float32), text)
+        arguments += (sampler.noise_schedule(2, 3.0), np.float32([2, 2]))
+        memory = generator._denoise.lower(*arguments).compile().memory_analysis()
+        temporary.append(memory.temp_size_in_bytes)
+    together, in_turn = frames
+    for a, b in zip(together, in_turn, strict=True):
+        assert np.abs(a.frames.astype(int) - b.frames).max() <= 1
+    assert temporary[1] < 0.7 * temporary[0]
 
 
 def test_prompt_guidance_and_negative_prompt_count(generator):

@@ -169,6 +169,18 @@ def test_guidance_is_linear_between_and_beyond_the_two_halves():
         np.testing.assert_allclose(result, expected)
 
 
+def test_guidance_in_turn_is_guidance():
+    offsets_2 = np.float32([3.0, -1.0])
+
+    def both(x, level):
+        return velocity(x, level) + jnp.repeat(offsets_2, len(x) // 2)[:, None, None, None, None]
+
+    x, level = jax.random.normal(jax.random.key(3), SHAPE), jnp.full(SHAPE[:2], 0.5)
+    together = sampler.guided(both, 2.5)(x, level)
+    in_turn = sampler.guided_in_turn(lambda x, level, offset: velocity(x, level) + offset, offsets_2, 2.5)(x, level)
+    np.testing.assert_allclose(in_turn, together, rtol=1e-6)
+
+
 def test_new_levels_and_guidance_compile_nothing_anew(noise):
     def both(x, level):
         return jnp.concatenate([velocity(*(y[: len(y) // 2] for y in (x, level))), jnp.zeros_like(x[len(x) // 2 :])])
