@@ -3,8 +3,8 @@
 The prompts stand in data/prompts, one round to a file, each line a category (or "benign") and a prompt. The first round
 was written with the gate, the second after its first version, for the thresholds. The third (by somebody who had seen
 neither gate nor examples) and the fourth (by the author of the examples, to be hard) were read for the first time when
-all else was frozen; then examples like theirs were added, and the fifth (by somebody else who had seen nothing, half of
-it roundabout or disguised) was read for the first time.
+all else was frozen; then examples like theirs were added, and the fifth and, after more examples, the sixth (by others
+who had seen nothing, half of them roundabout or disguised) were read for the first time.
 """
 
 from __future__ import annotations
