@@ -18,6 +18,7 @@ CASES = (
     ("wan2.1-t2v-1.3b", "v5e:1x1", (480, 832), 81, True),
     ("wan2.2-t2v-a14b", "v6e:2x4", (720, 1280), 81),
     ("wan2.2-t2v-a14b", "v5p:2x2x1", (720, 1280), 81),
+    ("wan2.1-i2v-14b", "v6e:2x4", (720, 1280), 81),
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 121),
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 1441),
 )
@@ -35,7 +36,7 @@ libtpu {version}.
 
 """
 COLUMNS = (
-    ("model", "slice", "video", "mesh", "step: arguments + heap = HBM", "text, decoding: HBM")
+    ("model", "slice", "video", "mesh", "step: arguments + heap = HBM", "text, [pictures, encoding,] decoding: HBM")
     + ("received a step", "a step at least", "")
 )  # fmt: skip
 
@@ -65,14 +66,14 @@ def row(model: str, topology: str, size: tuple[int, int], frames: int, offload: 
     chip, number = plan.chips(topology)
     mesh, _ = plan.choose_mesh(config, size, frames, number)
     job = plan.Job(model, "", topology, mesh, size, frames, offload=offload)
-    needs = plan.needs(job)
+    needs = plan.needs(job, plan.parts(model))
     words = f"{model} --offload" if offload else model
     step, cells = needs["denoise"], [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh]
     if step.error:
         cells += [step.error, "", "", ""]
     else:
         sizes = [f"{x / plan.GIB:.2f}" for x in (step.arguments, step.heap, step.hbm)]
-        others = [needs[part].error or f"{needs[part].hbm / plan.GIB:.2f}" for part in ("text", "decode")]
+        others = [need.error or f"{need.hbm / plan.GIB:.2f}" for part, need in needs.items() if part != "denoise"]
         cells += [
             f"{sizes[0]} + {sizes[1]} = {sizes[2]}",
             ", ".join(others),

@@ -143,6 +143,7 @@ def test_a_mesh_is_chosen_that_divides():
 @pytest.mark.parametrize(
     "name,part",
     [("wan2.1-t2v-1.3b", "text"), ("wan2.1-t2v-1.3b", "decode"), ("wan2.2-ti2v-5b", "decode")]
+    + [("wan2.1-i2v-14b", "see"), ("wan2.1-flf2v-14b", "see"), ("wan2.2-i2v-a14b", "encode")]
     + [(name, part) for name in PRESETS for part in ("denoise", "train")],
 )
 def test_every_published_model_has_programs(name, part):
@@ -156,6 +157,12 @@ def test_every_published_model_has_programs(name, part):
     with jax.set_mesh(mesh):
         out = jax.tree.leaves(jax.eval_shape(function, *arguments))
     assert out and donated in ((), 0, 1)
+
+
+def test_what_starts_from_pictures_is_planned_with_what_reads_them():
+    assert plan.parts("wan2.1-t2v-1.3b") == ("text", "denoise", "decode")
+    assert plan.parts("wan2.2-i2v-a14b") == ("text", "encode", "denoise", "decode")
+    assert plan.parts("wan2.1-i2v-14b") == ("text", "see", "encode", "denoise", "decode")
 
 
 def test_the_verdict_adds_up():

@@ -88,7 +88,7 @@ def _plan(options: argparse.Namespace) -> None:
     elif options.search:
         results = plan.search(job, options.full)
     else:
-        results = {mesh: plan.needs(job, ("train",) if options.train else plan.PARTS, options.full)}
+        results = {mesh: plan.needs(job, ("train",) if options.train else plan.parts(options.model), options.full)}
     for mesh, needs in results.items():
         here = dataclasses.replace(job, mesh=mesh)
         if options.json:

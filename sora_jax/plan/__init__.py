@@ -1,14 +1,14 @@
 """What a model needs on a TPU slice, told by the TPU's own compiler, without a TPU.
 
-The programs that `generate` runs (text encoder, the scan of denoising steps, decoder) are compiled for a topology,
-each in a process of its own. What comes out tells
+The programs that `generate` runs (text encoder, for models that start from pictures what reads those, the scan of
+denoising steps, decoder) are compiled for a topology, each in a process of its own. What comes out tells
 
     memory        arguments, outputs and packed heap: "HBM alloc", the figure by which the compiler refuses
     interconnect  bytes that each chip receives, by kind of collective, loops counted as often as they run
 
 Operations are counted in the traced program: matrix products and convolutions, two for each multiplication and
-addition, and taken to be shared equally: a bound for what does not divide. Decoding is that of long videos, one latent
-frame after the other.
+addition, and taken to be shared equally: a bound for what does not divide. Encoding and decoding are those of long
+videos, one latent frame after the other.
 
     here         which meshes make sense, what is asked, and the answer in words
     job.py       chips, jobs and needs
@@ -24,12 +24,12 @@ from tqdm import tqdm
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig
 from sora_jax.plan.compile import compile_part
-from sora_jax.plan.job import GIB, PARTS, Job, Need, chips, model_config
+from sora_jax.plan.job import GIB, Job, Need, chips, model_config, parts
 from sora_jax.plan.programs import program
 
 __all__ = [
-    "GIB", "PARTS", "Job", "Need", "chips", "choose_mesh", "compile_part", "describe", "largest_batch",
-    "meshes", "model_config", "needs", "occupied", "program", "search", "training_mesh", "verdict",
+    "GIB", "Job", "Need", "chips", "choose_mesh", "compile_part", "describe", "largest_batch",
+    "meshes", "model_config", "needs", "occupied", "parts", "program", "search", "training_mesh", "verdict",
 ]  # fmt: skip
 
 
@@ -79,9 +79,9 @@ def meshes(config: ModelConfig, size: tuple[int, int], frames: int, number: int)
     return found
 
 
-def needs(job: Job, parts: tuple[str, ...] = PARTS, full: bool = False) -> dict[str, Need]:
-    """What each part of a model needs (see `compile_part`); a bar counts the parts."""
-    bar = tqdm(parts, desc="compiling", unit="part", leave=False)
+def needs(job: Job, which: tuple[str, ...], full: bool = False) -> dict[str, Need]:
+    """What some parts of a model need (see `compile_part`); a bar counts them."""
+    bar = tqdm(which, desc="compiling", unit="part", leave=False)
     return {part: compile_part(dataclasses.replace(job, part=part), full) for part in bar}
 
 
@@ -149,7 +149,8 @@ def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
         f"{job.frames} frames of {job.size[0]}x{job.size[1]}, batch {job.batch}, {job.dtype}",
         "per chip      arguments     heap      HBM  of all  operations  interconnect  at least  compiled",
     ]
-    names = {"text": "text", "denoise": "one step", "decode": "1 latent", "train": "one step"}
+    names = {"text": "text", "see": "pictures", "encode": "to 1 latent", "denoise": "one step", "decode": "1 latent"}
+    names["train"] = "one step"
     for part, need in needs.items():
         if need.error:
             rows.append(f"  {names[part]:<11} does not compile: {need.error}")
@@ -190,8 +191,9 @@ def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
         enough = not job.offload and all(need.hbm <= chip.hbm for need in needs.values())
         return f"does not fit in {chip.hbm / GIB:.1f} GiB: {sizes}{'; with --offload it fits' if enough else ''}"
     F = model_config(job.model).codec.latent_shape(job.frames, *job.size)[0]
-    times = {"text": 1, "denoise": steps, "decode": F * job.batch}
-    words = {"text": "the text", "denoise": f"{steps} steps", "decode": "decoding"}
+    times = {"text": 1, "see": 1, "encode": F, "denoise": steps, "decode": F * job.batch}
+    words = {"text": "the text", "see": "the pictures", "encode": "encoding them", "decode": "decoding"}
+    words["denoise"] = f"{steps} steps"
     seconds = sum(times[part] * max(need.bounds(chip).values()) for part, need in needs.items())
     return (
         f"fits: at most {max(most.values()) / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; "

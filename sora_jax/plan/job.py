@@ -12,7 +12,6 @@ from sora_jax.interop.presets import PRESETS
 from sora_jax.model_folder import ModelConfig
 
 GIB = 2**30
-PARTS = ("text", "denoise", "decode")  # of `generate`; "train" is a step of training the transformer
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What to compile: a preset's name or a model folder, one of `PARTS`, and for what."""
+    """What to compile: a preset's name or a model folder, one of its `parts` or "train", and for what."""
 
     model: str
     part: str
@@ -91,6 +90,13 @@ def model_config(model: str) -> ModelConfig:
     if model != "bundled" and not Path(model).is_dir():
         raise InputError(f"{model} is neither a model folder nor one of bundled, {', '.join(PRESETS)}")
     return read_config(None if model == "bundled" else model)
+
+
+def parts(model: str) -> tuple[str, ...]:
+    """What `generate` runs of a model, in this order; to see and to encode pictures if it always starts from one."""
+    config = model_config(model)
+    see, encode = config.vision is not None, config.dit.condition_channels > 0
+    return ("text", *["see"] * see, *["encode"] * encode, "denoise", "decode")
 
 
 def chips(topology: str) -> tuple[Chip, int]:

@@ -28,7 +28,7 @@ def steps(job: Job) -> int:
 def at_rest(job: Job, mesh: jax.sharding.Mesh) -> int:
     """Bytes on a chip of the parameters of all parts but the job's own."""
     config = model_config(job.model)
-    own = {"text": "text", "decode": "codec", "denoise": "dit"}[job.part]
+    own = {"text": "text", "see": "vision", "encode": "codec", "denoise": "dit", "decode": "codec"}[job.part]
     others = [part for part in config.parts if not part.startswith(own)]
     return sum(bytes_here(leaf) for part in others for leaf in jax.tree.leaves(_held(config, part, mesh, job.dtype)))
 
@@ -70,17 +70,27 @@ def program(job: Job, mesh: jax.sharding.Mesh):
             return pipeline.encode_text(config, dtype, params, ids_BL)
 
         return planned, (held("text"), array((texts, config.text.length), jnp.int32)), ()
-    if job.part == "decode":
-        # As `generate` decodes: the first latent frame, then one after the other with what went before.
-        def planned(params, state, latents_BFYXZ):
-            return pipeline.decode(config, params, state, latents_BFYXZ, False)
+    if job.part == "see":
+
+        def planned(params, image_BHWC):
+            return pipeline.see(config, dtype, params, image_BHWC)
+
+        pictures, side = 2 if config.dit.image_positions else 1, config.vision.image_size
+        return planned, (held("vision"), array((pictures, side, side, 3))), ()
+    if job.part in ("encode", "decode"):
+        # As `generate` does it: the first frame, then one latent frame after the other with what went before.
+        code = {"encode": pipeline.encode, "decode": pipeline.decode}[job.part]
+        latents, T = (1, 1, Y, X, Z), config.codec.stride_time
+        start, piece = (latents, latents) if job.part == "decode" else ((1, n, *job.size, 3) for n in (1, T))
+
+        def planned(params, state, piece):
+            return code(config, params, state, piece, False)
 
         codec = held("codec")  # under a mesh of devices that are not there, nothing can be computed
         with jax.set_mesh(mesh):
-            first = partial(pipeline.decode, config, first=True)
-            _, state = jax.eval_shape(first, codec, {}, array((1, 1, Y, X, Z)))
+            _, state = jax.eval_shape(partial(code, config, first=True), codec, {}, array(start))
             state = jax.tree.map(lambda leaf: _by_rows(leaf, mesh), state)
-        return planned, (codec, state, array((1, 1, Y, X, Z))), 1
+        return planned, (codec, state, array(piece)), 1
 
     dits = [held(part) for part in config.parts if part.startswith("dit")]
     schedule = sampler.Schedule(array((_STEPS + 1,)), array((_STEPS,)))
