@@ -1,11 +1,12 @@
 """Wan's parts here and in diffusers, side by side: same random weights, same inputs, float32, in turns.
 
     pip install -e ".[parity]"
-    python experiments/benchmark_vs_diffusers.py [--repeats 5] [--json FILE]
+    python experiments/benchmark_vs_diffusers.py [--repeats 5] [--parts decode whole] [--json FILE]
 
 One process runs this project, one diffusers; each loads the same folder (two layers of the 1.3B's transformer, one of
-UMT5-XXL with a few words, the whole Wan 2.1 codec), warms up, and then they take turns. Prints median seconds of
-both, their ratio (above 1: this project is faster), how far the results are apart, and peak memory.
+UMT5-XXL with a few words, the whole Wan 2.1 codec), warms up, and then they take turns. Prints the rate of a matrix
+product in both, median seconds of both, their ratio (above 1: this project is faster), how far the results are apart,
+and peak memory. The codec takes minutes: --parts names what to measure.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 PROMPT, NEGATIVE = "a red ball rolls behind a gray wall", "a blue cube"
 FRAMES, SIDE, TOKEN_SIDE, STEPS = 17, 256, 320, 4
+PRODUCT = 2048
 PARTS = {
     "text": "text encoder, 1 layer of XXL, 512 tokens",
     "dit": "DiT step, 2 layers of the 1.3B, 2,000 tokens",
@@ -85,7 +87,11 @@ def ours(folder: Path) -> dict:
         options = {"negative_prompt": NEGATIVE, "noise": x["noise"], "size": (SIDE, SIDE), "frames": FRAMES}
         return generator.generate(PROMPT, steps=STEPS, guidance=4.0, progress=False, **options).frames / 255.0
 
+    square = np.full((PRODUCT, PRODUCT), 1 / PRODUCT, np.float32)
+    product = jax.jit(lambda x: x @ x)
+
     return {
+        "product": lambda: np.asarray(product(square)),
         "text": lambda: np.asarray(text(params["text"], x["ids"])),
         "dit": lambda: np.asarray(dit(params["dit"], x["latents"], level, x["text"])),
         "encode": lambda: np.asarray(encode(params["codec"], x["video"])),
@@ -117,7 +123,9 @@ def theirs(folder: Path) -> dict:
         options |= {"guidance_scale": 4.0, "latents": x["noise"], "output_type": "np"}
         return made(PROMPT, negative_prompt=NEGATIVE, **options).frames[0]
 
+    square = torch.full((PRODUCT, PRODUCT), 1 / PRODUCT)
     calls = {
+        "product": lambda: (square @ square).numpy(),
         "text": text,
         "dit": lambda: last(made.transformer(x["latents"], torch.tensor([500]), x["text"], return_dict=False)[0]),
         "encode": lambda: last(made.vae.encode(x["video"]).latent_dist.mean),
@@ -150,6 +158,7 @@ def worker(which: str, folder: Path, pipe) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each part (default: 5)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     options = parser.parse_args()
     if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers", "transformers")):
@@ -176,7 +185,8 @@ def main() -> int:
             return pipes[which].recv()
 
         print(f"{'':54}{'ours s':>9}{'theirs s':>10}{'ratio':>7}{'apart':>10}")
-        for part, name in PARTS.items():
+        for part in ("product", *options.parts):
+            name = PARTS.get(part, f"matrix product, {PRODUCT} x {PRODUCT} x {PRODUCT}")
             found = {which: call(which, part)[1] for which in pipes}  # warms up
             if part == "decode":
                 found["ours"] = np.clip(found["ours"], -1, 1)
@@ -188,6 +198,8 @@ def main() -> int:
             ours_s, theirs_s = (statistics.median(times[which]) for which in ("ours", "theirs"))
             print(f"{name:54}{ours_s:9.3f}{theirs_s:10.3f}{theirs_s / ours_s:7.2f}{apart:10.1e}", flush=True)
             results["parts"][part] = {"ours": ours_s, "theirs": theirs_s, "apart": float(apart), "times": times}
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
         for which, pipe in pipes.items():
             pipe.send("")
             results["peak_bytes"][which] = pipe.recv()
