@@ -86,7 +86,7 @@ def by_first(work: Callable[[], None]) -> None:
     if is_first():
         try:
             work()
-        except (InputError, Refused) as error:
+        except (InputError, Refused, OSError) as error:
             failure = error
     if jax.process_count() > 1:
         said = "" if failure is None else f"{type(failure).__name__}: {failure}"

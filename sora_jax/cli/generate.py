@@ -76,6 +76,15 @@ def _generate(options: argparse.Namespace) -> None:
     # A cache that cannot be written only makes the next start slower.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
 
+    from sora_jax import hosts
+
+    hosts.connect()
+    with hosts.watched():
+        _generate_together(options, jobs)
+
+
+def _generate_together(options: argparse.Namespace, jobs: list[tuple[str, int]]) -> None:
+    """What each of several hosts does; the first alone writes."""
     import jax
     from tqdm.auto import tqdm
 
@@ -86,7 +95,6 @@ def _generate(options: argparse.Namespace) -> None:
     from sora_jax.safety.policy import load_policy
     from sora_jax.video import Video
 
-    hosts.connect()
     # What can be refused is refused before a model is loaded, which may take minutes.
     config = read_config(options.model)
     request = make_request(
@@ -114,12 +122,11 @@ def _generate(options: argparse.Namespace) -> None:
         words, reason = choose_mesh(config, request.size, request.frames, jax.device_count())
         _say(f"mesh {words}: {reason}")
     mesh = parse_mesh(words) if words else None
-    # Of several hosts, the first alone writes.
     signer = None
 
     def prepare() -> None:
         nonlocal signer
-        target.check(prompts[0])
+        target.check(jobs[0][0])
         signer = _signer(options)
 
     hosts.by_first(prepare)
@@ -142,7 +149,7 @@ def _generate(options: argparse.Namespace) -> None:
         video.save(path, embed_prompt=options.embed_prompt, signer=signer)
         tqdm.write(str(path))  # to stdout, past the progress bar
 
-    with hosts.watched(), contextlib.closing(generator.run(request, progress=True)) as videos:
+    with contextlib.closing(generator.run(request, progress=True)) as videos:
         for (prompt, seed), video in zip(jobs, videos, strict=True):
             try:
                 hosts.by_first(partial(save, video, f"{prompt} seed {seed}" if options.num > 1 else prompt))
