@@ -2,7 +2,7 @@
 
     sora-jax train --config configs/worlds_codec.py --workdir runs/codec
 
-takes 5,000 steps, about 40 minutes on two CPU cores that do nothing else. The bundled codec saw more, in six parts:
+takes 5,000 steps, about 40 minutes on two CPU cores that do nothing else. The bundled codec saw more, in five parts:
 
 1. windows of 9 frames (`--config.frames=9 --config.batch=4`), stopped by SIGTERM after 2,370 steps (15 minutes), and
 2. in the same work directory, windows of the whole 17 frames to step 3,700 (13 minutes): 29.3 dB. Both with
@@ -14,15 +14,16 @@ takes 5,000 steps, about 40 minutes on two CPU cores that do nothing else. The b
    --config.optimizer.decay=0.85`; `sora-jax export --workdir runs/dit --codec RUN OUT` takes it into the model folder;
 5. encoder and decoder again, from the model folder this gave, with stars drawn twice as often as other shapes and most
    windows around an object: `--config.start_from=MODEL --config.on_object=0.8 --config.steps=2200
-   --config.optimizer.decay=0.6 --config.optimizer.learning_rate=0.002 --config.seed=5` (28 minutes, beside other work);
-6. from there, with much of the loss on outlines: `--config.start_from=MODEL --config.on_object=0.8
-   --config.loss.outlines=0.6 --config.steps=2600 --config.optimizer.decay=0.5 --config.optimizer.learning_rate=0.002
-   --config.seed=6`, and then to `--config.steps=3300` with `--config.loss.outlines=0.3` (50 minutes, beside other work).
+   --config.optimizer.decay=0.6 --config.optimizer.learning_rate=0.002 --config.seed=5` (28 minutes, beside other work).
 
-Result: 31.3 dB PSNR on eight held-out clips (`held_out_psnr` of the last step) after part 3, 31.6 dB after part 4, 32.2 dB
-after part 5 and 32.3 dB after part 6. What is hard for the codec are stars: of 40 small ones 7 were still read as stars
-after coding before part 5, 18 after it and 29 after part 6 (large ones all are); the share of pairs read right went from
-0.750 to 0.775 and 0.900.
+Result: 31.3 dB PSNR on eight held-out clips (`held_out_psnr` of the last step) after part 3, 31.6 dB after part 4 and
+32.2 dB after part 5. What is hard for the codec are stars: before part 5, of 40 small ones 7 were still read as stars
+after coding, and 18 after it (large ones all are); the share of pairs read right went from 0.750 to 0.775.
+
+A sixth part is not in the bundled model, whose DiT has yet to be trained long enough on it: with much of the loss on
+outlines (`--config.start_from=MODEL --config.on_object=0.8 --config.loss.outlines=0.6 --config.steps=2600
+--config.optimizer.decay=0.5 --config.optimizer.learning_rate=0.002 --config.seed=6`, then `--config.steps=3300` with
+`--config.loss.outlines=0.3`, 50 minutes) 29 of the 40 stars are read as such, 0.900 of the pairs, at 32.3 dB.
 """
 
 from ml_collections import ConfigDict
