@@ -4,6 +4,7 @@ devices."""
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -166,9 +167,10 @@ def test_hosts_generate_what_one_does_and_the_first_writes_it(tmp_path):
     first, second = start(2, 2, command)
     (printed, errors), (nothing, others) = (child.communicate(timeout=PATIENCE) for child in (first, second))
     assert first.returncode == second.returncode == 0, errors + others
-    paths = [Path(line) for line in printed.splitlines() if not line.startswith("[Gloo]")]
+    # The CPU's collectives print lines of their own, sometimes into the middle of another.
+    paths = [Path(path) for path in re.findall(r"/\S+?\.mp4", printed)]
     assert paths == sorted((tmp_path / "two").iterdir()) and len(paths) == 2
-    assert not others and all(line.startswith("[Gloo]") for line in nothing.splitlines())
+    assert not others and ".mp4" not in nothing
     alone = sora_jax.load().generate("a red ball", seed=range(2), steps=2, frames=9, window=5, size=(64, 64))
     for path, video in zip(paths, alone, strict=True):
         video.save(tmp_path / "one.mp4")
