@@ -192,7 +192,7 @@ def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
         return f"does not fit in {chip.hbm / GIB:.1f} GiB: {sizes}{'; with --offload it fits' if enough else ''}"
     F = model_config(job.model).codec.latent_shape(job.frames, *job.size)[0]
     times = {"text": 1, "see": 1, "encode": F, "denoise": steps, "decode": F * job.batch}
-    words = {"text": "the text", "see": "the pictures", "encode": "encoding them", "decode": "decoding"}
+    words = {"text": "the text", "see": "the pictures", "encode": "encoding the picture", "decode": "decoding"}
     words["denoise"] = f"{steps} steps"
     seconds = sum(times[part] * max(need.bounds(chip).values()) for part, need in needs.items())
     return (
