@@ -21,24 +21,29 @@ HEAD = """# How a step grows with tokens and shrinks with chips
 Written by `python experiments/scaling_report.py`, from the TPU compiler's own memory report and the collectives in
 the compiled program (libtpu {version}); no TPU was used, and nothing here is a measurement of time. One step of the
 sampler with guidance, bfloat16; its two branches are one batch on several chips, and one after the other on a single
-one. Memory and traffic are per chip. "Heap, shared" is how much of the heap of one chip a chip would have if it were
-shared ideally, over what it has. "At best" is the traffic that context parallelism needs: attention by all-to-all
+one. Memory and traffic are per chip. "At best" is the traffic that context parallelism needs: attention by all-to-all
 (where the heads do not divide, rings carry keys and values besides), and every weight that rests elsewhere coming in
-once; `tensor` needs less. The last column is the time that arithmetic takes at the chip's peak, over the largest of
-arithmetic, weights from HBM and traffic: 100 % means that nothing but arithmetic bounds the step.
+once. With data=2 each half of the chips has one branch of guidance. The last column is the time that arithmetic takes
+at the chip's peak, over the largest of arithmetic, weights from HBM and traffic: 100 % means that nothing but
+arithmetic bounds the step.
 
 ![](scaling.png)
 
 """
-COLUMNS = ("tokens", "chips", "mesh", "arguments", "heap", "heap, shared", "TFLOP", "received", "at best", "arithmetic")
+COLUMNS = ("tokens", "chips", "mesh", "arguments", "heap", "TFLOP", "received", "at best", "arithmetic")
 
 
 def least_traffic(job: plan.Job, tokens: int, chips: int) -> float:
-    """Bytes that a chip has to receive in a step: activations of attention (bfloat16), and the weights it has not."""
+    """Bytes that a chip has to receive in a step: activations of attention (bfloat16), and the weights it has not.
+
+    That is of context parallelism alone: 0 for meshes that split heads.
+    """
     dit = plan.model_config(job.model).dit
     elsewhere = (chips - 1) / chips
     width, guided = dit.heads * dit.head_width, 2
     weights = dit.layers * (8 * width**2 + 2 * width * dit.feed_forward) * 2
+    if "tensor=1" not in job.mesh.split(","):
+        return 0.0  # another way of sharing, which needs less
     # Queries, keys and values go to the heads' chips, and the result comes back: four times a chip's own tokens.
     activations = dit.layers * guided * 4 * (tokens / chips) * width * 2
     return elsewhere * (weights + activations)
@@ -63,21 +68,20 @@ def measure(model: str, topology: str, frames: int, size: tuple[int, int]) -> di
         operations=need.operations / 1e12,
         received=sum(need.collectives.values()) / plan.GIB,
         least=least_traffic(job, tokens, chips) / plan.GIB,
-        arithmetic=bounds["arithmetic"] / max(bounds.values()),
+        arithmetic=0.0 if need.error else bounds["arithmetic"] / max(bounds.values()),
     )
 
 
 def table(title: str, rows: list[dict]) -> str:
     lines = [title, "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    one = next((row for row in rows if row["chips"] == 1 and not row["error"]), None)
     for row in rows:
         cells = [f"{row['tokens']:,}", str(row["chips"]), row["mesh"]]
         if row["error"]:
-            cells += [row["error"], *[""] * 6]
+            cells += [row["error"], *[""] * 5]
         else:
-            shared = f"{one['heap'] / row['chips'] / row['heap']:.0%}" if one and row["tokens"] == one["tokens"] else ""
-            cells += [f"{row['arguments']:.2f} GiB", f"{row['heap']:.2f} GiB", shared, f"{row['operations']:.1f}"]
-            cells += [f"{row['received']:.2f} GiB", f"{row['least']:.2f} GiB", f"{row['arithmetic']:.0%}"]
+            cells += [f"{row['arguments']:.2f} GiB", f"{row['heap']:.2f} GiB", f"{row['operations']:.1f}"]
+            least = f"{row['least']:.2f} GiB" if row["least"] else ""
+            cells += [f"{row['received']:.2f} GiB", least, f"{row['arithmetic']:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n"
 

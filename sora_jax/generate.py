@@ -273,6 +273,8 @@ class Generator:
         """
         pixels = request.window * math.prod(request.size)
         copies = self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
+        if request.is_guided and copies % 2 == 0:
+            copies //= 2  # the two branches of guidance are as good as two videos
         batch = max(1, min(-(-len(request.prompts) // copies), _PIXELS_PER_BATCH // pixels)) * copies
         starts = range(0, len(request.prompts), batch)
         with self._on_mesh():
@@ -378,13 +380,13 @@ class Generator:
         """Latents (1, F, Y, X, Z) of frames in [-1, 1], in pieces if there are many."""
         stride, params = self.config.codec.stride_time, self.params["codec"]
         if video_THWC[..., 0].size <= _PIXELS_AT_ONCE:
-            return hosts.whole(self._encode_video(params, {}, video_THWC[None], True)[0])
+            return hosts.whole(_wait(self._encode_video(params, {}, video_THWC[None], True)[0]))
         ends = range(1, len(video_THWC) + 1, stride)
         pieces, state = [], {}
         for end in ends:
             piece = video_THWC[None, max(end - stride, 0) : end]
             latents, state = self._encode_video(params, state, piece, end == 1)
-            pieces.append(hosts.whole(latents))
+            pieces.append(hosts.whole(_wait(latents)))
         return np.concatenate(pieces, axis=1)
 
     def _known(self, frames: dict[int, np.ndarray], request: Request) -> Given:

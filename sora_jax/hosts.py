@@ -4,10 +4,12 @@ All of them run the same program; in training, on the same work folder. A proces
 """
 
 import contextlib
+import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -18,14 +20,19 @@ from sora_jax.errors import HostLost, InputError, Refused
 
 # Seconds without a sign of life after which JAX ends all processes, and that one which is done waits for the others.
 _HEARTBEAT, _SHUTDOWN = 40, 60
-_LONGEST = 1024  # bytes of a message that goes from the first process to the others
+_LONGEST = 1024  # bytes of a message that goes from one process to the others
+
+Result = TypeVar("Result")
 
 
-def connect() -> None:
+def connect(preemptible: bool = True) -> None:
     """Joins the other processes of this run, if there are any. It comes before everything else of JAX.
 
     JAX itself finds them on TPU pods, under SLURM and in Kubernetes. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of
     process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name them; JAX_NUM_PROCESSES=1 says that there are none.
+
+    Args:
+      preemptible: SIGTERM is for `preempted` to hear; otherwise it ends a process, as ever.
 
     Raises:
       InputError: there are others, but they cannot be joined.
@@ -33,6 +40,7 @@ def connect() -> None:
     count, index = (_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     if count == 1 or jax.distributed.is_initialized():
         return
+    jax.config.update("jax_enable_preemption_service", preemptible)
     try:
         jax.distributed.initialize(
             num_processes=count,
@@ -50,6 +58,7 @@ def connect() -> None:
             raise InputError(
                 f"cannot join the other processes: {_line(error)}; if there are none, set JAX_NUM_PROCESSES=1"
             ) from error
+    wait("start")  # the first exchange has little patience, so it comes before work that may take one of them longer
 
 
 def _number(name: str) -> int | None:
@@ -80,22 +89,41 @@ def whole(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def by_first(work: Callable[[], None]) -> None:
-    """Does what only one process may do, such as writing a file, in the first; where that fails, it fails in all."""
-    failure = None
-    if is_first():
-        try:
-            work()
-        except (InputError, Refused, OSError) as error:
-            failure = error
-    if jax.process_count() > 1:
-        said = "" if failure is None else f"{type(failure).__name__}: {failure}"
-        letters = np.frombuffer(said.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
-        kind, _, said = of_first(letters).tobytes().rstrip(b"\0").decode(errors="replace").partition(": ")
-        if kind and failure is None:
-            failure = (Refused if kind == "Refused" else InputError)(said)
+def by_all(work: Callable[[], Result]) -> Result:
+    """Does in every process what may fail in some of them; where it fails in one, it fails in all."""
+    if jax.process_count() == 1:
+        return work()
+    failure, result = None, None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others must not wait for this process
+        failure = error
+    said = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    letters = np.frombuffer(said.encode(errors="replace")[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+    heard = [one.tobytes().rstrip(b"\0").decode(errors="replace") for one in multihost_utils.process_allgather(letters)]
     if failure is not None:
         raise failure
+    for number, said in enumerate(heard):
+        kind, _, text = said.partition(": ")
+        if kind in ("InputError", "Refused"):
+            raise {"InputError": InputError, "Refused": Refused}[kind](text)
+        if kind:
+            raise InputError(f"process {number} has failed: {said}")
+    return result
+
+
+def by_first(work: Callable[[], Result]) -> Result | None:
+    """The same for what only one process may do, such as writing a file: the first does it."""
+    return by_all(work if is_first() else lambda: None)
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises InputError, which says `what` must be the same, if `value` is not so in all processes."""
+    if jax.process_count() > 1:
+        digest = np.frombuffer(hashlib.sha256(value.encode(errors="replace")).digest(), np.uint8)
+        others = multihost_utils.process_allgather(digest)
+        if (others != others[0]).any():
+            raise InputError(f"{what} must be the same on all hosts")
 
 
 def of_first(array: np.ndarray) -> np.ndarray:

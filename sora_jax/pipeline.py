@@ -125,8 +125,8 @@ def denoise(
 def _in_turn(config: ModelConfig, shape: tuple[int, ...]) -> bool:
     """Whether the two branches of guidance are computed one after the other, which takes half the memory.
 
-    A device by itself is as fast with one branch as with two, if that is work enough. Several would gather the
-    parameters that rest with others twice.
+    A device by itself has no use for the second branch if the first is work enough. Several would gather the parameters
+    that rest with others twice.
     """
     B, F, Y, X, _ = shape
     mesh = jax.sharding.get_abstract_mesh()

@@ -73,19 +73,23 @@ def guided(velocity: Velocity, guidance: jax.Array | float) -> Velocity:
     return combined
 
 
-def guided_in_turn(velocity: Callable[[jax.Array, jax.Array, Any], jax.Array], branches: Any, guidance) -> Velocity:
+def guided_in_turn(
+    velocity: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    text_2BLD: jax.Array,
+    guidance: jax.Array | float,
+) -> Velocity:
     """The same with one half after the other, in half the memory.
 
-    `velocity` takes a third argument, one of `branches`: a tree of arrays (2, ...), the conditional ones first.
+    `velocity` takes the batch once, and as a third argument the text of one half; the conditional one comes first.
     """
 
     def combined(x_BFYXZ, level_BF):
         B, F = level_BF.shape
 
-        def flat(branch):  # as the solver's state: see `sample`
-            return velocity(x_BFYXZ, level_BF, branch).reshape(B, F, -1)
+        def flat(text_BLD):  # as the solver's state: see `sample`
+            return velocity(x_BFYXZ, level_BF, text_BLD).reshape(B, F, -1)
 
-        conditional, unconditional = jax.lax.map(flat, branches)
+        conditional, unconditional = jax.lax.map(flat, text_2BLD)
         return (unconditional + guidance * (conditional - unconditional)).reshape(x_BFYXZ.shape)
 
     return combined

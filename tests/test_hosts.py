@@ -47,14 +47,14 @@ def train(workdir, *overrides):
     return ["train", "--config", "configs/worlds_dit.py", "--workdir", workdir, *overrides]
 
 
-def start(processes, devices, command):
-    """A command of `sora-jax` in so many processes, each with so many devices."""
+def start(devices, *commands):
+    """Commands of `sora-jax`, one in each of as many processes that know one another, with so many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(len(commands))}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "sora_jax", *command],
@@ -64,7 +64,7 @@ def start(processes, devices, command):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(processes)
+        for index, command in enumerate(commands)
     ]
 
 
@@ -124,7 +124,7 @@ def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp
     workdir = tmp_path / "many"
 
     # Two hosts; one is lost.
-    first, second = children = start(2, 1, train(workdir, *overrides))
+    first, second = children = start(1, *[train(workdir, *overrides)] * 2)
     wait_for(workdir, 7, children)
     second.kill()
     begin = time.monotonic()
@@ -136,7 +136,7 @@ def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp
     before = losses(workdir)
 
     # Four hosts take over, with the parameters split among them; one of them is sent away.
-    children = start(4, 1, train(workdir, *overrides, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"))
+    children = start(1, *[train(workdir, *overrides, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")] * 4)
     wait_for(workdir, 10, children)
     children[2].send_signal(signal.SIGTERM)
     errors = finish(children)
@@ -163,8 +163,8 @@ def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp
 def test_hosts_generate_what_one_does_and_the_first_writes_it(tmp_path):
     """By windows, and with more videos than fit at a time."""
     sampling = ["--num=2", "--steps=2", "--frames=9", "--window=5", "--size=64x64"]
-    command = ["generate", "a red ball", *sampling, "-o", str(tmp_path / "two"), "--mesh", "data=2,context=2"]
-    first, second = start(2, 2, command)
+    command = ["generate", "a red ball", "--hosts", *sampling, "--mesh", "data=2,context=2"]
+    first, second = start(2, *[[*command, "-o", str(tmp_path / "two")]] * 2)
     (printed, errors), (nothing, others) = (child.communicate(timeout=PATIENCE) for child in (first, second))
     assert first.returncode == second.returncode == 0, errors + others
     # The CPU's collectives print lines of their own, sometimes into the middle of another.
@@ -179,24 +179,53 @@ def test_hosts_generate_what_one_does_and_the_first_writes_it(tmp_path):
         assert np.mean(between**2) < 255**2 * 1e-4
 
     # What the first cannot write, none makes.
-    children = start(2, 2, [*command[:-4], "-o", str(tmp_path / "missing" / "folder"), "--mesh", "data=2,context=2"])
-    ends = [child.communicate(timeout=PATIENCE)[1] for child in children]
-    assert [child.returncode for child in children] == [2, 2]
-    assert all(end.startswith("sora-jax: error: cannot make the folder") and end.count("\n") == 1 for end in ends), ends
+    check_mistake("cannot make the folder", *[[*command, "-o", str(tmp_path / "missing" / "folder")]] * 2)
+
+
+def check_mistake(said, *commands):
+    """All hosts say the same, in one line; the first may have told which mesh it chose."""
+    children = start(2, *commands)
+    ends = finish(children)
+    assert [child.returncode for child in children] == [2] * len(commands), ends
+    for end in ends:
+        (line,) = [line for line in end.splitlines() if not line.startswith("mesh ")]
+        assert line.startswith(f"sora-jax: error: {said}")
+
+
+@pytest.mark.slow
+def test_hosts_that_are_asked_different_things_make_nothing(tiny_folder, tmp_path):
+    rest = ["--hosts", "--model", str(tiny_folder), "-o", str(tmp_path / "ball.mp4")]
+    ball, cube = (["generate", prompt, *rest] for prompt in ("a red ball", "a red cube"))
+    check_mistake("model, prompts, pictures, policy and options must be the same on all hosts", ball, cube)
+    # What one alone cannot read, the others are told of.
+    check_mistake("cannot read", ball, [*ball, "--policy", str(tmp_path / "none.toml")])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_a_host_that_is_lost_while_generating_ends_the_other_with_a_line(tiny_folder, tmp_path):
-    endless = ["--model", str(tiny_folder), "--steps=100000"]
+    endless = ["--hosts", "--model", str(tiny_folder), "--steps=100000"]
     command = ["generate", "a red ball", *endless, "-o", str(tmp_path / "ball.mp4")]
-    first, second = start(2, 1, command)
-    begin = time.monotonic()
-    while b"step/s" not in os.read(first.stderr.fileno(), 1000):
-        assert time.monotonic() - begin < PATIENCE
+
+    def sampling():
+        children = start(1, command, command)
+        begin = time.monotonic()
+        while b"step/s" not in os.read(children[0].stderr.fileno(), 1000):
+            assert time.monotonic() - begin < PATIENCE
+        return children
+
+    first, second = sampling()
     second.kill()
     errors = first.communicate(timeout=PATIENCE)[1]
     assert first.returncode == 1 and "Traceback" not in errors
     assert "sora-jax: error: process 0 of 2 has lost another one" in errors
+
+    # SIGTERM ends them.
+    children = sampling()
+    for child in children:
+        child.terminate()
+    finish(children)
+    assert [child.returncode for child in children] == [-signal.SIGTERM] * 2
     assert not list(tmp_path.iterdir())
 
 

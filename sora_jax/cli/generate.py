@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import re
 import sys
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sora_jax.cli.words import lora, number, prompts_of, size, whole
 from sora_jax.errors import InputError, Refused
+
+if TYPE_CHECKING:  # mistakes are told without waiting for JAX
+    from sora_jax.model_folder import ModelConfig
+    from sora_jax.request import Request
 
 
 def add_commands(commands: Any) -> None:
@@ -54,6 +60,7 @@ def add_commands(commands: Any) -> None:
     add("--lora-low", action="append", type=lora, metavar="FILE[:SCALE]", help="likewise, for low noise levels")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
     add("--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor, or auto (default: one device)")
+    add("--hosts", action="store_true", help="started on each of several hosts: they share the work, the first writes")
     add("--offload", action="store_true", help="each part of the model is on the device only while it works")
     add("--policy", metavar="FILE", help="a TOML file that changes what prompts may ask for (see docs/safety.md)")
     add(
@@ -67,35 +74,53 @@ def add_commands(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    # A cache that cannot be written only makes the next start slower.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+    if not options.hosts:
+        return _sample(options, _prepare(options))
+
+    from sora_jax import hosts
+
+    hosts.connect(preemptible=False)
+    with hosts.watched():
+        task = hosts.by_all(partial(_prepare, options))
+        hosts.check_same("model, prompts, pictures, policy and options", task.said(options))
+        _sample(options, task)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked: a prompt and seed for each video, the checked request, the mesh in words, where videos go."""
+
+    jobs: list[tuple[str, int]]
+    config: ModelConfig
+    request: Request
+    mesh: str | None
+    target: _Target
+
+    def said(self, options: argparse.Namespace) -> str:
+        """All of it that decides what is sampled."""
+        request, words = self.request, vars(options)
+        pictures = [hashlib.sha256(one.data).hexdigest() for one in request.ingredients]
+        sampled = ("model", "lora", "lora_low", "dtype", "offload", "negative_prompt")
+        shape = (request.frames, request.window, request.overlap, request.size, request.fps)
+        solver = (request.steps, request.guidance, request.guidance_low)
+        chosen = [words[name] for name in sampled]
+        return repr((self.jobs, self.config, self.mesh, shape, solver, request.policy.digest, pictures, chosen))
+
+
+def _prepare(options: argparse.Namespace) -> _Task:
+    """What can be refused is refused here, before a model is loaded, which may take minutes."""
     prompts = prompts_of(options)
     seeds = range(options.seed, options.seed + options.num)
     if seeds[-1] >= 2**32:
         raise InputError(f"--seed {options.seed} with --num {options.num} passes the largest seed, {2**32 - 1}")
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
 
-    # A cache that cannot be written only makes the next start slower.
-    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
-
-    from sora_jax import hosts
-
-    hosts.connect()
-    with hosts.watched():
-        _generate_together(options, jobs)
-
-
-def _generate_together(options: argparse.Namespace, jobs: list[tuple[str, int]]) -> None:
-    """What each of several hosts does; the first alone writes."""
-    import jax
-    from tqdm.auto import tqdm
-
-    from sora_jax import hosts
-    from sora_jax.generate import load, read_config
-    from sora_jax.mesh import parse_mesh
+    from sora_jax.generate import read_config
     from sora_jax.request import make_request
     from sora_jax.safety.policy import load_policy
-    from sora_jax.video import Video
 
-    # What can be refused is refused before a model is loaded, which may take minutes.
     config = read_config(options.model)
     request = make_request(
         config,
@@ -115,21 +140,33 @@ def _generate_together(options: argparse.Namespace, jobs: list[tuple[str, int]])
         policy=load_policy(options.policy),
     )
     target = _Target(options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames)
-    words = options.mesh or ("auto" if jax.process_count() > 1 else None)
+    words = options.mesh or ("auto" if options.hosts else None)
     if words == "auto":
+        import jax
+
         from sora_jax.plan import choose_mesh
 
         words, reason = choose_mesh(config, request.size, request.frames, jax.device_count())
         _say(f"mesh {words}: {reason}")
-    mesh = parse_mesh(words) if words else None
-    signer = None
+    return _Task(jobs, config, request, words, target)
 
-    def prepare() -> None:
-        nonlocal signer
-        target.check(jobs[0][0])
-        signer = _signer(options)
 
-    hosts.by_first(prepare)
+def _sample(options: argparse.Namespace, task: _Task) -> None:
+    from tqdm.auto import tqdm
+
+    from sora_jax import hosts
+    from sora_jax.generate import load
+    from sora_jax.mesh import parse_mesh
+    from sora_jax.video import Video
+
+    jobs, request = task.jobs, task.request
+
+    def output() -> Any:
+        task.target.check(jobs[0][0])
+        return _signer(options)
+
+    mesh = parse_mesh(task.mesh) if task.mesh else None
+    signer = hosts.by_first(output)
     lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
     generator = load(
         options.model,
@@ -145,7 +182,7 @@ def _generate_together(options: argparse.Namespace, jobs: list[tuple[str, int]])
     withheld = []
 
     def save(video: Video, title: str) -> None:
-        path = target.path(title)
+        path = task.target.path(title)
         video.save(path, embed_prompt=options.embed_prompt, signer=signer)
         tqdm.write(str(path))  # to stdout, past the progress bar
 

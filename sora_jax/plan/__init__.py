@@ -47,7 +47,7 @@ def choose_mesh(config: ModelConfig, size: tuple[int, int], frames: int, number:
     if tensor > 1:
         reason += f"; tensor={tensor} takes what is left, dividing {config.dit.heads} heads"
     if data > 1:
-        reason += f"; data={data} is of use to several videos"
+        reason += f"; data={data} is of use to the branches of guidance and to several videos"
     return f"data={data},context={context},tensor={tensor}", reason
 
 

@@ -151,7 +151,10 @@ def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO)
     actions = [action for assertion in assertions for action in assertion["data"]["actions"]]
     certificate = active.get("signature_info") or {}
     state, problems = _state(report["validation_results"])
-    passed = {entry["code"] for entry in report["validation_results"]["activeManifest"]["success"]}
+    own = f"{report['active_manifest']}/c2pa.signature"  # stamps of ingredients are listed here too
+    passed = {
+        entry["code"] for entry in report["validation_results"]["activeManifest"]["success"] if own in entry["url"]
+    }
     if state in ("trusted", "valid", "rejected"):
         problem = _container_problem(file, generation)
         if problem:
@@ -170,7 +173,7 @@ def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO)
         generation=generation,
         signer=", ".join(plain(certificate[part]) for part in ("common_name", "issuer") if certificate.get(part)),
         serial_number=plain(certificate.get("cert_serial_number", "")),
-        time=plain(certificate.get("time", "")) if "timeStamp.validated" in passed else "",
+        time=plain(certificate.get("time", "")),
         time_is_trusted="timeStamp.trusted" in passed,
         ingredients=tuple(
             Ingredient(

@@ -95,7 +95,9 @@ def _of_manifest(manifest: Manifest) -> list[str]:
     lines = [f"It is unchanged since it was signed by {who}."]
     if manifest.time:
         known = "knows" if manifest.time_is_trusted else "does not know"
-        lines.append(f"It was signed by {manifest.time}, says a time-stamp server that this installation {known}.")
+        lines.append(
+            f"It was signed no later than {manifest.time}, says a time-stamp server that this installation {known}."
+        )
     lines += [said, *_of_generation(manifest.generation)]
     for one in manifest.ingredients:
         lines.append(f"It was made from {one.title}, whose own manifest is: {one.state}.")

@@ -91,7 +91,8 @@ def outline_weights(video_BTHWC: jax.Array, share: float) -> jax.Array:
     padded = jnp.pad(video_BTHWC, [(0, 0), (0, 0), (2, 2), (2, 2), (0, 0)], mode="edge")
     blurred = nn.avg_pool(padded, (1, 5, 5), padding="VALID")
     contrast = jnp.abs(video_BTHWC - blurred).mean(axis=-1, keepdims=True)
-    return 1 - share + share * contrast / jnp.maximum(contrast.mean(), 1e-6)
+    mean = contrast.mean()
+    return jnp.where(mean > 1e-4, 1 - share + share * contrast / jnp.maximum(mean, 1e-4), 1.0)  # flat clips have none
 
 
 class CodecTask:

@@ -88,7 +88,7 @@ def test_outlines_have_their_share_of_the_loss():
     np.testing.assert_allclose(weights[0, 0, ~near], 0.4, atol=1e-5)
     assert weights[0, 0, near].min() > 0.4
     np.testing.assert_array_equal(outline_weights(video, 0.0), 1.0)
-    np.testing.assert_array_equal(outline_weights(video * 0, 0.0), 1.0)
+    np.testing.assert_array_equal(outline_weights(video * 0 + 0.3, 0.6), 1.0)
     with pytest.raises(InputError, match="config.loss.outlines is 2.0; it must be 0 to 1"):
         make_task(codec_config("--config.loss.outlines=2.0"), None)
 
