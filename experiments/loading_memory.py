@@ -75,8 +75,8 @@ def measure(row: str, folder: Path) -> int:
     import jax
 
     import sora_jax
-    from sora_jax.generate import convert
     from sora_jax.mesh import make_mesh
+    from sora_jax.models import convert
 
     mesh = make_mesh(fsdp=2, tensor=1, data=4) if row == "load on 8 devices" else None
     dtype = "bfloat16" if row == "load bfloat16" else "float32"

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from sora_jax import hosts, model_folder, pipeline, sampler
 from sora_jax.errors import InputError
-from sora_jax.model_folder import ModelConfig, write_model_folder
+from sora_jax.model_folder import ModelConfig
+from sora_jax.models import BUNDLED, open_model
 from sora_jax.pipeline import Given
 from sora_jax.request import Request, make_request
 from sora_jax.safety.policy import Policy, load_policy
@@ -35,7 +36,6 @@ from sora_jax.text import ByteTokenizer, FileTokenizer
 from sora_jax.video import Video
 from sora_jax.vision import preprocess
 
-BUNDLED = Path(__file__).parent / "bundled"
 DTYPES = ("float32", "bfloat16")
 _PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
 _PIXELS_AT_ONCE = 17 * 128 * 128  # more than these the codec takes in pieces, so that its memory does not grow
@@ -77,7 +77,7 @@ def load(
         dtype = "float32" if path is None or jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it can be {' or '.join(DTYPES)}")
-    config, tensors, tokenizer = _open(folder, dtype, mesh)
+    config, tensors, tokenizer = open_model(folder, dtype, mesh)
     for part, files in (("dit", lora), ("dit_low", lora_low)):
         if files and part not in tensors:
             raise InputError("lora_low is for models with a second transformer; this one has none")
@@ -111,44 +111,6 @@ def _in_background(work: Callable[[], str]) -> Callable[[], str]:
 
     threading.Thread(target=run, daemon=True).start()
     return future.result
-
-
-def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str | None = None) -> Path:
-    """Writes a model, such as a published folder, as one of our model folders, from which loading is a straight read.
-
-    Of the model, a few megabytes or one tensor are in memory at a time.
-
-    Args:
-        dtype: "float32", "float16" or "bfloat16"; by default that of a model folder, float32 for published ones.
-
-    Raises:
-        InputError: if `source` cannot be read or `target` not be written.
-    """
-    config, tensors, tokenizer = _open(Path(source), "float32")
-    return write_model_folder(target, config, tensors, dtype, getattr(tokenizer, "json", None))
-
-
-def read_config(path: str | os.PathLike | None = None) -> ModelConfig:
-    """The config of the model that `load` would load, at once; raises InputError."""
-    path = Path(BUNDLED if path is None else path)
-    if (path / "model_index.json").is_file():
-        from sora_jax.interop.diffusers import pipeline_config
-
-        return pipeline_config(path)
-    return model_folder.read_config(path)
-
-
-def _open(
-    path: Path, dtype: str, mesh: Mesh | None = None
-) -> tuple[ModelConfig, dict[str, Any], ByteTokenizer | FileTokenizer]:
-    """Config, parameters that are yet to be read, and tokenizer of a folder of either layout."""
-    if (path / "model_index.json").is_file():
-        from sora_jax.interop.diffusers import open_pipeline_folder
-
-        return open_pipeline_folder(path, dtype, mesh)
-    config, tensors = model_folder.open_model_folder(path, dtype, mesh)
-    tokenizer = FileTokenizer(path / "tokenizer.json") if config.text.tokenizer == "file" else ByteTokenizer()
-    return config, tensors, tokenizer
 
 
 class Generator:

@@ -24,6 +24,7 @@ FLOORS = [
     ("data", "video"),
     ("model_folder",),
     ("interop", "request", "pipeline"),
+    ("models",),
     ("training", "generate"),
     ("evaluation", "plan"),
     ("cli",),

@@ -24,7 +24,7 @@ import sys
 import jax, numpy as np
 import sora_jax
 from sora_jax import tensors
-from sora_jax.generate import convert
+from sora_jax.models import convert
 from sora_jax.errors import InputError
 from sora_jax.mesh import make_mesh
 from sora_jax.model_folder import abstract_params

@@ -117,7 +117,7 @@ def _prepare(options: argparse.Namespace) -> _Task:
         raise InputError(f"--seed {options.seed} with --num {options.num} passes the largest seed, {2**32 - 1}")
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
 
-    from sora_jax.generate import read_config
+    from sora_jax.models import read_config
     from sora_jax.request import make_request
     from sora_jax.safety.policy import load_policy
 

@@ -51,7 +51,7 @@ def _batch(text: str) -> int | str:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from sora_jax.generate import convert
+    from sora_jax.models import convert
 
     print(convert(options.source, options.output, options.dtype))
 
