@@ -31,9 +31,8 @@ HEAD = """# What models need on TPU slices
 
 Written by `python experiments/plan_report.py`, from the TPU compiler's own memory report; no TPU was used. GiB per
 chip; the step is one of the sampler, bfloat16, both branches of guidance as one batch on several chips and one after
-the other on a single one. "At least" is the largest of
-arithmetic at the chip's peak, weights once from HBM, and bytes over the interconnect: no measurement of time. With
-libtpu {version}.
+the other on a single one. "At least" is the largest of arithmetic at the chip's peak, weights once from HBM, and
+bytes over the interconnect: no measurement of time. With libtpu {version}.
 
 """
 COLUMNS = (
