@@ -23,9 +23,11 @@ CASES = (
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 1441),
 )
 TRAINING = (
-    # model, topology, size, frames: with the largest batch that fits
+    # model, topology, size, frames, and whether what blocks keep is in the hosts' memory: the largest batch that fits
     ("wan2.1-t2v-1.3b", "v5p:2x2x4", (480, 832), 81),
+    ("wan2.1-t2v-1.3b", "v5p:2x2x4", (480, 832), 81, True),
     ("wan2.2-ti2v-5b", "v5p:2x2x4", (704, 1280), 121),
+    ("wan2.2-ti2v-5b", "v5p:2x2x4", (704, 1280), 121, True),
 )
 HEAD = """# What models need on TPU slices
 
@@ -43,21 +45,23 @@ COLUMNS = (
 
 TRAINING_HEAD = """
 Training the transformer from scratch, float32 parameters, AdamW and averages, bfloat16 products, blocks recomputed,
-with the largest batch that fits, a multiple of the chips:
+with the largest batch that fits, a multiple of the chips. With --offload (`dit.remat="offload"` in a configuration) the
+tokens that each block keeps for that wait in the hosts' memory; the way there and back is not in "at least":
 
 | model | slice | video | mesh | batch | arguments + heap = HBM | received a step | |
 |---|---|---|---|---|---|---|---|
 """
 
 
-def training_row(model: str, topology: str, size: tuple[int, int], frames: int) -> str:
+def training_row(model: str, topology: str, size: tuple[int, int], frames: int, offload: bool = False) -> str:
     number = plan.chips(topology)[1]
     mesh, _ = plan.training_mesh(number, number)
-    job, need = plan.largest_batch(plan.Job(model, "", topology, mesh, size, frames, batch=number))
+    job, need = plan.largest_batch(plan.Job(model, "", topology, mesh, size, frames, number, offload=offload))
     sizes = [f"{x / plan.GIB:.2f}" for x in (need.arguments, need.heap, need.hbm)]
     memory = need.error or f"{sizes[0]} + {sizes[1]} = {sizes[2]}"
     received = f"{sum(need.collectives.values()) / plan.GIB:.1f}"
-    cells = [model, topology, f"{frames} x {size[0]} x {size[1]}", mesh, str(job.batch), memory, received]
+    words = f"{model} --offload" if offload else model
+    cells = [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh, str(job.batch), memory, received]
     return f"| {' | '.join(cells)} | {plan.verdict(job, {'train': need}, 1)} |\n"
 
 

@@ -159,6 +159,16 @@ def test_every_published_model_has_programs(name, part):
     assert out and donated in ((), 0, 1)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_offloaded_training_leaves_tokens_with_the_host(offload):
+    job = plan.Job("wan2.1-t2v-1.3b", "train", "v6e:1x1", "data=1", (16, 16), 5, offload=offload)
+    mesh = mesh_lib.parse_mesh("data=1", devices=jax.devices()[:1])
+    function, arguments, _ = plan.program(job, mesh)
+    with jax.set_mesh(mesh):
+        traced = str(jax.make_jaxpr(function)(*arguments))
+    assert ("<host>" in traced) == offload
+
+
 def test_what_starts_from_pictures_is_planned_with_what_reads_them():
     assert plan.parts("wan2.1-t2v-1.3b") == ("text", "denoise", "decode")
     assert plan.parts("wan2.2-i2v-a14b") == ("text", "encode", "denoise", "decode")

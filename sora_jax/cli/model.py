@@ -31,7 +31,12 @@ def add_commands(commands: Any) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="precision of the large products")
     add("--full", action="store_true", help="generate code too: minutes, but finds kernels that cannot be")
     add("--train", action="store_true", help="a step of training the transformer, in place of generating")
-    add("--offload", action="store_true", help="each part is on the chips only while it works, as in generate")
+    add(
+        "--offload",
+        action="store_true",
+        help="each part is on the chips only while it works, as in generate; with --train, what blocks keep for the "
+        "backward pass is in the hosts' memory, as with dit.remat=offload",
+    )
     add("--search", action="store_true", help="try the meshes that make sense, and rank them")
     add("--json", action="store_true", help="print JSON")
 

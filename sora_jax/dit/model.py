@@ -15,16 +15,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from sora_jax import mesh as mesh_lib
 from sora_jax.attention import cross_attention, self_attention
 from sora_jax.dit.positions import rotary_angles, rotate
 from sora_jax.layers import Dense, LayerNorm, RMSNorm, layer_norm
 
+# What the backward pass finds of a block and does not compute again: everything, what products without a batch
+# dimension gave, the tokens that went in ("full"), or those, in the host's memory meanwhile ("offload").
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["tokens"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -150,6 +159,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BFSD, level_BF6D, text_BLD, angles, image_BLD=None):
         config, dtype, D = self.config, self.dtype, x_BFSD.shape[-1]
+        x_BFSD = checkpoint_name(x_BFSD, "tokens")  # for the remat policy "offload"
 
         # Gates come from zero-initialised parameters (and so do the outputs of the one branch without a gate): a
         # fresh block is the identity.

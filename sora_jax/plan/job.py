@@ -47,7 +47,8 @@ class Job:
     frames: int
     batch: int = 1
     dtype: str = "bfloat16"
-    offload: bool = False  # each part of `generate` is on the chips only while it works
+    # Each part of `generate` is on the chips only while it works; training leaves what each block got with the hosts.
+    offload: bool = False
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def program(job: Job, mesh: jax.sharding.Mesh):
 
     F, Y, X, Z = config.codec.latent_shape(job.frames, *job.size)
     if job.part == "train":
-        return _training(config, dtype, mesh, job.batch, (F, Y, X, Z))
+        return _training(config, dtype, mesh, job.batch, (F, Y, X, Z), "offload" if job.offload else "full")
     guided = config.sampling.guidance != 1
     texts = job.batch * (2 if guided else 1)
     if job.part == "text":
@@ -110,9 +110,9 @@ def program(job: Job, mesh: jax.sharding.Mesh):
     return planned, (dits, array((job.batch, F, Y, X, Z)), text, schedule, array((2,)), given), 1
 
 
-def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: int, shape: tuple[int, ...]):
+def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: int, shape: tuple[int, ...], remat: str):
     """A step of training the transformer on latents and text features: AdamW, float32 parameters and averages."""
-    dit = dataclasses.replace(config.dit, remat="full", condition_channels=0, image_width=0)
+    dit = dataclasses.replace(config.dit, remat=remat, condition_channels=0, image_width=0)
     model = DiT(dit, dtype)
     x0_BFYXZ, text_BLD = jnp.zeros((1, *shape)), jnp.zeros((1, config.text.length, config.text.width))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
