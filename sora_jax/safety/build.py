@@ -1,7 +1,7 @@
 """Fits the semantic layer's classifier: `python -m sora_jax.safety.build`, after a change to data/examples.txt only.
 
-A softmax regression from sentence embeddings to the categories and "benign", with a penalty on the squared weights, by
-L-BFGS. It writes data/classifier.safetensors.
+A softmax regression from sentence embeddings and word pieces to the categories and "benign", with a penalty on the
+squared weights, by L-BFGS. It writes data/classifier.safetensors.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import re
 
 import numpy as np
 import safetensors.numpy
+from scipy import sparse
 
 from sora_jax.safety.normalize import DATA, forms
-from sora_jax.safety.semantic import BENIGN, CLASSIFIER, digest_of, encoder
+from sora_jax.safety.semantic import BENIGN, BUCKETS, CLASSIFIER, WIDTH, buckets, digest_of, encoder
 
 PER_LINE = 40  # examples drawn from one line
 PENALTY = 1e-4
+WORDS = 2.0  # how much words count beside the embedding, before the penalty
 # Words about the picture say nothing about what it shows: half of the examples get some, harmful and benign alike.
 _BEFORE = (
     "cinematic shot of", "drone footage of", "close-up of", "a video of", "anime style,", "photorealistic",
@@ -56,11 +58,23 @@ def _dressed(text: str, random: np.random.Generator) -> str:
     return text
 
 
-def fit(vectors: np.ndarray, labels: np.ndarray, weights: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def features(vectors: np.ndarray, windows: list[list[int]]) -> sparse.csr_matrix:
+    """[N, WIDTH + BUCKETS]: the embeddings, and in what buckets the words of a window are, of norm `WORDS`."""
+    found = [buckets(window) for window in windows]
+    counts = np.array([len(rows) for rows in found])
+    values = np.repeat(WORDS / np.maximum(counts, 1) ** 0.5, counts)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    words = sparse.csr_matrix((values, np.concatenate(found).astype(np.int64), starts), (len(windows), BUCKETS))
+    return sparse.hstack([sparse.csr_matrix(vectors, dtype=np.float64), words]).tocsr()
+
+
+def fit(
+    features: sparse.csr_matrix, labels: np.ndarray, weights: np.ndarray, classes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Softmax regression.
 
     Args:
-        vectors: [N, D]; labels: int [N]; weights: [N], how much each example counts.
+        features: [N, D]; labels: int [N]; weights: [N], how much each example counts.
 
     Returns:
         weight [D, classes] and bias [classes], float32.
@@ -68,18 +82,19 @@ def fit(vectors: np.ndarray, labels: np.ndarray, weights: np.ndarray, classes: i
     from scipy.optimize import minimize
     from scipy.special import log_softmax
 
-    D = vectors.shape[1]
+    D = features.shape[1]
+    turned = features.T.tocsr()
     target = np.eye(classes)[labels]
     weights = weights / weights.sum()
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weight, bias = flat[:-classes].reshape(D, classes), flat[-classes:]
-        log_p = log_softmax(vectors @ weight + bias, axis=1)
+        log_p = log_softmax(features @ weight + bias, axis=1)
         error = weights[:, None] * (np.exp(log_p) - target)
         value = -(weights * log_p[np.arange(len(labels)), labels]).sum() + PENALTY / 2 * (weight**2).sum()
-        return value, np.concatenate([(vectors.T @ error + PENALTY * weight).ravel(), error.sum(0)])
+        return value, np.concatenate([(turned @ error + PENALTY * weight).ravel(), error.sum(0)])
 
-    found = minimize(loss, np.zeros((D + 1) * classes), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    found = minimize(loss, np.zeros((D + 1) * classes), jac=True, method="L-BFGS-B", options={"maxiter": 200})
     return found.x[:-classes].reshape(D, classes).astype(np.float32), found.x[-classes:].astype(np.float32)
 
 
@@ -88,18 +103,20 @@ def main() -> None:
     names = sorted({category for category, _, _ in examples} - {BENIGN})
     classes = [*names, BENIGN]
     encode = encoder()
-    vectors = encode([encode.windows(forms(text).text)[0] for _, _, text in examples]).astype(np.float64)
+    windows = [encode.windows(forms(text).text)[0] for _, _, text in examples]
+    vectors = encode(windows)
     labels = np.array([classes.index(category) for category, _, _ in examples])
     # Every line counts as much as the root of how many examples it gave, harmful and benign ones the same in all.
     lines = np.array([number for _, number, _ in examples])
     weights = 1 / np.sqrt(np.bincount(lines)[lines])
     is_benign = labels == len(names)
     weights[is_benign] *= weights[~is_benign].sum() / weights[is_benign].sum()
-    weight, bias = fit(vectors, labels, weights, len(classes))
-    weight, bias = weight[:, :-1] - weight[:, -1:], bias[:-1] - bias[-1]
-    weight = np.ascontiguousarray(weight)
-    made = {"names": " ".join(names), "sha256": digest_of(weight, bias), "encoder": encode.digest}
-    safetensors.numpy.save_file({"weight": weight, "bias": bias}, CLASSIFIER, made)
+    fitted, bias = fit(features(vectors, windows), labels, weights, len(classes))
+    fitted, bias = fitted[:, :-1] - fitted[:, -1:], bias[:-1] - bias[-1]
+    weight = np.ascontiguousarray(fitted[:WIDTH])
+    words = (fitted[WIDTH:] * WORDS).astype(np.float16)
+    made = {"names": " ".join(names), "sha256": digest_of(weight, words, bias), "encoder": encode.digest}
+    safetensors.numpy.save_file({"weight": weight, "words": words, "bias": bias}, CLASSIFIER, made)
     print(f"{len(examples)} examples of {', '.join(classes)}: {CLASSIFIER}")
 
 

@@ -12,8 +12,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from sora_jax.safety.names import NameFinder
 from sora_jax.safety.normalize import MAX_LENGTH, Forms, forms
 from sora_jax.safety.phrases import compile_phrases
@@ -59,7 +57,7 @@ class Gate:
         self._encode, self._classify = encoder(), classifier()
         # A category of the user's own is known by its examples.
         self._examples = {
-            category.name: self._embedded([_readable(example) for example in category.examples])
+            category.name: self._encode(self._windows([_readable(example) for example in category.examples]))
             for category in self._categories
             if category.examples
         }
@@ -94,13 +92,14 @@ class Gate:
 
     def _by_meaning(self, read: Forms) -> list[str]:
         # The plain text, and what is left when disguises are off.
-        vectors_ND = self._embedded([read.text, *read.decoded[:1]])
-        scores = {name: p.max() for name, p in self._classify(vectors_ND).items()}
+        windows = self._windows([read.text, *read.decoded[:1]])
+        vectors_ND = self._encode(windows)
+        scores = {name: p.max() for name, p in self._classify(vectors_ND, windows).items()}
         scores |= {name: (vectors_ND @ examples_MD.T).max() for name, examples_MD in self._examples.items()}
         return [one.name for one in self._categories if scores.get(one.name, -1.0) >= one.threshold]
 
-    def _embedded(self, texts: Sequence[str]) -> np.ndarray:
-        return self._encode([window for text in texts for window in self._encode.windows(text)])
+    def _windows(self, texts: Sequence[str]) -> list[list[int]]:
+        return [window for text in texts for window in self._encode.windows(text)]
 
 
 def _readable(text: str) -> str:

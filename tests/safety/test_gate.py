@@ -104,6 +104,19 @@ def test_every_part_must_be_there(tmp_path, monkeypatch):
         semantic.Encoder()
 
 
+def test_words_count_beside_the_embedding():
+    """What the table says of "hunter shoots" counts where these words are neighbours, in this order."""
+    encode = semantic.encoder()
+    windows = [encode.windows(text)[0] for text in ("a hunter shoots a man", "a man shoots a hunter")]
+    buckets = [semantic.buckets(window) for window in windows]
+    (pair,) = np.setdiff1d(*buckets)
+    words = np.zeros((semantic.BUCKETS, 1), np.float16)
+    words[pair] = 10
+    classify = semantic.Classifier(("violence",), np.zeros((semantic.WIDTH, 1), np.float32), words, np.float32([-1]))
+    odds = np.exp([10 / len(buckets[0]) ** 0.5 - 1, -1])
+    np.testing.assert_allclose(classify(encode(windows), windows)["violence"], odds / (1 + odds), rtol=1e-5)
+
+
 def test_no_request_exists_that_was_not_checked():
     shape = dict(frames=1, window=1, overlap=1, size=(16, 16))
     words = dict(negative_prompt="", steps=1, guidance=4.0, guidance_low=4.0, fps=8.0, **shape)
