@@ -29,22 +29,34 @@ def test_space_to_channels_orders_by_channel_then_time_then_row_then_column():
 
 
 @pytest.mark.parametrize(
-    "kernel,stride_t,stride,padding",
+    "frames,kernel,stride_t,stride,padding",
     [
-        ((3, 3, 3), 1, 1, None),
-        ((1, 3, 3), 1, 2, ((0, 1), (0, 1))),
-        ((3, 1, 1), 2, 1, None),
-        ((1, 1, 1), 1, 1, None),
+        # One frame comes out, a pair, a pair and one, two pairs.
+        (3, (3, 3, 3), 1, 1, None),
+        (4, (3, 3, 3), 1, 1, None),
+        (5, (3, 3, 3), 1, 1, None),
+        (6, (3, 3, 3), 1, 1, None),
+        (5, (1, 3, 3), 1, 2, ((0, 1), (0, 1))),
+        (5, (3, 1, 1), 2, 1, None),
+        (5, (1, 1, 1), 1, 1, None),
     ],
 )
-def test_convolve_equals_a_three_dimensional_convolution(kernel, stride_t, stride, padding):
-    x, k = normal(2, 5, 6, 4, 3), normal(*kernel, 3, 5, seed=1)
+def test_convolve_equals_a_three_dimensional_convolution(frames, kernel, stride_t, stride, padding):
+    x, k = normal(2, frames, 6, 4, 3), normal(*kernel, 3, 5, seed=1)
     space = padding or tuple((size // 2, size // 2) for size in kernel[1:])
-    expected = jax.lax.conv_general_dilated(
-        x, k, (stride_t, stride, stride), ((0, 0), *space), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-    )
-    actual = layers.convolve(x, k, stride_t, stride, padding)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+    def literal(x, k):
+        return jax.lax.conv_general_dilated(
+            x, k, (stride_t, stride, stride), ((0, 0), *space), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+
+    def actual(x, k):
+        return layers.convolve(x, k, stride_t, stride, padding)
+
+    np.testing.assert_allclose(actual(x, k), literal(x, k), rtol=1e-5, atol=1e-5)
+    gradients = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1))(x, k) for f in (actual, literal)]
+    for found, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_convolve_of_too_few_frames_has_no_frames():
