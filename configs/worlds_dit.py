@@ -2,7 +2,7 @@
 
     sora-jax train --config configs/worlds_dit.py --workdir runs/dit --config.codec=runs/codec
 
-runs 20,000 steps, about seven hours on two CPU cores. The bundled model has seen fewer, in five parts:
+runs 20,000 steps, about seven hours on two CPU cores. The bundled model has seen fewer, in six parts:
 
 1. 2,640 steps on the latents of an earlier codec, without alignment (`--config.align.weight=0`), about an hour: things
    moved and hid, but not as the prompt said;
@@ -17,10 +17,14 @@ runs 20,000 steps, about seven hours on two CPU cores. The bundled model has see
    --config.optimizer.decay=0.47` (70 minutes in all, beside other work);
 5. from that model, on 6,144 new clips, with less weight on objects, to the end: `--config.start_from=MODEL
    --config.codec=MODEL --config.data.seed=4 --config.data.clips=6144 --config.align.objects=4.0 --config.steps=4200
-   --config.optimizer.decay=0.4` (two and a half hours, beside other work).
+   --config.optimizer.decay=0.4` (two and a half hours, beside other work);
+6. from that model, on the latents of the codec as it is now (part 6 in worlds_codec.py), 6,144 new clips of the worlds
+   as they are now: `--config.start_from=MODEL --config.data.seed=8 --config.data.clips=6144 --config.align.objects=4.0
+   --config.seed=8 --config.optimizer.decay=0.45`, with `--config.steps=2450` stopped by SIGTERM after 1,263 steps, then
+   `--config.steps=2150` (75 minutes, beside other work).
 
-Result: velocity loss 0.221 on 16 held-out clips, weighted 0.142 (0.230 and 0.148 after 2,000 steps of part 5); the
-README has the evaluation. Losses of the parts do not compare: they are of other clips.
+Result: velocity loss 0.251 on 16 held-out clips, weighted 0.173; the README has the evaluation. Losses of the parts do not
+compare: they are of other clips and latents.
 """
 
 from ml_collections import ConfigDict

@@ -268,8 +268,8 @@ def _silhouettes():
     """Each of `SHAPES` sharp, with rounded corners, and cut off at a side, normalised: [4, 4, 24, 24]."""
     x, y = np.meshgrid(*[np.linspace(-1.3, 1.3, 131)] * 2)
     angle = np.arctan2(x, -y) % (2 * np.pi / 5) - np.pi / 5
-    # A star's edge runs from its tip (at 36 degrees from the notch) to the notch at half the radius.
-    tip, notch = np.exp(1j * np.pi / 5), 0.5
+    # A star's edge runs from its tip (at 36 degrees from the notch) to the notch at 0.4 of the radius.
+    tip, notch = np.exp(1j * np.pi / 5), 0.4
     inward = 1j * (tip - notch) / abs(tip - notch)
     point = np.hypot(x, y) * np.exp(1j * np.abs(angle))
     ideal = (

@@ -36,7 +36,7 @@ _DOTS = (0.0, 0.0, 0.0, 0.6, 0.9)
 _DOT_SIZE = (0.1, 0.1, 0.1, 0.12, 0.085)
 _SCREEN_GRAY = (0.30, 0.27, 0.27, 0.30, 0.50)
 _COS_36, _SIN_36 = 0.8090170, 0.5877853
-_NOTCH = 0.5  # inner over outer radius of the star
+_NOTCH = 0.4  # inner over outer radius of the star; that of a pentagram is 0.38, and more looks like a ball
 _TINTED = (1.0, 0.6, 0.0, 0.0, 0.0)
 
 

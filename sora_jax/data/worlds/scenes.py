@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from sora_jax.data.worlds import vocabulary
 from sora_jax.errors import InputError
 
-RADII = (0.095, 0.155)  # small, large
+RADII = (0.11, 0.155)  # small, large
 # Extents of each silhouette about its centroid, in radii. Chosen so that the four feel equally big.
-HALF_WIDTH = (1.0, 0.9, 1.13, 1.16)
-ABOVE = (1.0, 0.9, 1.3, 1.22)
-BELOW = (1.0, 0.9, 0.65, 0.987)
+HALF_WIDTH = (1.0, 0.9, 1.13, 1.236)
+ABOVE = (1.0, 0.9, 1.3, 1.3)
+BELOW = (1.0, 0.9, 0.65, 1.052)
 
 PAN_TRAVEL = 0.35  # of the frame's width
 ZOOM_RANGE = 1.6
