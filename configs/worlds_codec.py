@@ -15,15 +15,16 @@ takes 5,000 steps, about 40 minutes on two CPU cores that do nothing else. The b
 5. encoder and decoder again, from the model folder this gave, with stars drawn twice as often as other shapes and most
    windows around an object: `--config.start_from=MODEL --config.on_object=0.8 --config.steps=2200
    --config.optimizer.decay=0.6 --config.optimizer.learning_rate=0.002 --config.seed=5` (28 minutes, beside other work);
-6. the same on the worlds as they are now, whose stars are more pointed and whose small objects are less small, with much
-   of the loss on outlines: `--config.start_from=MODEL --config.on_object=0.8 --config.loss.outlines=0.5
+6. the same on the worlds as they are now, with stars more pointed and small objects less small than before, and with
+   much of the loss on outlines: `--config.start_from=MODEL --config.on_object=0.8 --config.loss.outlines=0.5
    --config.steps=2600 --config.optimizer.decay=0.5 --config.optimizer.learning_rate=0.002 --config.seed=8` (47 minutes,
    beside other work).
 
-Result: 32.2 dB PSNR on eight held-out clips (`held_out_psnr` of the last step) after part 5; 31.4 dB after part 6, on the
-new worlds. What is hard for the codec are stars: of 40 small ones 37 are still read as stars after coding, and of 40
-pairs of objects all 40 are read right. With the codec of part 5 these are 19 and 39 in the new worlds, 18 and 31 in those
-before. 32 clips of the new worlds come back at 31.0 dB, with the codec of part 5 at 31.3 dB (32.1 in those before).
+Result: 32.2 dB PSNR on eight held-out clips (`held_out_psnr` of the last step) after part 5; 31.4 dB after part 6, on
+the new worlds. What is hard for the codec are stars: of 40 small ones 37 are still read as stars after coding, and of
+40 pairs of objects all 40 are read right. With the codec of part 5 these are 19 and 39 in the new worlds, 18 and 31 in
+those before. 32 clips of the new worlds come back at 31.0 dB, with the codec of part 5 at 31.3 dB (32.1 in those
+before).
 """
 
 from ml_collections import ConfigDict

@@ -23,8 +23,8 @@ runs 20,000 steps, about seven hours on two CPU cores. The bundled model has see
    --config.seed=8 --config.optimizer.decay=0.45`, with `--config.steps=2450` stopped by SIGTERM after 1,263 steps, then
    `--config.steps=2150` (75 minutes, beside other work).
 
-Result: velocity loss 0.251 on 16 held-out clips, weighted 0.173; the README has the evaluation. Losses of the parts do not
-compare: they are of other clips and latents.
+Result: velocity loss 0.251 on 16 held-out clips, weighted 0.173; the README has the evaluation. Losses of the parts do
+not compare: they are of other clips and latents.
 """
 
 from ml_collections import ConfigDict
