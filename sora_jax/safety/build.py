@@ -69,12 +69,12 @@ def features(vectors: np.ndarray, windows: list[list[int]]) -> sparse.csr_matrix
 
 
 def fit(
-    features: sparse.csr_matrix, labels: np.ndarray, weights: np.ndarray, classes: int
+    inputs: sparse.csr_matrix, labels: np.ndarray, weights: np.ndarray, classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Softmax regression.
 
     Args:
-        features: [N, D]; labels: int [N]; weights: [N], how much each example counts.
+        inputs: [N, D], see `features`; labels: int [N]; weights: [N], how much each example counts.
 
     Returns:
         weight [D, classes] and bias [classes], float32.
@@ -82,14 +82,14 @@ def fit(
     from scipy.optimize import minimize
     from scipy.special import log_softmax
 
-    D = features.shape[1]
-    turned = features.T.tocsr()
+    D = inputs.shape[1]
+    turned = inputs.T.tocsr()
     target = np.eye(classes)[labels]
     weights = weights / weights.sum()
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weight, bias = flat[:-classes].reshape(D, classes), flat[-classes:]
-        log_p = log_softmax(features @ weight + bias, axis=1)
+        log_p = log_softmax(inputs @ weight + bias, axis=1)
         error = weights[:, None] * (np.exp(log_p) - target)
         value = -(weights * log_p[np.arange(len(labels)), labels]).sum() + PENALTY / 2 * (weight**2).sum()
         return value, np.concatenate([(turned @ error + PENALTY * weight).ravel(), error.sum(0)])
