@@ -83,6 +83,26 @@ def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: i
     return by_rows(y)
 
 
+def convolve_doubled(x_BTHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve` of frames (B, T, H, W, in) with rows and columns doubled: kernel (1, 3, 3, in, out), stride 1.
+
+    Of the three taps along an axis two meet the same input: each of the four kinds of output (even and odd rows and
+    columns) is a convolution of the frames themselves with two taps an axis, 16 products in place of 36.
+    """
+
+    def merge(kernel, axis, odd):
+        before, here, after = jnp.split(kernel, 3, axis)
+        return jnp.concatenate([before + here, after] if odd else [before, here + after], axis)
+
+    def outputs(odd_row, odd_column):
+        padding = ((1 - odd_row, odd_row), (1 - odd_column, odd_column))
+        return convolve(x_BTHWC, merge(merge(kernel, 1, odd_row), 2, odd_column), padding=padding)
+
+    rows = [jnp.stack([outputs(row, 0), outputs(row, 1)], axis=4) for row in (0, 1)]  # each (B, T, H, W, 2, out)
+    B, T, H, W, _, features = rows[0].shape
+    return jnp.stack(rows, axis=3).reshape(B, T, 2 * H, 2 * W, features)
+
+
 def by_rows(x_BTHWC: jax.Array) -> jax.Array:
     """Each device has some rows of every frame; for a convolution the compiler exchanges those at the edges."""
     return constrain(x_BTHWC, "batch", None, "rows", None, None)
@@ -206,7 +226,7 @@ class Upsample(nn.Module):
             pairs = pairs.reshape(B, T, H, W, 2, C).transpose(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, H, W, C)
             x_BTHWC = jnp.concatenate([head_BTHWC, pairs], axis=1)
         kernel, bias = _kernel_and_bias(self, (1, 3, 3, C, self.features), init)
-        return convolve(x_BTHWC.repeat(2, axis=2).repeat(2, axis=3), kernel) + bias
+        return convolve_doubled(x_BTHWC, kernel) + bias
 
 
 def space_to_channels(x_BTHWC: jax.Array, time: int, space: int) -> jax.Array:

@@ -59,6 +59,19 @@ def test_convolve_equals_a_three_dimensional_convolution(frames, kernel, stride_
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_convolving_doubled_frames_equals_doubling_and_convolving():
+    x, k = normal(2, 3, 4, 5, 3), normal(1, 3, 3, 3, 6, seed=1)
+
+    def literal(x, k):
+        return layers.convolve(x.repeat(2, axis=2).repeat(2, axis=3), k)
+
+    np.testing.assert_allclose(layers.convolve_doubled(x, k), literal(x, k), rtol=1e-5, atol=1e-5)
+    functions = (layers.convolve_doubled, literal)
+    gradients = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1))(x, k) for f in functions]
+    for found, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_convolve_of_too_few_frames_has_no_frames():
     assert layers.convolve(normal(2, 2, 4, 4, 3), normal(3, 1, 1, 3, 5)).shape == (2, 0, 4, 4, 5)
 
