@@ -133,9 +133,14 @@ class CausalConv(nn.Module):
         kernel, bias = _kernel_and_bias(self, (*self.kernel, x_BTHWC.shape[-1], self.features), self.kernel_init)
         x_BTHWC = x_BTHWC.astype(self.dtype)
         frames = self.kernel[0] - 1
-        if frames:
-            x_BTHWC = remember(self, x_BTHWC, frames, first, zeros=frames)
-        return convolve(x_BTHWC, kernel) + bias
+        if not frames:
+            return convolve(x_BTHWC, kernel) + bias
+        remembered_BTHWC = remember(self, x_BTHWC, frames, first, zeros=frames)
+        if not first:
+            return convolve(remembered_BTHWC, kernel) + bias
+        # Before the first frame there are only zeros: it takes one tap. An even number is left, for pairs.
+        alone, rest = convolve(x_BTHWC[:, :1], kernel[-1:]), convolve(remembered_BTHWC[:, 1:], kernel)
+        return jnp.concatenate([alone, rest], axis=1) + bias
 
 
 class RMSNorm(nn.Module):
