@@ -82,7 +82,7 @@ def ours(folder: Path) -> dict:
     config, params, x = generator.config, generator.params, inputs()
     text = jax.jit(lambda p, ids: T5Encoder(config.text).apply({"params": p}, ids))
     dit = jax.jit(lambda p, *args: DiT(config.dit).apply({"params": p}, *args))
-    code = jax.jit(partial(piece, Codec(config.codec)), static_argnums=(3, 4))
+    code = jax.jit(partial(piece, Codec(config.codec)), static_argnums=(3, 4), donate_argnums=1)
     level = np.full((1, 5), 0.5, np.float32)
 
     def in_pieces(video, ends, method):

@@ -158,7 +158,7 @@ class Generator:
             donate_argnums=1,
         )
         self._decode = jax.jit(partial(pipeline.decode, config), static_argnums=3, donate_argnums=1)
-        self._encode_video = jax.jit(partial(pipeline.encode, config), static_argnums=3)
+        self._encode_video = jax.jit(partial(pipeline.encode, config), static_argnums=3, donate_argnums=1)
         self._see = jax.jit(partial(pipeline.see, config, dtype))
 
     def generate(
