@@ -86,21 +86,28 @@ def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: i
 def convolve_doubled(x_BTHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     """`convolve` of frames (B, T, H, W, in) with rows and columns doubled: kernel (1, 3, 3, in, out), stride 1.
 
-    Of the three taps along an axis two meet the same input: each of the four kinds of output (even and odd rows and
-    columns) is a convolution of the frames themselves with two taps an axis, 16 products in place of 36.
+    On CPUs the frames are not doubled. Of the three taps along an axis two would meet the same input: each of the four
+    kinds of output (even and odd rows and columns) is a convolution with two taps an axis, 16 products in place of 36.
+    On TPUs that would take a fifth more memory (decoding 480x832 with Wan 2.1, by the compiler: 9.8 against 8.2 GiB).
     """
 
     def merge(kernel, axis, odd):
         before, here, after = jnp.split(kernel, 3, axis)
         return jnp.concatenate([before + here, after] if odd else [before, here + after], axis)
 
-    def outputs(odd_row, odd_column):
+    def outputs(x_BTHWC, kernel, odd_row, odd_column):
         padding = ((1 - odd_row, odd_row), (1 - odd_column, odd_column))
         return convolve(x_BTHWC, merge(merge(kernel, 1, odd_row), 2, odd_column), padding=padding)
 
-    rows = [jnp.stack([outputs(row, 0), outputs(row, 1)], axis=4) for row in (0, 1)]  # each (B, T, H, W, 2, out)
-    B, T, H, W, _, features = rows[0].shape
-    return jnp.stack(rows, axis=3).reshape(B, T, 2 * H, 2 * W, features)
+    def by_outputs(x_BTHWC, kernel):
+        rows = [jnp.stack([outputs(x_BTHWC, kernel, row, column) for column in (0, 1)], axis=4) for row in (0, 1)]
+        B, T, H, W, _, features = rows[0].shape
+        return jnp.stack(rows, axis=3).reshape(B, T, 2 * H, 2 * W, features)
+
+    def by_doubling(x_BTHWC, kernel):
+        return convolve(x_BTHWC.repeat(2, axis=2).repeat(2, axis=3), kernel)
+
+    return lax.platform_dependent(x_BTHWC, kernel, cpu=by_outputs, default=by_doubling)
 
 
 def by_rows(x_BTHWC: jax.Array) -> jax.Array:
