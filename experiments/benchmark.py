@@ -5,8 +5,8 @@
 Prints a row for each part as soon as it is measured: median seconds, operations per second, the share of the rate of
 a 2048 x 2048 x 2048 product (float32) that was timed in between, and compile time, cold and from a persistent cache
 (in a temporary folder). Operations are those of matrix products and convolutions, two for each multiply-add. Those of a
-convolution are what its definition takes; the codec's takes two thirds of them on CPUs (those
-of doubled frames four ninths), and its share can pass 100 %.
+convolution are what its definition takes; on CPUs the codec takes two thirds of them, where it doubles rows and columns
+four ninths, and its share can pass 100 %.
 """
 
 import argparse
