@@ -244,3 +244,12 @@ def test_the_other_commands_pass_on_what_they_are_given(tmp_path, monkeypatch, c
         (("model", "out", 3, 0), {"steps": 4, "guidance": None}),
     ]
     assert capsys.readouterr().out.split() == ["model", "model", os.path.join("out", "report.md")]
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "sora_jax", "check", "a red ball"]
+    ended = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=120)
+    os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (141, b"")

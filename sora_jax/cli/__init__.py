@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rest = " ".join(options.rest)
             raise InputError(f"unrecognized arguments: {rest}; see sora-jax {options.command} --help")
         with _one_interrupt(repeat=options.command == "generate"):
-            return options.run(options) or 0
+            code = options.run(options) or 0
+        sys.stdout.flush()  # here, where a failure to write can still be said in one line
+        return code
     except InputError as error:
         return _fail(str(error), 2)
     except Refused as refusal:
@@ -52,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail("not enough memory; try a smaller size, fewer frames or a smaller batch", 2)
+    except BrokenPipeError:
+        # Whoever read the output has enough of it, as `head` has: nothing to say, and nothing left to write at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
 
