@@ -18,9 +18,20 @@ def shift_level(level: jax.Array, shift: float | jax.Array) -> jax.Array:
     return shift * level / (1 + (shift - 1) * level)
 
 
-def sample_level(key: jax.Array, batch: int, shift: float) -> jax.Array:
-    """Training levels: sigmoid of a standard normal, then shifted; (B,) float32 in (0, 1)."""
-    return shift_level(jax.nn.sigmoid(jax.random.normal(key, (batch,))), shift)
+def sample_level(key: jax.Array, batch: int, shift: float, uniform_share: float = 0.0) -> jax.Array:
+    """Training levels: sigmoid of a standard normal, or uniform for a share of the clips, then shifted.
+
+    The normal favours the middle, where most is to be learnt, and all but leaves out the levels near 1 (a hundredth
+    of it is above 0.95 at shift 2), where sampling decides what goes where: uniform levels are those it visits.
+
+    Returns:
+      (B,) float32 in [0, 1).
+    """
+    normal_key, uniform_key, share_key = jax.random.split(key, 3)
+    normal_B = jax.nn.sigmoid(jax.random.normal(normal_key, (batch,)))
+    uniform_B = jax.random.uniform(uniform_key, (batch,))
+    is_uniform_B = jax.random.uniform(share_key, (batch,)) < uniform_share
+    return shift_level(jnp.where(is_uniform_B, uniform_B, normal_B), shift)
 
 
 def sample_known(key: jax.Array, batch: int, frames: int, share: float) -> jax.Array:
@@ -58,12 +69,12 @@ class Noised(NamedTuple):
     known_BF: jax.Array
 
 
-def noised(key: jax.Array, x0_BFYXZ: jax.Array, shift: float, known_share: float) -> Noised:
+def noised(key: jax.Array, x0_BFYXZ: jax.Array, shift: float, known_share: float, uniform_share: float = 0.0) -> Noised:
     """Clips at random levels, with the frames clean that are known (see `sample_level`, `sample_known`)."""
     level_key, noise_key, known_key = jax.random.split(key, 3)
     B, F = x0_BFYXZ.shape[:2]
     known_BF = sample_known(known_key, B, F, known_share)
-    level_BF = jnp.where(known_BF, 0.0, sample_level(level_key, B, shift)[:, None])
+    level_BF = jnp.where(known_BF, 0.0, sample_level(level_key, B, shift, uniform_share)[:, None])
     noise_BFYXZ = jax.random.normal(noise_key, x0_BFYXZ.shape)
     return Noised(add_noise(x0_BFYXZ, noise_BFYXZ, level_BF), level_BF, noise_BFYXZ, known_BF)
 

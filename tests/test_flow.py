@@ -91,6 +91,17 @@ def test_levels_are_logit_normal_around_the_shift(shift):
     assert logit.std() == pytest.approx(1.0, abs=4 / 40_000**0.5)
 
 
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_a_share_of_the_levels_is_uniform_before_the_shift(share):
+    count, shift = 20_000, 2.0
+    level = np.asarray(flow.sample_level(jax.random.key(0), count, shift, share))
+    before = level / (shift - (shift - 1) * level)
+    above = {0.05: 0.998, 0.5: 0.5, 0.95: 0.00162}  # shares of the logit-normal: 1 - Phi(logit)
+    for limit, normal in above.items():
+        expected = share * (1 - limit) + (1 - share) * normal
+        assert (before > limit).mean() == pytest.approx(expected, abs=4 * 0.5 / count**0.5), limit
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("frames", [2, 5])
 def test_known_frames_are_never_all_and_as_frequent_as_asked(share, frames):

@@ -33,6 +33,7 @@ class EvaluationPrompt:
         colors, shapes: names, one per object.
         direction: one of `vocabulary.MOTIONS`; None for pairs, trucks and moving cameras.
         camera: one of `vocabulary.CAMERAS` if the prompt asks for a camera motion, else None.
+        background: one of `vocabulary.BACKGROUNDS` if the prompt names one, else None.
         hidden: whether the object is to be hidden for a moment and to come back.
         held_out: whether the (first) object is a combination that is kept out of training.
         scene: a Scene of NumPy arrays, from a key that training never uses.
@@ -44,6 +45,7 @@ class EvaluationPrompt:
     shapes: tuple[str, ...]
     direction: str | None
     camera: str | None
+    background: str | None
     hidden: bool
     held_out: bool
     scene: Scene
@@ -119,7 +121,7 @@ def _deck(rng, cards):
 
 def _prompt(scene, rng):
     kind = vocabulary.KINDS[scene.kind]
-    motion = vocabulary.MOTIONS[scene.motion[0]]
+    motion, background = vocabulary.MOTIONS[scene.motion[0]], vocabulary.BACKGROUNDS[scene.background]
     direction = motion if kind in ("single", "wall", "pillar") else None
     text = caption(scene, rng)
     while not _states(text.lower(), direction):
@@ -134,6 +136,7 @@ def _prompt(scene, rng):
         shapes=shapes,
         direction=direction,
         camera=vocabulary.CAMERAS[scene.camera] if kind == "camera" else None,
+        background=background if _names(text.lower(), f"background {background}") else None,
         hidden=kind in ("wall", "pillar", "truck"),
         held_out=(colors[0], shapes[0]) in vocabulary.HELD_OUT,
         scene=scene,
@@ -145,3 +148,8 @@ def _states(text, direction):
     if direction in ("left", "right"):
         return re.search(rf"\b{direction}", text) is not None  # not "bright"
     return direction != "still" or any(word in text for word in _REST_WORDS)
+
+
+def _names(text, symbol):
+    """Whether a caption says one of the alternatives of a symbol of the grammar."""
+    return any(re.search(re.sub(r"\{[^}]*\}", ".*", said), text) for said in vocabulary.GRAMMAR[symbol])

@@ -1,4 +1,4 @@
-"""Reading a clip: which objects it shows, where they go, and what the camera does, from the pixels alone.
+"""Reading a clip: which objects it shows, where they go, what the camera does, and where it is, from the pixels alone.
 
 Nothing here knows the prompt or the scene. Objects are found by colour, named by the mean colour and the
 silhouette of their unhidden frames, and followed over the clip; the camera is read from the background.
@@ -32,6 +32,11 @@ _OBJECT = (0.005, 0.4)  # of the frame; area of what counts as an object
 _LIKENESS = 0.72  # least overlap with an ideal silhouette to be called by its name
 _HIDDEN = 0.08  # of its usual area
 _STILL = 0.1  # of the frame's shorter side; what moves less rests
+_SKY_AND_GROUND = ((0.05, 0.35), (0.65, 0.95))  # of the frame's height
+_NIGHT = 0.3  # brightness of what is above; nights are below it
+_GREENER = 0.03  # of the ground than the sky, in G - (R + B) / 2
+_EDGE = 0.07  # change of brightness over an eighth of the height, where there is a horizon
+_GRADIENT = 0.06  # change of brightness from what is above to what is below
 _CAMERA_GRID = 64  # the camera is read at about this many pixels a side
 
 
@@ -63,10 +68,12 @@ class Reading:
     Attributes:
         objects: most prominent first.
         camera: "fixed", "pan left", "pan right", "zoom in", "zoom out", or "other".
+        background: "plain", "gradient", "ground and sky", "snow", "night", or "other".
     """
 
     objects: tuple[SeenObject, ...]
     camera: str
+    background: str
 
 
 def read(frames: np.ndarray) -> Reading:
@@ -78,7 +85,8 @@ def read(frames: np.ndarray) -> Reading:
         objects += [_describe(video_THWC, pieces) for pieces in _tracks(mask_THW)]
     objects.sort(key=lambda seen: -seen.area_T.sum())
     objects = [seen for seen in objects if seen.area_T.sum() > 0.08 * objects[0].area_T.sum()]
-    return Reading(tuple(objects), _camera(video_THWC, np.any(masks, axis=0) if masks else None))
+    objects_THW = np.any(masks, axis=0) if masks else None
+    return Reading(tuple(objects), _camera(video_THWC, objects_THW), _background(video_THWC, objects_THW))
 
 
 # Colour
@@ -388,3 +396,32 @@ def _explains(image_TYX, background_TYX, motion, distance):
     # A part with no texture has no opinion.
     opinion = (still - moved) / (still + moved + 1e-3 * use.sum() / len(still))
     return np.sum(opinion) > 0.3 * np.sum(np.abs(opinion))
+
+
+# The background
+
+
+def _background(video_THWC, objects_THW):
+    """Told by the usual colour of each row: how dark, how green, and whether it changes at once or bit by bit."""
+    step = max(1, len(video_THWC) // 4)
+    bare_THWC = video_THWC[::step]
+    if objects_THW is not None:
+        grown = ndimage.binary_dilation(objects_THW[::step], np.ones((1, 9, 9), bool))
+        bare_THWC = np.where(grown[..., None], np.nan, bare_THWC)
+    width = bare_THWC.shape[2]
+    # Without the middle, where walls stand.
+    bare_HNC = np.delete(bare_THWC, slice(width // 4, width - width // 4), axis=2).swapaxes(0, 1)
+    rows = [row[np.isfinite(row[:, 0])] for row in bare_HNC.reshape(len(bare_HNC), -1, 3)]
+    rows_HC = np.array([np.median(row, axis=0) for row in rows if len(row)])
+    if len(rows_HC) < 8:
+        return "other"
+    top, low = (np.median(rows_HC[round(a * len(rows_HC)) : round(b * len(rows_HC))], 0) for a, b in _SKY_AND_GROUND)
+    if top.mean() < _NIGHT:
+        return "night"
+    if (low - top) @ (-0.5, 1, -0.5) > _GREENER:
+        return "ground and sky"
+    light_H = ndimage.gaussian_filter1d(rows_HC.mean(1), 1)
+    reach = len(rows_HC) // 8
+    if np.abs(light_H[reach:] - light_H[:-reach]).max() > _EDGE:
+        return "snow" if low.mean() > top.mean() else "other"
+    return "gradient" if abs(low.mean() - top.mean()) > _GRADIENT else "plain"

@@ -39,6 +39,7 @@ QUESTIONS = {
     "shape, trained": ("shape right, combination trained on", None),
     "shape, held out": ("shape right, combination never trained on", None),
     "count": ("as many objects as asked for", None),
+    "background": ("background right, where one is named", None),
     "fixed camera": ("camera fixed where no motion is asked for", None),
 }
 PSNR_AIM = 32.0  # dB
@@ -48,10 +49,10 @@ _PSNR_CLIPS = 32
 _SAMPLES = 12  # one round of the prompts
 _METHOD = (
     "Every clip is read from its frames alone: objects by colour, silhouette and track, the camera by the "
-    "motion of the background. The reading knows neither prompt nor scene. Colour, shape and direction are "
-    "those of the most prominent object. An object counts as hidden when less than 8 % of it is seen for two "
-    "frames or more; what hides it is not identified. The ceiling is the same reading of real renders of the "
-    "same prompts. In brackets: 95 % Wilson intervals."
+    "motion of the background, the background by the usual colour of each row. The reading knows neither prompt "
+    "nor scene. Colour, shape and direction are those of the most prominent object. An object counts as hidden "
+    "when less than 8 % of it is seen for two frames or more; what hides it is not identified. The ceiling is the "
+    "same reading of real renders of the same prompts. In brackets: 95 % Wilson intervals."
 )
 
 
@@ -127,6 +128,8 @@ def score(prompt: EvaluationPrompt, reading: Reading) -> dict[str, bool]:
         "count": len(objects) == len(prompt.colors),
         "camera" if prompt.camera else "fixed camera": reading.camera == (prompt.camera or "fixed"),
     }
+    if prompt.background is not None:
+        answers["background"] = reading.background == prompt.background
     if prompt.kind == "pair":
         asked = sorted(zip(prompt.colors, prompt.shapes, strict=True))
         return answers | {"pair": sorted((seen.color, seen.shape) for seen in objects) == asked}
@@ -229,7 +232,7 @@ def _in_words(reading):
         f"{seen.color} {seen.shape} {seen.direction}{' hidden and back' * seen.hidden_and_back}"
         for seen in reading.objects
     ]
-    return f"{' and '.join(objects) or 'nothing'}, camera {reading.camera}"
+    return f"{' and '.join(objects) or 'nothing'}, camera {reading.camera}, background {reading.background}"
 
 
 def _psnr_row(psnr):

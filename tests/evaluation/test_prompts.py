@@ -9,6 +9,14 @@ from sora_jax.data.worlds import vocabulary
 from sora_jax.errors import InputError
 from sora_jax.evaluation.prompts import evaluation_prompts
 
+BACKGROUND_WORDS = {
+    "plain": ("plain",),
+    "gradient": ("gradient",),
+    "ground and sky": ("field", "meadow", "grass", "hills", "sky"),
+    "snow": ("snow",),
+    "night": ("night", "dark"),
+}
+
 
 @pytest.fixture(scope="module")
 def prompts():
@@ -22,6 +30,8 @@ def test_kinds_motions_and_cameras_are_balanced(prompts):
     assert set(singles) == set(vocabulary.MOTIONS) and len(set(singles.values())) == 1
     cameras = Counter(prompt.camera for prompt in prompts if prompt.kind == "camera")
     assert set(cameras) == set(vocabulary.CAMERAS) - {"fixed"} and len(set(cameras.values())) == 1
+    backgrounds = Counter(prompt.background for prompt in prompts if prompt.background)
+    assert set(backgrounds) == set(vocabulary.BACKGROUNDS) and sum(backgrounds.values()) >= 80
 
 
 def test_a_quarter_asks_for_held_out_combinations(prompts):
@@ -40,6 +50,8 @@ def test_the_text_states_everything_that_is_compared(prompts):
                 assert any(word in text for word in vocabulary.GRAMMAR[f"{part} {name}"]), text
         if prompt.direction in ("left", "right"):
             assert prompt.direction in text.replace("bright", ""), text
+        if prompt.background:
+            assert any(word in text for word in BACKGROUND_WORDS[prompt.background]), text
         if prompt.camera:
             assert any(word in text for word in ("camera", "zoom", "pan")), text
 
@@ -52,6 +64,7 @@ def test_the_scene_is_what_the_prompt_asks_for(prompts):
         assert tuple(vocabulary.SHAPES[s] for s in scene.shape[scene.present]) == prompt.shapes
         assert vocabulary.CAMERAS[scene.camera] == (prompt.camera or "fixed")
         assert prompt.hidden == bool(scene.occluder)
+        assert prompt.background in (None, vocabulary.BACKGROUNDS[scene.background])
         if prompt.direction:
             assert vocabulary.MOTIONS[scene.motion[0]] == prompt.direction
 

@@ -146,20 +146,27 @@ def test_scores_of_made_up_readings():
     def seen(color, shape, direction="still", back=False):
         return SeenObject(color, shape, direction, back, np.zeros((1, 2)), np.ones(1))
 
+    def read(*objects, background="other"):
+        return Reading(objects, "fixed", background)
+
     wall = prompts["wall"]
-    right = score(wall, Reading((seen(*wall.colors, *wall.shapes, wall.direction, True),), "fixed"))
+    right = score(wall, read(seen(*wall.colors, *wall.shapes, wall.direction, True), background=wall.background))
     assert all(right.values()) and {"color", "shape", "direction", "hidden"} <= set(right)
-    nothing = score(wall, Reading((), "fixed"))
+    nothing = score(wall, read())
     assert not any(nothing[question] for question in ("color", "shape", "direction", "hidden", "count"))
 
     pair = prompts["pair"]
     both = [seen(*names) for names in zip(pair.colors, pair.shapes, strict=True)]
-    assert score(pair, Reading((both[1], both[0]), "fixed"))["pair"]
-    assert not score(pair, Reading((both[0],), "fixed"))["pair"]
-    assert not score(pair, Reading((*both, both[0]), "fixed"))["pair"]
+    assert score(pair, read(both[1], both[0]))["pair"]
+    assert not score(pair, read(both[0]))["pair"]
+    assert not score(pair, read(*both, both[0]))["pair"]
     crossed = [seen(*names) for names in zip(pair.colors, pair.shapes[::-1], strict=True)]
-    assert not score(pair, Reading(tuple(crossed), "fixed"))["pair"]
-    assert not score(prompts["camera"], Reading((), "fixed"))["camera"]
+    assert not score(pair, read(*crossed))["pair"]
+    assert not score(prompts["camera"], read())["camera"]
+
+    named = next(prompt for prompt in evaluation_prompts(COUNT) if prompt.background)
+    assert score(named, read(background=named.background))["background"]
+    assert not score(named, read())["background"]
 
 
 def test_wilson_intervals():
