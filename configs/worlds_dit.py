@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
             text=dict(vocabulary_size=259, width=128, heads=4, head_width=32, feed_forward=256, layers=3, length=128),
             dit=dict(heads=4, head_width=64, feed_forward=1024, layers=6, remat="dots"),
             # `seen_share` of the loss weighs the channels of the latents by what the decoder makes of them.
-            flow=dict(shift=2.0, uniform_share=0.5, drop_text=0.1, known_share=0.2, seen_share=0.8),
+            flow=dict(shift=2.0, uniform_share=0.5, uniform_shift=5.0, drop_text=0.1, known_share=0.2, seen_share=0.8),
             # What the truth of the worlds is used for, unless `weight` is 0 (see `DiTTask`).
             align=dict(weight=0.5, layer=3, objects=6.0),
             optimizer=dict(

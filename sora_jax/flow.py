@@ -18,20 +18,30 @@ def shift_level(level: jax.Array, shift: float | jax.Array) -> jax.Array:
     return shift * level / (1 + (shift - 1) * level)
 
 
-def sample_level(key: jax.Array, batch: int, shift: float, uniform_share: float = 0.0) -> jax.Array:
-    """Training levels: sigmoid of a standard normal, or uniform for a share of the clips, then shifted.
+class Levels(NamedTuple):
+    """Which noise levels training draws: sigmoid of a standard normal, but uniform for a share of the clips.
 
-    The normal favours the middle, where most is to be learnt, and all but leaves out the levels near 1 (a hundredth
-    of it is above 0.95 at shift 2), where sampling decides what goes where: uniform levels are those it visits.
+    The normal favours the middle, where most is to be learnt, and all but leaves out the levels near 1: of 400 levels
+    at shift 2 one is above 0.97. Sampling starts there, and decides there what all of a clip has in common, such as
+    day or night: ten thousand noisy numbers together tell it long before any one of them does.
 
-    Returns:
-      (B,) float32 in [0, 1).
+    Attributes:
+      shift: of the normal's levels, see `shift_level`.
+      uniform_share: how many of the clips have uniform levels.
+      uniform_shift: of those.
     """
+
+    shift: float = 1.0
+    uniform_share: float = 0.0
+    uniform_shift: float = 1.0
+
+
+def sample_level(key: jax.Array, batch: int, levels: Levels) -> jax.Array:
+    """One level for each clip: (B,) float32 in [0, 1)."""
     normal_key, uniform_key, share_key = jax.random.split(key, 3)
-    normal_B = jax.nn.sigmoid(jax.random.normal(normal_key, (batch,)))
-    uniform_B = jax.random.uniform(uniform_key, (batch,))
-    is_uniform_B = jax.random.uniform(share_key, (batch,)) < uniform_share
-    return shift_level(jnp.where(is_uniform_B, uniform_B, normal_B), shift)
+    normal_B = shift_level(jax.nn.sigmoid(jax.random.normal(normal_key, (batch,))), levels.shift)
+    uniform_B = shift_level(jax.random.uniform(uniform_key, (batch,)), levels.uniform_shift)
+    return jnp.where(jax.random.uniform(share_key, (batch,)) < levels.uniform_share, uniform_B, normal_B)
 
 
 def sample_known(key: jax.Array, batch: int, frames: int, share: float) -> jax.Array:
@@ -69,12 +79,12 @@ class Noised(NamedTuple):
     known_BF: jax.Array
 
 
-def noised(key: jax.Array, x0_BFYXZ: jax.Array, shift: float, known_share: float, uniform_share: float = 0.0) -> Noised:
-    """Clips at random levels, with the frames clean that are known (see `sample_level`, `sample_known`)."""
+def noised(key: jax.Array, x0_BFYXZ: jax.Array, levels: Levels, known_share: float) -> Noised:
+    """Clips at random levels, with the frames clean that are known (see `Levels`, `sample_known`)."""
     level_key, noise_key, known_key = jax.random.split(key, 3)
     B, F = x0_BFYXZ.shape[:2]
     known_BF = sample_known(known_key, B, F, known_share)
-    level_BF = jnp.where(known_BF, 0.0, sample_level(level_key, B, shift, uniform_share)[:, None])
+    level_BF = jnp.where(known_BF, 0.0, sample_level(level_key, B, levels)[:, None])
     noise_BFYXZ = jax.random.normal(noise_key, x0_BFYXZ.shape)
     return Noised(add_noise(x0_BFYXZ, noise_BFYXZ, level_BF), level_BF, noise_BFYXZ, known_BF)
 

@@ -1,5 +1,7 @@
 """The straight path from data to noise, its velocity, and what training draws."""
 
+from statistics import NormalDist
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +55,7 @@ def test_loss_of_nothing_unknown_is_zero_not_nan(pair):
 
 def test_what_is_noised_lies_on_the_path_at_its_level():
     x0 = jax.random.normal(jax.random.key(0), (64, 4, 2, 2, 3))
-    drawn = flow.noised(jax.random.key(1), x0, shift=2.0, known_share=0.5)
+    drawn = flow.noised(jax.random.key(1), x0, flow.Levels(shift=2.0), known_share=0.5)
     np.testing.assert_array_equal(drawn.x_BFYXZ, flow.add_noise(x0, drawn.noise_BFYXZ, drawn.level_BF))
     known = np.asarray(drawn.known_BF)
     assert 0.3 < known.any(axis=1).mean() < 0.7
@@ -83,7 +85,7 @@ def test_shift_keeps_the_ends_and_the_order(shift):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_levels_are_logit_normal_around_the_shift(shift):
-    level = np.asarray(flow.sample_level(jax.random.key(0), 20_000, shift))
+    level = np.asarray(flow.sample_level(jax.random.key(0), 20_000, flow.Levels(shift)))
     assert level.min() > 0 and level.max() < 1
     logit = np.log(level / (1 - level))
     # Four standard errors of mean and deviation.
@@ -92,14 +94,15 @@ def test_levels_are_logit_normal_around_the_shift(shift):
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
-def test_a_share_of_the_levels_is_uniform_before_the_shift(share):
-    count, shift = 20_000, 2.0
-    level = np.asarray(flow.sample_level(jax.random.key(0), count, shift, share))
-    before = level / (shift - (shift - 1) * level)
-    above = {0.05: 0.998, 0.5: 0.5, 0.95: 0.00162}  # shares of the logit-normal: 1 - Phi(logit)
-    for limit, normal in above.items():
-        expected = share * (1 - limit) + (1 - share) * normal
-        assert (before > limit).mean() == pytest.approx(expected, abs=4 * 0.5 / count**0.5), limit
+def test_a_share_of_the_levels_is_uniform_before_its_shift(share):
+    count = 20_000
+    level = np.asarray(flow.sample_level(jax.random.key(0), count, flow.Levels(2.0, share, 5.0)))
+    assert level.min() >= 0 and level.max() < 1
+    for limit in (0.1, 0.5, 0.9, 0.97):
+        logit = np.log(limit / (1 - limit))
+        normal, uniform = NormalDist(np.log(2)).cdf(logit), limit / (5 - 4 * limit)
+        expected = share * uniform + (1 - share) * normal
+        assert (level < limit).mean() == pytest.approx(expected, abs=4 * 0.5 / count**0.5), limit
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

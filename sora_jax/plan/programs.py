@@ -130,7 +130,7 @@ def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: i
 
     def loss(params, batch, key):
         x0_BFYXZ, text_BLD = batch
-        drawn = flow.noised(key, x0_BFYXZ, shift=3.0, known_share=0.2)
+        drawn = flow.noised(key, x0_BFYXZ, flow.Levels(shift=3.0), known_share=0.2)
         velocity_BFYXZ = model.apply({"params": params}, drawn.x_BFYXZ, drawn.level_BF, text_BLD)
         return flow.velocity_loss(velocity_BFYXZ, x0_BFYXZ, drawn.noise_BFYXZ, drawn.known_BF), {}
 

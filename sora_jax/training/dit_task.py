@@ -285,9 +285,8 @@ class DiTTask:
         B, F = x0_BFYXZ.shape[:2]
         drop_B1 = jax.random.uniform(drop_key, (B, 1)) < config.flow.drop_text
         ids_BL = jnp.where(drop_B1, tokenize([""], self.text_config.length), ids_BL)
-        x_BFYXZ, level_BF, noise_BFYXZ, known_BF = flow.noised(
-            flow_key, x0_BFYXZ, config.flow.shift, config.flow.known_share, config.flow.uniform_share
-        )
+        levels = flow.Levels(config.flow.shift, config.flow.uniform_share, config.flow.uniform_shift)
+        x_BFYXZ, level_BF, noise_BFYXZ, known_BF = flow.noised(flow_key, x0_BFYXZ, levels, config.flow.known_share)
         text_BLD = self.text.apply({"params": params["text"]}, ids_BL)
         velocity_BFYXZ, kept = self.dit.apply(
             {"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD, mutable=["intermediates"]
