@@ -7,9 +7,11 @@ import hashlib
 import math
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -22,7 +24,6 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from sora_jax import hosts, model_folder, pipeline, sampler
-from sora_jax.background import in_background
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig
 from sora_jax.models import BUNDLED, open_model
@@ -85,7 +86,7 @@ def load(
 
             tensors[part] = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
     adapted = {"dit": lora or {}, "dit_low": lora_low or {}}
-    weights = in_background(partial(_weights_of, folder, adapted))
+    weights = _in_background(partial(_weights_of, folder, adapted))
     params = OnDemand(tensors) if offload else jax.tree.map(Tensor.place, tensors)
     return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy)
 
@@ -96,6 +97,20 @@ def _weights_of(folder: Path, adapted: dict[str, dict[str | os.PathLike, float]]
     for part, merged in adapted.items():
         files |= {f"{part} + {scale} {Path(path).name}": Path(path) for path, scale in merged.items()}
     return files_sha256(files)
+
+
+def _in_background(work: Callable[[], str]) -> Callable[[], str]:
+    """Starts on something that is needed later; the result waits for it. It holds up neither Ctrl-C nor the end."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # whoever waits for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
 
 
 class Generator:

@@ -53,20 +53,19 @@ def check_output(path: str | os.PathLike, frames: int) -> None:
         hidden.unlink()
 
 
-def write(path: str | os.PathLike, frames: np.ndarray, fps: float, ready: Callable[[], object] = lambda: None) -> Path:
+def write(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path:
     """Encodes frames as .mp4 (H.264, yuv420p), .gif, or .png (one frame), by the ending of `path`, and returns it.
 
     Args:
         frames: uint8 [T, H, W, 3], RGB.
         fps: frames per second.
-        ready: called when all is encoded and no frame is in the file yet; none gets there if it raises.
 
     Raises:
         OSError, av.error.FFmpegError: the file cannot be written; `complete_or_absent` puts it into one line.
     """
     path = Path(path)
     # FFmpeg takes a relative name with a colon for an address.
-    _ENCODERS[path.suffix.lower()](path.absolute(), frames, Fraction(fps).limit_denominator(1001), ready)
+    _ENCODERS[path.suffix.lower()](path.absolute(), frames, Fraction(fps).limit_denominator(1001))
     return path
 
 
@@ -120,7 +119,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction, ready: Callable[[], object]) -> None:
+def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction) -> None:
     # H.264 with 4:2:0 colour halves both sides of the frame, so odd sides grow by one repeated row or column.
     frames = np.pad(frames, [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)], "edge")
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -130,7 +129,7 @@ def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction, ready: Callable[[
         context = stream.codec_context
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = ColorRange.MPEG
-        convert, packets = VideoReformatter().reformat, []
+        convert = VideoReformatter().reformat
         for frame in frames:
             picture = convert(
                 av.VideoFrame.from_ndarray(frame, format="rgb24"),
@@ -139,13 +138,11 @@ def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction, ready: Callable[[
                 dst_color_range=ColorRange.MPEG,
                 interpolation=_EXACT,
             )
-            packets += stream.encode(picture)
-        packets += stream.encode()
-        ready()
-        container.mux(packets)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
 
 
-def _write_gif(path: Path, frames: np.ndarray, rate: Fraction, ready: Callable[[], object]) -> None:
+def _write_gif(path: Path, frames: np.ndarray, rate: Fraction) -> None:
     # One palette made from the whole clip: a palette per frame flickers, the fixed one of the encoder bands.
     graph = av.filter.Graph()
     height, width = frames.shape[1:3]
@@ -165,18 +162,16 @@ def _write_gif(path: Path, frames: np.ndarray, rate: Fraction, ready: Callable[[
     with av.open(str(path), "w", format="gif") as container:
         stream = container.add_stream("gif", rate=rate)
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
-        packets = [packet for _ in frames for packet in stream.encode(sink.pull())] + stream.encode()
-        ready()
-        container.mux(packets)
+        for _ in frames:
+            container.mux(stream.encode(sink.pull()))
+        container.mux(stream.encode())
 
 
-def _write_png(path: Path, frames: np.ndarray, rate: Fraction, ready: Callable[[], object]) -> None:
-    encoded = png(frames[0])
-    ready()
-    path.write_bytes(encoded)
+def _write_png(path: Path, frames: np.ndarray, rate: Fraction) -> None:
+    path.write_bytes(png(frames[0]))
 
 
-_ENCODERS: dict[str, Callable[[Path, np.ndarray, Fraction, Callable[[], object]], None]] = {
+_ENCODERS: dict[str, Callable[[Path, np.ndarray, Fraction], None]] = {
     ".mp4": _write_mp4,
     ".gif": _write_gif,
     ".png": _write_png,

@@ -129,7 +129,7 @@ def test_damaged_models_end_in_one_line(tiny_folder, tmp_path, capsys):
     "failure, code", [(OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
 )
 def test_a_failure_while_writing_leaves_nothing(generate, capsys, monkeypatch, tmp_path, failure, code):
-    def fail_half_way(path, *_):
+    def fail_half_way(path, frames, rate):
         path.write_bytes(b"half")
         raise failure
 

@@ -30,7 +30,7 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch,
     target = tmp_path / f"clip{suffix}"
     target.write_bytes(b"older")
 
-    def fail_half_way(path, *_):
+    def fail_half_way(path, frames, rate):
         path.write_bytes(b"half")
         raise failure
 
@@ -45,7 +45,7 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch,
 
 def test_a_file_that_lost_frames_is_not_kept(tmp_path, monkeypatch):
     write = media._ENCODERS[".mp4"]
-    monkeypatch.setitem(media._ENCODERS, ".mp4", lambda path, frames, *rest: write(path, frames[:-2], *rest))
+    monkeypatch.setitem(media._ENCODERS, ".mp4", lambda path, frames, rate: write(path, frames[:-2], rate))
     with pytest.raises(InputError, match="only 7 of 9 frames"):
         Video(smooth_clip()).save(tmp_path / "clip.mp4")
     assert not os.listdir(tmp_path)

@@ -1,9 +1,7 @@
 """The one exit: frames are scanned, marked, encoded, signed and read back before a file has its name.
 
-    frames -> mark -> encode -> sign -> read back -> rename
-           '---- scan ----^
+    frames -> scan -> mark -> encode -> sign -> read back -> rename
 
-The scan takes longest and goes on beside the next two; no frame is in a file before it has passed.
 Every generated video and picture leaves through `release`, which alone writes frames to files.
 """
 
@@ -19,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax import media
-from sora_jax.background import in_background
 from sora_jax.errors import InputError, Refused
 from sora_jax.safety import keys, mark, provenance, scan
 from sora_jax.safety.keys import Signer
@@ -53,25 +50,20 @@ def release(
     path = Path(path)
     media.check_output(path, len(frames_THWC))
     signer = signer or keys.load_signer()
-    scanned = in_background(lambda: scan.scan(frames_THWC, scanner))
-
-    def passed() -> scan.ScanResult:
-        found = scanned()
-        if not found.passed:
-            report = path.with_name(f"{path.name}.withheld.json")
-            with media.complete_or_absent(report) as hidden:
-                hidden.write_text(json.dumps(found.report, indent=1) + "\n")
-            raise Refused(f"the frame scan withholds {path}; {report} says why")
-        return found
-
+    found = scan.scan(frames_THWC, scanner)
+    if not found.passed:
+        report = path.with_name(f"{path.name}.withheld.json")
+        with media.complete_or_absent(report) as hidden:
+            hidden.write_text(json.dumps(found.report, indent=1) + "\n")
+        raise Refused(f"the frame scan withholds {path}; {report} says why")
     payload = mark_of(claim)
     marked_THWC = mark.embed(frames_THWC, payload, keys.watermark_key())
+    checks = {**claim.checks, "frames": found.report, "mark": f"{payload:04x}"}
+    claim = dataclasses.replace(claim, title=path.name, checks=checks)
     with media.complete_or_absent(path) as hidden:
         unsigned = hidden.with_name(f".{secrets.token_hex(8)}{path.suffix}")
         try:
-            media.write(unsigned, marked_THWC, fps, ready=passed)
-            checks = {**claim.checks, "frames": passed().report, "mark": f"{payload:04x}"}
-            claim = dataclasses.replace(claim, title=path.name, checks=checks)
+            media.write(unsigned, marked_THWC, fps)
             provenance.sign(unsigned, hidden, claim, signer)
         finally:
             unsigned.unlink(missing_ok=True)
