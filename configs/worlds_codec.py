@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
             data=dict(dir="", held_out="held_out"),
             clip_frames=17,  # clips have this length ...
             size=128,
+            dtype="float32",  # of the convolutions; "bfloat16" on TPUs and GPUs
             frames=17,  # ... of which training sees windows of this length
             crop=64,  # ... and this many rows and columns
             on_object=0.5,  # share of the windows around an object

@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
             batch=32,
             frames=17,
             size=128,
+            dtype="float32",  # of the large products; "bfloat16" on TPUs and GPUs
             codec="runs/codec",  # a codec run, or a model folder
             # So many clips are drawn, or all of the TFDS data set in `dir` are read, but for its split `held_out`.
             data=dict(dir="", held_out="held_out", seed=1, clips=8192, shard=512, captions=12),

@@ -103,7 +103,7 @@ class CodecTask:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.codec = Codec(codec_config(config))
+        self.codec = Codec(codec_config(config), jnp.dtype(config.dtype))
         stride_time, stride_space = self.codec.config.stride_time, self.codec.config.stride_space
         for name in ("frames", "clip_frames"):
             if config[name] % stride_time != 1 % stride_time:

@@ -186,7 +186,9 @@ class Aligner(nn.Module):
 
 
 class DiTTask:
-    """Velocity loss on the latents of captioned clips; the parameters are {"text": ..., "dit": ...}.
+    """Velocity loss on the latents of captioned clips; the parameters are {"text": ..., "dit": ...}, float32.
+
+    Large products are computed in `config.dtype`; norms, sums of blocks, losses and the optimizer in float32.
 
     With `config.align.weight` above 0, the tokens after `config.align.layer` blocks are also to tell the layout of
     the clean clip (see `data/worlds/layout.py`), through a small network, {"aligner": ...}, that no model folder has.
@@ -205,7 +207,8 @@ class DiTTask:
         self.codec_config, self.codec_params = frozen_codec(config, workdir)
         model = model_config(config, self.codec_config)
         self.text_config, self.dit_config = model.text, model.dit
-        self.text, self.dit = T5Encoder(self.text_config), DiT(self.dit_config)
+        dtype = jnp.dtype(config.dtype)
+        self.text, self.dit = T5Encoder(self.text_config, dtype), DiT(self.dit_config, dtype)
         self.aligner = Aligner(self.dit_config.width)
         self.latent_shape = self.codec_config.latent_shape(config.frames, config.size, config.size)
         self._paths = self._encode_clips(workdir / "latents")

@@ -117,6 +117,8 @@ def _check(config: ConfigDict, workdir: Path, mesh) -> None:
     for name in ("steps", "batch", "frames", "size", "log_every", "preview_every", "checkpoint_every"):
         if config[name] < 1:
             raise InputError(f"config.{name} is {config[name]}; it must be at least 1")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"config.dtype is {config.dtype!r}; it can be 'float32' or 'bfloat16'")
     for name in ("clips", "shard", "captions") if config.task == "dit" else ():
         if config.data[name] < 1:
             raise InputError(f"config.data.{name} is {config.data[name]}; it must be at least 1")

@@ -273,6 +273,43 @@ def test_objects_count_for_more_the_lower_the_level(dit_run, codec_run):
     np.testing.assert_allclose(noise, 1)
 
 
+def _products(jaxpr):
+    """The dtypes of the results of matrix products and convolutions, in whatever is called as well."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.add(str(equation.outvars[0].aval.dtype))
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            found |= _products(inner)
+    return found
+
+
+@pytest.mark.parametrize("task", ["codec", "dit"])
+def test_bfloat16_is_for_products_and_parameters_stay_float32(dit_run, codec_run, task):
+    """Both precisions give about the same loss; what is learnt, and its gradients, are float32 in both."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        asked = f"--config.dtype={dtype}"
+        config = codec_config(asked) if task == "codec" else dit_config(codec_run, asked)
+        made = make_task(config, codec_run if task == "codec" else dit_run)
+        params = meta.unbox(made.initialize(jax.random.key(0)))
+        params = jax.tree.map(lambda p: p + 0.01, params)  # out of the zero initialisation
+        batch, key = next(made.batches(0)), jax.random.key(1)
+        step = jax.value_and_grad(lambda p, made=made, b=batch, k=key: made.loss(p, b, k)[0])
+        losses[dtype], gradient = jax.jit(step)(params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+        assert losses[dtype].dtype == jnp.float32
+        assert ("bfloat16" in _products(jax.make_jaxpr(step)(params).jaxpr)) == (dtype == "bfloat16")
+    assert losses["float32"] != losses["bfloat16"]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=1e-2)
+
+
+def test_a_precision_that_is_none_is_refused(tmp_path):
+    with pytest.raises(InputError, match="config.dtype is 'float17'"):
+        loop.train(codec_config("--config.dtype=float17"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_alignment_trains_the_tokens_and_is_not_exported(dit_run, codec_run, tmp_path):
     """The gradient of the alignment alone reaches the text encoder and the blocks up to the layer, none beyond."""
     config = dit_config(codec_run, "--config.align.layer=1")
