@@ -32,6 +32,7 @@ setup(
         "confusable-homoglyphs>=3.2",
         "cryptography>=42",
         "flax>=0.12",
+        "ftfy>=6.1",
         "grain>=0.2.12",
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",
@@ -52,9 +53,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "evaluate": ["matplotlib", "scipy"],
-        "wan": ["ftfy"],
         "test": [
-            "ftfy",
             "ipykernel",
             "matplotlib",
             "nbclient",
@@ -64,7 +63,7 @@ setup(
             "ruff",
             "scipy",
         ],
-        "parity": ["diffusers>=0.35", "peft", "torch", "transformers>=4.56", "ftfy"],
+        "parity": ["diffusers>=0.35", "peft", "torch", "transformers>=4.56"],
     },
     entry_points={"console_scripts": ["sora-jax = sora_jax.cli:main"]},
     classifiers=[

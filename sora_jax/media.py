@@ -6,12 +6,14 @@ Nothing here decides what may be written: generated frames go through `safety/re
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import platform
 import secrets
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -20,6 +22,11 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from sora_jax.errors import InputError
 
 SUFFIXES = (".mp4", ".gif", ".png")
+# What is read. FFmpeg knows hundreds of formats and goes by the content, and among them are playlists: a text that has
+# it read other files, or ask the network for them.
+_FORMATS = "mov,matroska,avi,gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
+_MOST_PIXELS = 2**27  # of one frame; that is 8 bits RGB in 384 MiB
+_MOST_BYTES = 2**30  # of frames, where not all are asked for
 _BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer functions and matrices
 # Without these the conversion between RGB and YUV takes shortcuts that darken frames by one or two levels.
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -69,27 +76,60 @@ def write(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path:
     return path
 
 
-def read(path: str | os.PathLike) -> tuple[np.ndarray, float]:
-    """Every frame of a video, GIF or picture file, uint8 [T, H, W, 3], and frames per second.
+def read(path: str | os.PathLike, most: int | None = None) -> tuple[np.ndarray, float]:
+    """The frames of a video, GIF or picture file, uint8 [T, H, W, 3], and frames per second.
+
+    Args:
+        most: how many frames are kept at most, evenly spread from the first one on, and fewer of large ones: a long
+            file then takes no more memory than a short one. By default all are.
 
     Raises:
         InputError: if the file cannot be opened or holds no video.
     """
     try:
-        with open(path, "rb") as file, av.open(file) as container:
+        with open(path, "rb") as file:
+            return _decode(file, path, most)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def decode(data: bytes, name: str | os.PathLike, most: int | None = None) -> tuple[np.ndarray, float]:
+    """The frames in the bytes of a file, as `read` gives those of the file `name`."""
+    return _decode(io.BytesIO(data), name, most)
+
+
+def _decode(file: BinaryIO, path: str | os.PathLike, most: int | None) -> tuple[np.ndarray, float]:
+    frames, step = [], 1
+    try:
+        with av.open(file, options={"format_whitelist": _FORMATS}) as container:
             if not container.streams.video:
                 raise InputError(f"cannot read {path}: it holds no video")
             stream = container.streams.video[0]
+            if stream.width * stream.height > _MOST_PIXELS:
+                raise InputError(f"cannot read {path}: {stream.width}x{stream.height} pixels are too many")
             convert = VideoReformatter().reformat  # one for all frames: its tables take longer than a small frame
-            frames = [
-                convert(frame, format="rgb24", interpolation=_EXACT).to_ndarray() for frame in container.decode(stream)
-            ]
+            for number, frame in enumerate(container.decode(stream)):
+                if number % step:
+                    continue
+                picture = _upright(convert(frame, format="rgb24", interpolation=_EXACT).to_ndarray(), frame.rotation)
+                if frames and picture.shape != frames[0].shape:
+                    raise InputError(f"cannot read {path}: it holds no frames of one size")
+                frames.append(picture)
+                if most == 1:
+                    break
+                if most is not None and len(frames) > max(1, min(most, _MOST_BYTES // picture.nbytes)):
+                    frames, step = frames[::2], 2 * step
             rate = stream.average_rate or stream.guessed_rate or Fraction(8)
     except (OSError, av.error.FFmpegError) as error:
         raise InputError(f"cannot read {path}: {_reason(error)}") from error
-    if not frames or any(frame.shape != frames[0].shape for frame in frames):
-        raise InputError(f"cannot read {path}: it holds no frames of one size")
+    if not frames:
+        raise InputError(f"cannot read {path}: it holds no frames")
     return np.stack(frames), float(rate)
+
+
+def _upright(picture_HWC: np.ndarray, degrees: int) -> np.ndarray:
+    """A picture turned counterclockwise as players show it: phones write beside the pixels how they were held."""
+    return np.rot90(picture_HWC, degrees // 90) if degrees % 90 == 0 else picture_HWC
 
 
 def png(picture_HWC: np.ndarray) -> bytes:

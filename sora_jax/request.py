@@ -192,8 +192,8 @@ def _images(config: ModelConfig, image: Any, last_image: Any, frames: int) -> di
     for name, picture in (("image", image), ("last_image", last_image)):
         source = None
         if picture is not None and not isinstance(picture, np.ndarray):
-            source = Source.read(picture)
-            picture = media.read(picture)[0][0]
+            source = Source.read(picture, name)
+            picture = media.decode(source.data, picture, most=1)[0][0]
         if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
             raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
         arrays[name] = picture

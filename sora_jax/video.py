@@ -19,7 +19,7 @@ import numpy as np
 from sora_jax import media
 from sora_jax.errors import InputError
 
-if TYPE_CHECKING:  # these take a while to import, and reading needs none of them
+if TYPE_CHECKING:  # these take a while to import
     from sora_jax.safety.keys import Signer
     from sora_jax.safety.provenance import Claim
     from sora_jax.safety.scan import Scanner
@@ -65,7 +65,7 @@ class Video:
         Args:
             embed_prompt: the file's manifest holds the prompt itself, not only its digest.
             signer: who signs, of `sora_jax.safety.keys.load_signer`; by default this installation.
-            scanner: looks at the frames; by default the one that comes with the package.
+            scanner: looks at the frames too, beside the one that comes with the package.
 
         Raises:
             Refused: the scan found what must not leave.
@@ -89,8 +89,15 @@ class Video:
 
 
 def read_video(path: str | os.PathLike) -> Video:
-    """Reads every frame of a video, GIF or picture file; InputError if it cannot be opened or holds no video."""
-    return Video(*media.read(path))
+    """Reads every frame of a video, GIF or picture file; saved again, it is an edit of that file.
+
+    Raises:
+        InputError: if it cannot be opened or holds no video.
+    """
+    from sora_jax.safety.provenance import Claim, Source
+
+    source = Source.read(path, "video")
+    return Video(*media.decode(source.data, path), Claim(ingredients=(source,)))
 
 
 def contact_sheet(videos: Sequence[Video | np.ndarray], columns: int = 6, gap: int = 2) -> np.ndarray:

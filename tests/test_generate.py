@@ -134,7 +134,7 @@ def test_what_is_made_of_pictures_says_so_and_needs_their_files_no_longer(tiny_c
     assert manifest.actions == ("c2pa.opened", "c2pa.edited")
     assert [(one.title, one.relationship) for one in manifest.ingredients] == [
         ("image.png", "parentOf"),
-        ("last.png", "inputTo"),
+        ("last_image.png", "inputTo"),
     ]
 
 

@@ -1,6 +1,11 @@
+import contextlib
 import os
+import socket
+import struct
 import subprocess
 import sys
+import time
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -99,6 +104,60 @@ def test_reading_what_is_no_video(tmp_path):
     for name in ("text.mp4", "none.mp4", "."):
         with pytest.raises(InputError, match="cannot read"):
             media.read(tmp_path / name)
+
+
+def test_a_text_reads_neither_other_files_nor_the_network(tmp_path):
+    """FFmpeg knows playlists by their content; what they point to is not what was given."""
+    media.write(tmp_path / "other.png", smooth_clip(1), 8)
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
+        server.settimeout(0.5)
+        for name, text in {
+            "playlist.m3u8": f"#EXTM3U\n#EXTINF:1,\n{address}\n#EXT-X-ENDLIST\n",
+            "session.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+            "list.mp4": "ffconcat version 1.0\nfile other.png\n",
+        }.items():
+            (tmp_path / name).write_text(text)
+            started = time.monotonic()
+            with pytest.raises(InputError, match="cannot read"):
+                media.read(tmp_path / name)
+            assert time.monotonic() - started < 2
+        with contextlib.suppress(TimeoutError):
+            asked.append(server.accept())
+    assert not asked
+
+
+def test_of_a_long_file_some_frames_are_kept(tmp_path):
+    path = media.write(tmp_path / "long.mp4", smooth_clip(21), 8)
+    all_frames, fps = media.read(path)
+    some, same = media.read(path, most=8)
+    assert fps == same and np.array_equal(some, all_frames[::4])
+    assert np.array_equal(media.read(path, most=1)[0], all_frames[:1])
+    assert np.array_equal(media.decode(path.read_bytes(), path, most=21)[0], all_frames)
+
+
+def test_frames_that_no_memory_holds_are_refused(tmp_path, monkeypatch):
+    path = media.write(tmp_path / "one.png", smooth_clip(1), 8)
+    monkeypatch.setattr(media, "_MOST_PIXELS", 10)
+    with pytest.raises(InputError, match="pixels are too many"):
+        media.read(path)
+
+
+@pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_pictures_are_read_as_they_were_held(orientation, turns):
+    """Exif 2.32, tag 0x0112: how the camera was turned when the picture was taken."""
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:16, :32], pixels[16:, 32:] = (250, 0, 0), (0, 0, 250)
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = 32, 64, "yuvj444p", Fraction(1)
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuvj444p")
+    jpeg = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode()])
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, 3, 1, orientation, 0, 0)
+    held = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    (found,) = media.decode(held, "held.jpg")[0]
+    (plain,) = media.decode(jpeg, "plain.jpg")[0]
+    assert np.array_equal(found, np.rot90(plain, turns))
 
 
 def test_names_are_paths_and_not_addresses(tmp_path, monkeypatch):

@@ -1,20 +1,24 @@
 """Fits the semantic layer's classifier: `python -m sora_jax.safety.build`, after a change to data/examples.txt only.
 
 A softmax regression from sentence embeddings and word pieces to the categories and "benign", with a penalty on the
-squared weights, by L-BFGS. It writes data/classifier.safetensors.
+squared weights, by L-BFGS. It writes data/classifier.safetensors, and its digest beside those of the gate's other
+files. `python -m sora_jax.safety.build --sums` writes only the digests: after a change to the policy, the names or the
+vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
+import sys
 
 import numpy as np
 import safetensors.numpy
 from scipy import sparse
 
-from sora_jax.safety.normalize import DATA, forms
-from sora_jax.safety.semantic import BENIGN, BUCKETS, CLASSIFIER, WIDTH, buckets, digest_of, encoder
+from sora_jax.safety.normalize import DATA, SUMS, forms
+from sora_jax.safety.semantic import BENIGN, BUCKETS, CLASSIFIER, WIDTH, buckets, encoder
 
 PER_LINE = 40  # examples drawn from one line
 PENALTY = 1e-4
@@ -98,7 +102,17 @@ def fit(
     return found.x[:-classes].reshape(D, classes).astype(np.float32), found.x[-classes:].astype(np.float32)
 
 
+def write_sums() -> None:
+    """The digests of the files that decide about prompts, by which damage is found."""
+    names = (CLASSIFIER, "names.txt", "policy.toml", "vocab.txt")
+    lines = [f"{hashlib.sha256((DATA / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (DATA / SUMS).write_text("".join(lines))
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--sums"]:
+        write_sums()
+        return
     examples = read_examples()
     names = sorted({category for category, _, _ in examples} - {BENIGN})
     classes = [*names, BENIGN]
@@ -115,9 +129,10 @@ def main() -> None:
     fitted, bias = fitted[:, :-1] - fitted[:, -1:], bias[:-1] - bias[-1]
     weight = np.ascontiguousarray(fitted[:WIDTH])
     words = (fitted[WIDTH:] * WORDS).astype(np.float16)
-    made = {"names": " ".join(names), "sha256": digest_of(weight, words, bias), "encoder": encode.digest}
-    safetensors.numpy.save_file({"weight": weight, "words": words, "bias": bias}, CLASSIFIER, made)
-    print(f"{len(examples)} examples of {', '.join(classes)}: {CLASSIFIER}")
+    made = {"names": " ".join(names), "encoder": encode.digest}
+    safetensors.numpy.save_file({"weight": weight, "words": words, "bias": bias}, DATA / CLASSIFIER, made)
+    write_sums()
+    print(f"{len(examples)} examples of {', '.join(classes)}: {DATA / CLASSIFIER}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sora_jax.errors import InputError
 from sora_jax.safety.names import NameFinder
-from sora_jax.safety.normalize import MAX_LENGTH, Forms, forms
+from sora_jax.safety.normalize import MAX_LENGTH, Forms, forms, repaired
 from sora_jax.safety.phrases import compile_phrases
 from sora_jax.safety.policy import Policy
 from sora_jax.safety.semantic import classifier, encoder
@@ -42,10 +43,11 @@ class Gate:
     """The layers of a policy, ready to be asked.
 
     Raises:
-        InputError: a part of the gate is missing or damaged.
+        InputError: a part of the gate is missing or damaged, or the policy does not protect minors as the package's.
     """
 
     def __init__(self, policy: Policy):
+        policy.check_protection()
         lists = dict(policy.lists)
         self._categories = [category for category in policy.categories if category.enabled]
         self._descriptions = {category.name: category.description or category.name for category in self._categories}
@@ -63,12 +65,20 @@ class Gate:
         }
 
     def check(self, prompt: str) -> Verdict:
-        """Reads one prompt."""
-        read = forms(prompt)
-        if read is None:
-            return Verdict(
-                False, ("length",), f"it is longer than {MAX_LENGTH} characters, too long to be read", "length"
-            )
+        """Reads one prompt, as it stands and as models read it."""
+        too_long = Verdict(
+            False, ("length",), f"it is longer than {MAX_LENGTH} characters, too long to be read", "length"
+        )
+        if len(prompt) > MAX_LENGTH:
+            return too_long
+        for text in dict.fromkeys((prompt, repaired(prompt))):
+            read = forms(text)
+            verdict = self._check(read) if read else too_long
+            if not verdict.allowed:
+                break
+        return verdict
+
+    def _check(self, read: Forms) -> Verdict:
         readings = (read.words, *read.decoded)
         for layer, found in (
             ("rules", lambda: self._by_rules(readings)),
@@ -80,7 +90,14 @@ class Gate:
         return Verdict(True)
 
     def check_many(self, prompts: Sequence[str]) -> list[Verdict]:
-        """Reads prompts, one verdict each."""
+        """Reads prompts, one verdict each.
+
+        Raises:
+            InputError: one holds half of a character, as words of a command line do that are not UTF-8.
+        """
+        for number, prompt in enumerate(prompts, 1):
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise InputError(f"prompt {number} is no text: it is not UTF-8")
         return [self.check(prompt) for prompt in prompts]
 
     def _by_rules(self, readings: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from sora_jax.errors import InputError, one_line
-from sora_jax.safety.normalize import Forms, to_ascii, to_words
+from sora_jax.safety.normalize import Forms, lexicon, to_ascii, to_words
 from sora_jax.safety.phrases import compile_phrases
 
 # After a given name these make a place, a thing or an action, not a person.
@@ -65,7 +65,7 @@ def read_names(path: str | os.PathLike) -> Names:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"cannot read the names {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise InputError(f"the names {path} are not UTF-8: {one_line(error)}") from error
     for number, line in enumerate(lines, 1):
         line = line.partition("#")[0].strip()
@@ -88,6 +88,9 @@ class NameFinder:
     def __init__(self, names: Names):
         self._people = frozenset(tuple(to_words(to_ascii(name)).split()) for name in names.people)
         self._longest = max(map(len, self._people), default=0)
+        # Written as one word, as in "#taylorswift"; short ones are too often something else.
+        glued = {"".join(name) for name in self._people if len(name) > 1}
+        self._glued = frozenset(name for name in glued if len(name) >= 9 and name not in lexicon())
         self._false_friends = compile_phrases(names.false_friends, {}, "names: false friends")
         self._capitalised = frozenset(names.capitalised)
         self._given = frozenset(names.given_names)
@@ -102,9 +105,9 @@ class NameFinder:
             for end in range(start + 1, min(start + self._longest, len(parts)) + 1):
                 name = tuple(parts[start:end])
                 genitive = (*name[:-1], name[-1].removesuffix("s"))
-                if (name in self._people or genitive in self._people) and not _is_about_work(
-                    " ".join(parts[:start]) + " ", " ".join(parts[end:])
-                ):
+                listed = name in self._people or genitive in self._people
+                glued = len(name) == 1 and (name[0] in self._glued or genitive[0] in self._glued)
+                if (listed or glued) and not _is_about_work(" ".join(parts[:start]) + " ", " ".join(parts[end:])):
                     return True
         return False
 

@@ -8,13 +8,18 @@ so that "10 balls" stays what it is.
 from __future__ import annotations
 
 import functools
+import hashlib
+import html
 import math
 import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from sora_jax.errors import InputError
+
 DATA = Path(__file__).parent / "data"
+SUMS = "SHA256SUMS"  # of the files that decide about prompts, as `sha256sum` writes them
 MAX_LENGTH = 4000  # characters, as given and in ASCII; several times what text encoders read
 
 # Fillers that are drawn as nothing but count as letters or symbols.
@@ -67,6 +72,36 @@ def forms(prompt: str) -> Forms | None:
     return Forms(text, words, tuple(dict.fromkeys(read for read in readings if read != words)))
 
 
+def repaired(prompt: str) -> str:
+    """A prompt as the published models read it: Unicode repaired by ftfy, no HTML entities, single spaces.
+
+    Entities, escape sequences of terminals and text in a wrong encoding hide words from whoever reads the prompt as it
+    stands, so that the gate reads this too.
+    """
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+def own_file(name: str) -> Path:
+    """One of the gate's own files, as it was shipped.
+
+    Raises:
+        InputError: it is missing or was changed: the gate would let pass what it does not know.
+    """
+    path = DATA / name
+    try:
+        sums = dict(line.split()[::-1] for line in (DATA / SUMS).read_text(encoding="utf-8").splitlines())
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"the prompt gate cannot read {error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{DATA / SUMS} is damaged: reinstall sora_jax") from error
+    if sums.get(name) != found:
+        raise InputError(f"{path} is damaged: reinstall sora_jax (a policy of your own is given with --policy)")
+    return path
+
+
 def to_ascii(text: str) -> str:
     """Latin letters for letters of any alphabet, names for emoji; white space is kept."""
     from anyascii import anyascii
@@ -89,7 +124,7 @@ def to_words(text: str) -> str:
 @functools.cache
 def lexicon() -> dict[str, int]:
     """Words of English with their rank by frequency, from the vocabulary of the sentence encoder."""
-    words = (DATA / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    words = own_file("vocab.txt").read_text(encoding="utf-8").split("\n")
     return {word: rank for rank, word in enumerate(words) if word.isascii() and word.isalpha()}
 
 

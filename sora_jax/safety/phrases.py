@@ -54,7 +54,11 @@ def compile_phrases(phrases: Iterable[str], lists: Mapping[str, Iterable[str]], 
     """
     alone, together = [], []
     for phrase in phrases:
-        parts = [_Parser(part, lists, f"{where}: phrase {phrase!r}").pattern() for part in phrase.split("&")]
+        here = f"{where}: phrase {phrase!r}"
+        try:
+            parts = [_Parser(part, lists, here).pattern() for part in phrase.split("&")]
+        except RecursionError:
+            raise InputError(f"{here[:200]} has brackets in brackets too often") from None
         if len(parts) == 1:
             alone.append(parts[0])
         else:
@@ -118,7 +122,9 @@ class _Parser:
         return f"(?:{'|'.join(_Parser(phrase, others, self.where)._alternatives() for phrase in self.lists[name])})"
 
     def _word(self, token: str) -> str:
-        words = to_words(to_ascii(token.replace("*", "")))
+        if "*" in token[:-1]:
+            raise InputError(f"{self.where} has a * that is not the end of a word: {token!r}")
+        words = to_words(to_ascii(token.removesuffix("*")))
         if not words:
             raise InputError(f"{self.where} has a word without letters: {token!r}")
         return words + (r"\w*" if token.endswith("*") else "")

@@ -7,7 +7,7 @@ brand = ["acme", "acme corp*"]
 
 [categories.violence]                   # a category that exists: what is given here is added or changed
 enabled = false                         # or threshold = 0.9: refuse less; minors can only be made stricter
-allow = ["sword dance*"]                # phrases that are harmless in this category
+allow = ["sword dance*"]                # phrases that its own phrases overlook; names are freed in a list of names
 
 [categories.logos]                      # a new category
 description = "our competitors' logos"
@@ -19,6 +19,7 @@ examples = ["the logo of Acme on a wall", "an Acme billboard"]
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from typing import Any
 
 from sora_jax.errors import InputError, one_line
 from sora_jax.safety.names import Names, read_names
-from sora_jax.safety.normalize import DATA
+from sora_jax.safety.normalize import own_file
 from sora_jax.safety.phrases import compile_phrases
 
 PROTECTED = "minors"
@@ -74,6 +75,26 @@ class Policy:
         content = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def check_protection(self) -> None:
+        """Raises InputError if minors are less protected than by the package's policy, whoever made this one."""
+        own = _own()
+        least = own.category(PROTECTED)
+        here = self.category(PROTECTED)
+        lists = {name: set(phrases) for name, phrases in self.lists}
+        if (
+            here is None
+            or not here.enabled
+            or here.threshold > least.threshold
+            or not set(least.phrases) <= set(here.phrases)
+            or not set(here.allow) <= set(least.allow)
+            or not all(set(phrases) <= lists.get(name, set()) for name, phrases in own.lists)
+        ):
+            raise InputError(f"a policy cannot relax the category {PROTECTED}: start from load_policy()")
+
+    def category(self, name: str) -> Category | None:
+        """The category of that name."""
+        return next((category for category in self.categories if category.name == name), None)
+
 
 def load_policy(path: str | os.PathLike | None = None) -> Policy:
     """The package's policy, with what the TOML file at `path` adds and changes.
@@ -82,9 +103,13 @@ def load_policy(path: str | os.PathLike | None = None) -> Policy:
         InputError: the file cannot be read, or has an unknown key, a wrong type, a value out of range, a phrase that
             cannot be compiled, or relaxes the protection of minors.
     """
-    default = DATA / "policy.toml"
-    policy = _extend(Policy((), (), read_names(DATA / "names.txt")), _read(default), default, own=True)
-    return policy if path is None else _extend(policy, _read(Path(path)), Path(path), own=False)
+    return _own() if path is None else _extend(_own(), _read(Path(path)), Path(path), own=False)
+
+
+@functools.cache
+def _own() -> Policy:
+    path = own_file("policy.toml")
+    return _extend(Policy((), (), read_names(own_file("names.txt"))), _read(path), path, own=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -92,7 +117,7 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the policy {path}: {error.strerror}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
         raise InputError(f"the policy {path} is not TOML: {one_line(error)}") from error
 
 
@@ -112,6 +137,8 @@ def _extend(policy: Policy, content: dict[str, Any], path: Path, own: bool) -> P
             raise InputError(f"{here} must be a table, not {type(fields).__name__}")
         before = categories.get(name)
         category = _category(before or Category(name), fields, here)
+        if not before and not category.phrases and not category.examples:
+            raise InputError(f"{here} is new, and needs phrases or examples; there are {', '.join(categories)}")
         if before and not own:
             _check_change(before, fields, here)
         compile_phrases(category.phrases, lists, f"{here}.phrases")

@@ -39,7 +39,7 @@ class Source:
     """A file that something was made from, as it was when it was read.
 
     Attributes:
-        title: its name, without folders; the ending says what kind of file it is.
+        title: what it is, such as "image.png"; the ending says what kind of file it is.
         data: all of it.
     """
 
@@ -47,10 +47,17 @@ class Source:
     data: bytes = field(repr=False)
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> Source:
-        """Raises InputError if it cannot be read."""
+    def read(cls, path: str | os.PathLike, name: str) -> Source:
+        """The file at `path`, titled `name` with its ending: its own name may be a prompt, or tell of somebody.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_file():  # a device may never end
+            raise InputError(f"cannot read {path}: it is no file")
         try:
-            return cls(Path(path).name, Path(path).read_bytes())
+            return cls(f"{name}{path.suffix.lower()}", path.read_bytes())
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
 
@@ -60,7 +67,7 @@ class Claim:
     """What a generated file says about itself; what is not known stays empty.
 
     Attributes:
-        title: name of the file, without folders.
+        title: what kind of file it is, such as "video.mp4": its own name may be made from the prompt.
         model, weights_sha256: the model's name and the digest of its weights, hexadecimal.
         config: the request and the model's configuration, as JSON has it.
         prompt_sha256: digest of the prompt in UTF-8, hexadecimal.

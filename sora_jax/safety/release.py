@@ -41,7 +41,7 @@ def release(
         fps: frames per second.
         claim: what the file says of how it was made; the checks and the mark are added to it.
         signer: by default the installation's own.
-        scanner: by default the one that comes with the package.
+        scanner: looks at the frames too, beside the one that comes with the package.
 
     Raises:
         Refused: the scan found what must not leave; a report without the pictures is written beside `path`.
@@ -50,16 +50,18 @@ def release(
     path = Path(path)
     media.check_output(path, len(frames_THWC))
     signer = signer or keys.load_signer()
-    found = scan.scan(frames_THWC, scanner)
-    if not found.passed:
+    found = [scan.scan(frames_THWC, one) for one in (None, scanner)[: 2 if scanner else 1]]
+    scans = [one.report for one in found]
+    if not all(one.passed for one in found):
         report = path.with_name(f"{path.name}.withheld.json")
         with media.complete_or_absent(report) as hidden:
-            hidden.write_text(json.dumps(found.report, indent=1) + "\n")
+            hidden.write_text(json.dumps(scans, indent=1) + "\n")
         raise Refused(f"the frame scan withholds {path}; {report} says why")
     payload = mark_of(claim)
     marked_THWC = mark.embed(frames_THWC, payload, keys.watermark_key())
-    checks = {**claim.checks, "frames": found.report, "mark": f"{payload:04x}"}
-    claim = dataclasses.replace(claim, title=path.name, checks=checks)
+    checks = {**claim.checks, "frames": scans, "mark": f"{payload:04x}"}
+    # Not the file's name, which is often made from the prompt.
+    claim = dataclasses.replace(claim, title=f"video{path.suffix.lower()}", checks=checks)
     with media.complete_or_absent(path) as hidden:
         unsigned = hidden.with_name(f".{secrets.token_hex(8)}{path.suffix}")
         try:

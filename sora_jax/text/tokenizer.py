@@ -2,8 +2,6 @@
 with `PAD`; what does not fit is cut and the end token always stands; `tokenizer.unread` tells what was cut off.
 """
 
-import html
-import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.errors import InputError
+from sora_jax.safety.normalize import repaired
 
 PAD, END, _OFFSET = 0, 1, 3
 VOCABULARY_SIZE = 256 + _OFFSET
@@ -42,16 +41,12 @@ class FileTokenizer:
     """The tokenizer that a `tokenizer.json` describes, after the cleaning that Wan's prompts get.
 
     Raises:
-      InputError: the file cannot be read, or the extra `wan` is not installed.
+      InputError: the file cannot be read.
     """
 
     def __init__(self, path: Path):
-        try:
-            import ftfy
-            import tokenizers
-        except ImportError as error:
-            raise InputError(f"reading {path} needs {error.name}: pip install 'sora_jax[wan]'") from error
-        self._fix = ftfy.fix_text
+        import tokenizers
+
         try:
             self.json = path.read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self.json)
@@ -64,17 +59,13 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(length)
         ids_BL = np.full((len(prompts), length), PAD, np.int32)
-        for row, encoding in enumerate(self._tokenizer.encode_batch([self._clean(prompt) for prompt in prompts])):
+        for row, encoding in enumerate(self._tokenizer.encode_batch([repaired(prompt) for prompt in prompts])):
             ids_BL[row, : len(encoding.ids)] = encoding.ids
         return ids_BL
 
     def unread(self, prompt: str, length: int) -> str:
-        prompt = self._clean(prompt)
+        prompt = repaired(prompt)
         self._tokenizer.no_truncation()
         encoding = self._tokenizer.encode(prompt)
         # The last token ends the text; the one in its place is the first that is not read.
         return prompt[encoding.offsets[length - 1][0] :].strip() if len(encoding.ids) > length else ""
-
-    def _clean(self, prompt: str) -> str:
-        """As in the published pipeline: repaired Unicode, no HTML entities, single spaces."""
-        return re.sub(r"\s+", " ", html.unescape(html.unescape(self._fix(prompt)))).strip()

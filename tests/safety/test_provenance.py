@@ -82,7 +82,7 @@ def test_the_prompt_is_there_only_if_given(source, signer, tmp_path):
 
 
 def made_of(*paths):
-    return replace(CLAIM, ingredients=tuple(map(Source.read, paths)))
+    return replace(CLAIM, ingredients=tuple(Source.read(path, path.stem) for path in paths))
 
 
 def test_c2pa_itself_finds_nothing_wrong(source, signer, tmp_path):
@@ -145,7 +145,9 @@ def test_failures_of_signing_are_one_line(source, signer, tmp_path):
             assert "\n" not in str(caught.value)
     rehearse(signer)
     with pytest.raises(InputError, match="cannot read .*none.png: No such file"):
-        Source.read(tmp_path / "none.png")
+        Source.read(tmp_path / "none.png", "image")
+    with pytest.raises(InputError, match="cannot read /dev/zero: it is no file"):
+        Source.read("/dev/zero", "image")
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="a time-stamp server needs openssl")

@@ -8,7 +8,7 @@ from test_release import noisy_clip, save
 
 from sora_jax.cli import main
 from sora_jax.safety import keys
-from sora_jax.safety.verify import verify
+from sora_jax.safety.verify import _of_generation, verify
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,45 @@ def test_what_was_made_here_is_known_and_marked(copy, capsys):
     for words in (
         "unchanged since it was signed",
         "generative model",
-        "not scanned for: ",
+        "every 4th frame passed a scan for nudity and sexual content.",
+        "not scanned for violence, hate, likeness of real people.",
         "carries the invisible mark",
     ):
         assert words in text
     assert "not that what it says is true" in text
+
+
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        (None, []),
+        ({"scans_for": 5}, []),
+        ([{"scans_for": [5]}, 7, {"scans_for": []}], []),
+        (
+            {"scans_for": ["violence"], "passed": False},  # a single scan, as older files have it
+            [
+                "It says that frames did not pass a scan for violence.",
+                "It was not scanned for nudity and sexual content, hate, likeness of real people.",
+            ],
+        ),
+        (
+            [{"scans_for": ["violence", "x\x1b[0m"], "passed": True, "every": 1}],
+            [
+                "It says that all frames passed a scan for violence, x [0m.",
+                "It was not scanned for nudity and sexual content, hate, likeness of real people.",
+            ],
+        ),
+    ],
+)
+def test_what_a_manifest_says_of_scans_is_quoted_and_not_believed(said, words):
+    assert _of_generation({"checks": {"frames": said}})[1:] == words
+
+
+def test_anchors_must_be_certificates(copy, tmp_path, capsys):
+    for content in (b"hello", b"\xff", b""):
+        (tmp_path / "anchors.pem").write_bytes(content)
+        assert main(["verify", "clip.mp4", "--anchors", "anchors.pem"]) == 2
+        assert "anchors.pem: it must be certificates in PEM" in capsys.readouterr().err
 
 
 def test_a_changed_byte_is_told(copy, capsys):
