@@ -4,14 +4,15 @@
     python experiments/launch.py --config configs/worlds_dit.py --on processes=4 --config.mesh.fsdp=2
     python experiments/launch.py --config configs/worlds_dit.py --on tpu-vm=my-pod --zone us-west4-a --runs /mnt/runs
     python experiments/launch.py --config configs/worlds_dit.py --on slurm --nodes 2 --gpus-per-node 8
-    python experiments/launch.py --config configs/worlds_dit.py --on gke --image IMAGE --claim runs --topology 4x4
+    python experiments/launch.py --config configs/worlds_dit.py --on gke --image IMAGE --claim runs --runs /mnt/runs
 
 `--sweep config.optimizer.learning_rate=1e-3,2e-3` makes a run of every value, and of every combination where it is
 given twice. `--dry-run` prints what would be run, ready to be pasted into a shell. Runs on this machine come one after
 another; the exit code is 1 if one of them failed.
 
 A run that was started before goes on from its newest checkpoint. With several hosts the folder of the runs must be
-one that all of them share (Filestore, NFS, a mounted bucket), and `sora-jax` must be installed on each.
+one that all of them share (Filestore, NFS, a mounted bucket), and `sora-jax` must be installed on each. A run that was
+preempted ends with exit code 143, so that GKE starts it again.
 """
 
 import argparse
@@ -102,14 +103,17 @@ def on_this_machine(run: Run, processes: int) -> list[Command]:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [Command(words, environment=common | {"JAX_PROCESS_ID": str(index)}) for index in range(processes)]
+    # Each has one GPU, if there are any: JAX would give all to all of them.
+    own = [{"JAX_PROCESS_ID": str(index), "JAX_LOCAL_DEVICE_IDS": str(index)} for index in range(processes)]
+    return [Command(words, environment=common | one) for one in own]
 
 
 def on_tpu_vm(run: Run, options: argparse.Namespace, name: str) -> Command:
     """https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh; JAX finds the hosts of a pod itself."""
     where = [f"--zone={options.zone}"] if options.zone else []
     train = (f"cd {shlex.quote(options.folder)} && " if options.folder else "") + shlex.join(
-        ["sora-jax", *run.arguments]
+        # The shell of such a command has not read the profile that knows where pip puts scripts.
+        ["python3", "-m", "sora_jax", *run.arguments]
     )
     return Command(["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *where, "--worker=all", f"--command={train}"])
 
@@ -133,7 +137,9 @@ def on_slurm(run: Run, options: argparse.Namespace) -> Command:
     ]
     lines = [f"#SBATCH {setting}\n" for setting in settings]
     srun = shlex.join(["srun", "--kill-on-bad-exit=1", "sora-jax", *run.arguments])
-    return Command(["sbatch"], "#!/bin/bash\n" + "".join(lines) + f"\n{srun}\n")
+    # srun does not take over the cores of a task from sbatch (since 22.05).
+    cores = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
+    return Command(["sbatch"], "#!/bin/bash\n" + "".join(lines) + f"\n{cores}\n{srun}\n")
 
 
 def on_gke(run: Run, options: argparse.Namespace) -> Command:
@@ -144,6 +150,8 @@ def on_gke(run: Run, options: argparse.Namespace) -> Command:
     """
     if not options.image or not options.claim:
         raise InputError("--on gke needs --image and --claim, a volume claim that is mounted at --runs")
+    if not options.runs.startswith("/"):
+        raise InputError(f"--on gke needs --runs from the root on, such as /mnt/runs, not {options.runs}")
     chips = math.prod(int(side) for side in options.topology.split("x"))
     if chips % options.chips_per_host:
         raise InputError(f"--topology {options.topology} has {chips} chips; {options.chips_per_host} are on a host")
@@ -288,7 +296,9 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     add("--folder", metavar="DIR", help="tpu-vm: the folder on the hosts that the config's path starts from")
     add("--nodes", type=int, default=1, help="slurm: nodes (default: 1)")
     add("--gpus-per-node", type=int, default=0, help="slurm: GPUs on each, with a process for each (default: none)")
-    add("--sbatch", action="append", default=[], metavar="OPTION", help="slurm: such as partition=a100, time=24:00:00")
+    add(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: such as partition=a100, cpus-per-task=8"
+    )
     add("--image", help="gke: the container image, with sora-jax in it")
     add("--claim", help="gke: the persistent volume claim that is mounted at --runs")
     add("--tpu", default="tpu-v5-lite-podslice", help="gke: the kind of TPU (default: tpu-v5-lite-podslice)")

@@ -137,11 +137,19 @@ def attend(q_BNKE, k_BLKE, v_BLKE, valid_L=None, kernel: str = "auto", with_log_
     # JAX asks for the installed cuDNN while tracing, so that this one cannot be lowered for elsewhere. Its sums come
     # in the precision of the result and without a gradient.
     fits = q_BNKE.dtype != jnp.float32 and E % 8 == 0 and E <= 128 and valid_L is None and not with_log_sum
-    if jax.default_backend() == "gpu" and fits:
+    if jax.default_backend() == "gpu" and fits and _has_flash_attention(jax.local_devices()[0]):
         choice["cuda"] = partial(run, "cudnn")
     if not choice:
         return run("xla", *arrays)
     return jax.lax.platform_dependent(*arrays, default=partial(run, "xla"), **choice)
+
+
+def _has_flash_attention(device) -> bool:
+    """Whether cuDNN's kernel runs on a GPU: from NVIDIA's Ampere on, not on the T4 and V100 before it."""
+    try:
+        return float(device.compute_capability) >= 8
+    except (AttributeError, ValueError):  # AMD's are numbered in another way
+        return False
 
 
 def _xla(q, k, v, valid_L, with_log_sum):

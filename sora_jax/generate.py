@@ -86,7 +86,8 @@ def load(
 
             tensors[part] = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
     adapted = {"dit": lora or {}, "dit_low": lora_low or {}}
-    weights = _in_background(partial(_weights_of, folder, adapted))
+    # The host that writes the files says what they were made with.
+    weights = _in_background(partial(_weights_of, folder, adapted)) if hosts.is_first() else str
     params = OnDemand(tensors) if offload else jax.tree.map(Tensor.place, tensors)
     return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy)
 
@@ -259,7 +260,8 @@ class Generator:
                     for window in range(request.windows - 1):
                         latents = self._sample(request, chosen, text_BLD, given, window)
                         before = [self._go_on(*pair, request) for pair in zip(before, latents, strict=True)]
-                        known = [self._known(dict(enumerate(clip[-1][-request.overlap :])), request) for clip in before]
+                        last = [np.concatenate(clip)[-request.overlap :] for clip in before]
+                        known = [self._known(dict(enumerate(frames)), request) for frames in last]
                         given = jax.tree.map(lambda *parts: jnp.concatenate(parts), *known)
                     latents = self._sample(request, chosen, text_BLD, given, request.windows - 1)
                 for number, latents_FYXZ in enumerate(latents[: len(request.prompts) - start]):
@@ -408,7 +410,7 @@ class Generator:
 
 def _pictures(request: Request) -> dict[int, np.ndarray]:
     """The pictures of a request by the number of the frame they are."""
-    pictures = {0: request.image, request.frames - 1: request.last_image}
+    pictures = {request.frames - 1: request.last_image, 0: request.image}  # of one frame, the first one is all
     return {t: picture for t, picture in pictures.items() if picture is not None}
 
 

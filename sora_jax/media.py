@@ -43,14 +43,16 @@ def check_fps(fps: float) -> None:
         raise InputError(f"fps must be from 0.001 to 1000, not {fps}")
 
 
-def check_output(path: str | os.PathLike, frames: int) -> None:
-    """Raises InputError unless a video of `frames` frames can be saved at `path`."""
+def check_output(path: str | os.PathLike, frames: int, fps: float) -> None:
+    """Raises InputError unless a video of `frames` frames at this speed can be saved at `path`."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"cannot save {path}: the name must end in one of {', '.join(SUFFIXES)}")
     if suffix == ".png" and frames != 1:
         raise InputError(f"cannot save {path}: .png holds one frame, not {frames}; use .mp4 or .gif")
+    if suffix == ".gif" and not 0.002 <= fps <= 100:  # it counts in hundredths of a second, up to 65,535 a frame
+        raise InputError(f"cannot save {path}: .gif holds 0.002 to 100 frames a second, not {fps}; use .mp4")
     if path.is_dir():
         raise InputError(f"cannot save {path}: it is a folder")
     if not path.parent.is_dir():

@@ -102,6 +102,16 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
+def check_heads(heads: int, mesh: Mesh) -> None:
+    """Raises InputError if the mesh cannot divide the heads of attention, which no parameter has for an axis."""
+    tensor = math.prod(mesh.shape[axis] for axis in RULES["heads"])
+    if heads % tensor:
+        possible = [n for n in range(1, tensor) if heads % n == 0]
+        raise InputError(
+            f"mesh tensor={tensor} cannot divide {heads} heads; sizes below that can: {', '.join(map(str, possible))}"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

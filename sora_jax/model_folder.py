@@ -40,7 +40,7 @@ from sora_jax import tensors as tensors_lib
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError, one_line
-from sora_jax.mesh import shardings
+from sora_jax.mesh import check_heads, shardings
 from sora_jax.sampler import SCHEDULES, SOLVERS
 from sora_jax.tensors import FORMATS, Tensor, TensorFile
 from sora_jax.text import T5Encoder, TextConfig
@@ -140,6 +140,7 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> dict[str, 
     params = meta.unbox(boxed)
     if mesh is None:
         return params
+    check_heads(config.dit.heads, mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,

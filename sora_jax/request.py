@@ -16,7 +16,7 @@ import numpy as np
 from sora_jax import media
 from sora_jax.errors import InputError, Refused
 from sora_jax.model_folder import ModelConfig
-from sora_jax.safety.gate import load_gate
+from sora_jax.safety.gate import check_texts, load_gate
 from sora_jax.safety.policy import Policy, load_policy
 from sora_jax.safety.provenance import Source
 from sora_jax.safety.scan import scan
@@ -61,20 +61,23 @@ class Request:
         return not self.guidance == self.guidance_low == 1.0
 
     def __post_init__(self) -> None:
-        texts = dict.fromkeys(self.prompts)
-        if min(self.guidance, self.guidance_low) < 1:
-            texts[self.negative_prompt] = None  # such a guidance leads towards it
-        admit(list(texts), self.policy)
+        admit(self.prompts, self.policy)
+        if self.negative_prompt and min(self.guidance, self.guidance_low) < 1:  # such a guidance leads towards it
+            admit([self.negative_prompt], self.policy, "negative prompt")
+        check_texts([self.negative_prompt], "negative prompt")
         for name, picture in (("image", self.image), ("last_image", self.last_image)):
             if picture is not None and not scan(picture[None]).passed:
                 raise Refused(f"the frame scan does not let {name} pass")
 
 
-def admit(prompts: Sequence[str], policy: Policy) -> None:
-    """Raises Refused if the policy forbids one of the prompts."""
-    for number, verdict in enumerate(load_gate(policy).check_many(prompts), 1):
+def admit(prompts: Sequence[str], policy: Policy, name: str = "prompt") -> None:
+    """Raises Refused if the policy forbids one of the prompts, or InputError if one is no text."""
+    check_texts(prompts, name)
+    texts = list(dict.fromkeys(prompts))
+    for text, verdict in zip(texts, load_gate(policy).check_many(texts), strict=True):
         if not verdict.allowed:
-            which = f"prompt {number}: " if len(prompts) > 1 else ""
+            number = f" {prompts.index(text) + 1}" if len(prompts) > 1 else ""
+            which = f"{name}{number}: " if number or name != "prompt" else ""
             raise Refused(f"{which}{verdict.reason} ({', '.join(verdict.categories)})")
 
 

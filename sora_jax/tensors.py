@@ -68,19 +68,30 @@ class Tensor:
         """The whole tensor on its devices. The host holds a piece of it, or all if its first axis is split."""
         if isinstance(self.sharding, NamedSharding) and self.sharding.spec and self.sharding.spec[0] is not None:
             # Pieces run along the axis that is split: adding one to the others would gather them.
-            return jax.device_put(self.read(), self.sharding)
+            return _on_devices(self.read(), self.sharding)
         pieces = self.pieces()
         first = next(pieces)
         if first.shape == self.shape:
-            return jax.device_put(first.astype(self.dtype, copy=False), self.sharding)
+            return _on_devices(first.astype(self.dtype, copy=False), self.sharding)
         whole, start, sharding = jnp.zeros(self.shape, self.dtype, device=self.sharding), 0, None
         if isinstance(self.sharding, NamedSharding):
             sharding = NamedSharding(self.sharding.mesh, PartitionSpec(None, *self.sharding.spec[1:]))
         for piece in chain([first], pieces):
-            whole = _put(whole, jax.device_put(piece, sharding), start, self.sharding)
+            whole = _put(whole, _on_devices(piece, sharding), start, self.sharding)
             start += len(piece)
             whole.block_until_ready()  # or pieces would wait in memory for the devices
         return whole
+
+
+def _on_devices(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """An array that every host has, on its devices.
+
+    Where they are those of several hosts, `jax.device_put` first compares what the hosts have, which gathers as many
+    copies as there are hosts on every device.
+    """
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class OnDemand(Mapping[str, Any]):

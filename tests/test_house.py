@@ -19,8 +19,8 @@ CODE = [*MODULES, *(path for part in ("configs", "experiments", "tests") for pat
 FLOORS = [
     ("errors",),
     ("mesh", "flow", "counting", "intervals", "media", "tensors"),
-    ("layers", "attention", "hosts"),
-    ("text", "codec", "dit", "sampler", "vision", "safety"),
+    ("layers", "attention", "hosts", "safety"),
+    ("text", "codec", "dit", "sampler", "vision"),
     ("data", "video"),
     ("model_folder",),
     ("interop", "request", "pipeline"),

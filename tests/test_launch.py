@@ -49,6 +49,7 @@ def test_what_would_run_here(launch, capsys):
     assert title == "# worlds_codec" and len(lines) == 2 and lines[0].endswith(" &")
     for index, line in enumerate(lines):
         assert line.startswith("JAX_COORDINATOR_ADDRESS=127.0.0.1:") and f"PROCESSES=2 JAX_PROCESS_ID={index} " in line
+        assert f"JAX_LOCAL_DEVICE_IDS={index} " in line
         assert "-m sora_jax train --config configs/worlds_codec.py --workdir runs/worlds_codec" in line
 
 
@@ -94,7 +95,11 @@ def test_names_of_kubernetes_are_short_and_differ(launch):
         (["--on", "moon"], "none of: local"),
         (["--on", "processes=0"], "none of: local"),
         (["--on", "gke"], "--image and --claim"),
-        (["--on", "gke", "--image", "a", "--claim", "b", "--topology", "1x1"], "1 chips; 4 are on a host"),
+        (["--on", "gke", "--image", "a", "--claim", "b"], "--runs from the root on, such as /mnt/runs, not runs"),
+        (
+            ["--on", "gke", "--image", "a", "--claim", "b", "--runs", "/r", "--topology", "1x1"],
+            "1 chips; 4 are on a host",
+        ),
         (["--on", "local", "--sweep", "seed=1"], "must look like"),
         (["--on", "local", "--sweep", "config.seed=1,1"], "same name"),
         (["--on", "local", "--sweep", "config.sed=1"], "did you mean seed"),
@@ -172,5 +177,5 @@ def test_a_sweep_runs_here_in_one_process_and_in_two(launch, tmp_path, monkeypat
             assert "# worlds_codec-batch=0: exit code 2" in said.err
             assert "sora-jax: error: config.batch is 0" in said.err
     one, two = (losses(tmp_path / where / "worlds_codec-batch=2") for where in ("local", "processes=2"))
-    assert len(one) == 1
+    assert len(one) == 2
     assert two == pytest.approx(one, rel=1e-4)

@@ -75,7 +75,7 @@ def test_png_is_exact_and_for_one_frame(tmp_path):
     one = smooth_clip()[:1]
     assert np.array_equal(media.read(media.write(tmp_path / "one.png", one, 8))[0], one)
     with pytest.raises(InputError, match="holds one frame, not 9"):
-        media.check_output(tmp_path / "many.png", 9)
+        media.check_output(tmp_path / "many.png", 9, 8)
 
 
 def test_impossible_places_are_named(tmp_path):
@@ -89,14 +89,23 @@ def test_impossible_places_are_named(tmp_path):
         "file/x.mp4": "no folder",
     }.items():
         with pytest.raises(InputError, match=reason):
-            media.check_output(tmp_path / name, 9)
+            media.check_output(tmp_path / name, 9, 8)
+
+
+def test_a_gif_counts_in_hundredths_of_a_second(tmp_path):
+    media.check_output(tmp_path / "x.gif", 9, 100)
+    for fps in (101, 0.001):
+        with pytest.raises(InputError, match="use .mp4"):
+            media.check_output(tmp_path / "x.gif", 9, fps)
+    path = media.write(tmp_path / "fast.gif", smooth_clip(9), 100)
+    assert len(media.read(path)[0]) == 9
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match="Permission denied"):
-        media.check_output(tmp_path / "x.mp4", 9)
+        media.check_output(tmp_path / "x.mp4", 9, 8)
 
 
 def test_reading_what_is_no_video(tmp_path):

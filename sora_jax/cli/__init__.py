@@ -1,7 +1,7 @@
 """The command `sora-jax`.
 
 Every mistake a user can make ends in one line on stderr and exit code 2, a refusal in exit code 3, Ctrl-C in 130, the
-loss of another host of the run in 1.
+loss of another host of the run in 1; training that SIGTERM has saved and stopped in 143.
 JAX and the model are imported by the command that needs them, so that help and mistakes are quick.
 """
 

@@ -139,7 +139,9 @@ def _prepare(options: argparse.Namespace) -> _Task:
         last_image=options.last_image,
         policy=load_policy(options.policy),
     )
-    target = _Target(options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames)
+    target = _Target(
+        options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames, fps=request.fps
+    )
     words = options.mesh or ("auto" if options.hosts else None)
     if words == "auto":
         import jax
@@ -224,8 +226,8 @@ def _signer(options: argparse.Namespace) -> Any:
 class _Target:
     """Where videos go: the one file that was asked for, or names made from prompts in a folder."""
 
-    def __init__(self, output: str | None, several: bool, frames: int):
-        self.frames = frames
+    def __init__(self, output: str | None, several: bool, frames: int, fps: float):
+        self.frames, self.fps = frames, fps
         self.file = Path(output) if output and not several and not Path(output).is_dir() else None
         self.folder = Path(output or ".")
         if self.file is None and not self.folder.is_dir() and self.folder.suffix in (".mp4", ".gif", ".png"):
@@ -240,7 +242,7 @@ class _Target:
                 self.folder.mkdir(exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-        check_output(self.path(prompt), self.frames)
+        check_output(self.path(prompt), self.frames, self.fps)
 
     def path(self, title: str) -> Path:
         """The path of the next video; a name that is taken gets a number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from typing import Any
 
 from sora_jax.cli.config_file import load_config
@@ -23,7 +24,7 @@ def add_commands(commands: Any) -> None:
     export.add_argument("output", metavar="OUT", help="the model folder to write")
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.rest)
 
     from sora_jax import hosts
@@ -32,7 +33,8 @@ def _train(options: argparse.Namespace) -> None:
     from sora_jax.training import loop
 
     try:
-        loop.train(config, options.workdir)
+        # Saved by SIGTERM is not done: whoever starts runs again after a preemption goes by the exit code.
+        return 0 if loop.train(config, options.workdir) else 128 + signal.SIGTERM
     except HostLost as lost:
         raise HostLost(f"{lost}; started again, the run goes on from its newest checkpoint") from lost
 

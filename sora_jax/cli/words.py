@@ -58,7 +58,8 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
         return [options.prompt]
     try:
-        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        # Windows marks such files with U+FEFF. Only line feeds end a line: "\u2028" may be part of a prompt.
+        lines = Path(options.prompts).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"cannot read {options.prompts}: it is not UTF-8 text") from error
     except OSError as error:

@@ -30,9 +30,12 @@ def claim_folder(folder: Path, about: dict) -> None:
       InputError: the folder holds clips made from something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("clips-*")) and not (folder / "about.json").exists():
-        raise InputError(f"{folder} holds clips of unknown origin, without about.json; use a new --workdir")
-    check_about(folder / "about.json", about)
+    if any(folder.glob("clips-*")):
+        if not (folder / "about.json").exists():
+            raise InputError(f"{folder} holds clips of unknown origin, without about.json; use a new --workdir")
+        check_about(folder / "about.json", about)
+    elif jax.process_index() == 0:
+        write_about(folder / "about.json", about)
 
 
 def write_shards(folder: Path, clips: int, shard: int, encode: Encode, progress: Callable[[int], None]) -> list[Path]:
@@ -74,21 +77,35 @@ def _write(writer: ArrayRecordWriter, record: bytes | None, path: Path) -> None:
         raise InputError(f"cannot write {path}: {' '.join(str(error).split())[:200]}") from error
 
 
+def write_about(path: Path, about: dict) -> None:
+    """Writes down what the things beside `path` are going to be made from."""
+    hidden = path.with_name(f".{path.name}")
+    hidden.write_text(json.dumps(about, indent=1) + "\n")
+    hidden.replace(path)
+
+
 def check_about(path: Path, about: dict) -> None:
-    """Writes down what the things beside `path` are made from; InputError if they were made from something else."""
+    """Raises InputError if the things beside `path` were made from something else than `about` says."""
     about = json.loads(json.dumps(about))
-    if not path.exists():
-        if jax.process_index() == 0:
-            hidden = path.with_name(f".{path.name}")
-            hidden.write_text(json.dumps(about, indent=1) + "\n")
-            hidden.replace(path)
-        return
-    before = json.loads(path.read_text())
+    before = read_json(path)
     for name, value in about.items():
         if before.get(name) != value:
             raise InputError(
                 f"{path.parent} was made with {name} {before.get(name)!r}, not {value!r}; use a new --workdir"
             )
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file of a work directory; InputError if it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: it holds no JSON") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it holds no object")
+    return content
 
 
 def first_latents(path: Path, count: int) -> np.ndarray:

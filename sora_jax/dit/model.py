@@ -9,6 +9,7 @@ descends from DiT (arXiv:2212.09748).
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -248,12 +249,12 @@ class DiT(nn.Module):
         time_FE, space_SE = rotary_angles(F, rows, columns, config.head_width)
         angles = (time_FE, np.pad(space_SE, ((0, fill), (0, 0))))
 
-        normal = nn.initializers.normal(0.02)
-        level = Dense(D, (None, "width"), init=normal, name="level_in")(
-            level_features(level_BF, config.frequency_width)
-        )
-        level_BFD = Dense(D, ("width", None), init=normal, name="level_out")(nn.silu(level))
-        modulation = Dense(6 * D, ("width", None), init=nn.initializers.zeros, name="level_modulation")
+        # In float32 on every platform, as the published pipelines keep it: all else is scaled by what comes out.
+        dense, normal = partial(Dense, precision="highest"), nn.initializers.normal(0.02)
+        level = level_features(level_BF, config.frequency_width)
+        level = dense(D, (None, "width"), init=normal, name="level_in")(level)
+        level_BFD = dense(D, ("width", None), init=normal, name="level_out")(nn.silu(level))
+        modulation = dense(6 * D, ("width", None), init=nn.initializers.zeros, name="level_modulation")
         level_BF6D = modulation(nn.silu(level_BFD)).reshape(B, F, 6, D)
 
         text = Dense(D, (None, "width"), dtype, name="text_in")(text_BLD)

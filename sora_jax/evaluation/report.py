@@ -1,5 +1,6 @@
 """The report on a model: how often videos show what prompts ask for, and how well the codec rebuilds."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from sora_jax.codec import Codec
 from sora_jax.data.worlds.render import render
 from sora_jax.data.worlds.scenes import sample_scene
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, Refused
 from sora_jax.evaluation.prompts import EvaluationPrompt, evaluation_prompts
 from sora_jax.evaluation.reader import Reading, read
 from sora_jax.generate import Generator, load
@@ -247,12 +248,20 @@ def _psnr_row(psnr):
 
 
 def _write(folder, report, samples, figure):
+    # What the frame scan withholds is missing, with its reasons in place of it: the figures stand without it.
     (folder / "samples").mkdir()
-    for number, (prompt, video, _) in enumerate(samples, 1):
-        video.save(folder / "samples" / f"{number:02d}-{prompt.kind}.mp4")
-    _picture(_draw_samples(samples, figure)).save(folder / "samples.png")
+    shown = []
+    for number, sample in enumerate(samples, 1):
+        prompt, video, _ = sample
+        with contextlib.suppress(Refused):
+            video.save(folder / "samples" / f"{number:02d}-{prompt.kind}.mp4")
+            shown.append(sample)
+    with contextlib.suppress(Refused):
+        if shown:
+            _picture(_draw_samples(shown, figure)).save(folder / "samples.png")
     _draw_rows(report["rows"], figure).savefig(folder / "figures.png")
-    (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
+    pictures = [name for name in ("figures.png", "samples.png") if (folder / name).exists()]
+    (folder / "report.md").write_text(_markdown(report, pictures), encoding="utf-8")
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
 
@@ -262,11 +271,14 @@ def _publish(hidden, out):
     (out / "samples").mkdir(exist_ok=True)
     for path in sorted(hidden.glob("samples/*")):
         os.replace(path, out / "samples" / path.name)
-    for name in ("samples.png", "figures.png", "report.md", "report.json"):
-        os.replace(hidden / name, out / name)
+    for name in ("samples.png", "samples.png.withheld.json", "figures.png", "report.md", "report.json"):
+        if (hidden / name).exists():
+            os.replace(hidden / name, out / name)
+        else:
+            (out / name).unlink(missing_ok=True)  # of a report before
 
 
-def _markdown(report):
+def _markdown(report, pictures):
     height, width = report["size"]
     lines = [
         f"# Evaluation: {report['model']}",
@@ -281,7 +293,8 @@ def _markdown(report):
         aim = "" if row["aim"] is None else f"{row['aim']:g} {row['unit']}".strip()
         cells = [_cell(row["generated"], row["unit"]), _cell(row["ceiling"], row["unit"])]
         lines.append(f"| {row['label']} | {cells[0]} | {cells[1]} | {aim} | {row['generated']['n']} |")
-    return "\n".join([*lines, "", _METHOD, "", "![](figures.png)", "", "![](samples.png)", ""])
+    shown = [line for name in pictures for line in ("", f"![]({name})")]
+    return "\n".join([*lines, "", _METHOD, *shown, ""])
 
 
 def _cell(result, unit):

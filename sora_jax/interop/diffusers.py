@@ -292,6 +292,8 @@ class _Files:
             for stored, shape in file.shapes.items():
                 name = stored.removeprefix("vision_model.")  # as older versions of the image encoder are saved
                 kind = file.formats[stored]
+                if name.endswith("position_ids"):  # counts from 0; older versions of the image encoder store that
+                    continue
                 if kind not in FORMATS:
                     raise InputError(f"{path}: the tensor {name} is {kind}; only {', '.join(FORMATS)} can be read")
                 self.shapes[name], self.dtypes[name] = shape, FORMATS[kind]

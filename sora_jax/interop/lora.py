@@ -8,9 +8,10 @@ Two layouts of safetensors are common, and both are read:
     diffusion_model.blocks.0.self_attn.q.lora_down.weight   by Wan's own names, with .alpha beside it; also written
     lora_unet_blocks_0_self_attn_q.lora_down.weight         with underscores
 
-Beside the matrices, files may hold whole differences of weights (.diff) and of biases (.diff_b), and all of them are
-added. diffusers (as of 0.42) leaves some out: those of norms, as the files that have any have zeros there; those of
-whole weights other than the last layer's; and those of the modulation's bias in files that do not change its weight.
+Beside the matrices, files may hold whole differences of weights (.diff), of biases (.diff_b) and of the tables of
+modulation (.diff_m), and all of them are added. diffusers (as of 0.42) leaves some out: those of norms, as the files
+that have any have zeros there; those of tables; those of whole weights other than the last layer's; and those of the
+modulation's bias in files that do not change its weight.
 """
 
 import dataclasses
@@ -39,26 +40,30 @@ class _Change(NamedTuple):
     scale: float = 1.0
     diff: str | None = None  # to the whole weight
     diff_b: str | None = None  # to the bias
+    diff_m: str | None = None  # to the table of modulation
 
     def shape(self, leaf: str) -> tuple[int, ...] | None:
-        """Of what is added to the weight, (out, in), or the bias; None if nothing is."""
+        """Of what is added to a weight, such as (out, in), to a bias or a table; None if nothing is."""
         shapes = self.file.shapes
         if leaf == "weight" and self.down is not None:
             return shapes[self.up][0], shapes[self.down][1]
-        name = {"weight": self.diff, "bias": self.diff_b}.get(leaf)
+        name = self._whole(leaf)
         return None if name is None else shapes[name]
+
+    def _whole(self, leaf: str) -> str | None:
+        return {"weight": self.diff, "bias": self.diff_b, "scale_shift_table": self.diff_m}.get(leaf)
 
     def read(self, leaf: str) -> np.ndarray:
         """What is added, in double precision: it is rounded once."""
-        name = {"weight": self.diff, "bias": self.diff_b}[leaf]
+        name = self._whole(leaf)
         diff = 0.0 if name is None else self.file.read(name).astype(np.float64)
-        if leaf == "bias" or self.down is None:
+        if leaf != "weight" or self.down is None:
             return diff
         down, up = (self.file.read(name).astype(np.float64) for name in (self.down, self.up))
         return self.scale * up @ down + diff
 
 
-_SUFFIX = re.compile(r"\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight$|\.(alpha|diff|diff_b)$")
+_SUFFIX = re.compile(r"\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight$|\.(alpha|diff|diff_b|diff_m)$")
 _PARTS = ("transformer.", "transformer_2.")  # prefixes in files for pipelines with two transformers
 _WAN_NAMES = (
     (r"\.self_attn\.", ".attn1."),
@@ -73,11 +78,14 @@ _WAN_NAMES = (
     (r"^time_embedding\.0$", "condition_embedder.time_embedder.linear_1"),
     (r"^time_embedding\.2$", "condition_embedder.time_embedder.linear_2"),
     (r"^time_projection\.1$", "condition_embedder.time_proj"),
+    (r"^img_emb\.proj\.0$", "condition_embedder.image_embedder.norm1"),
+    (r"^img_emb\.proj\.4$", "condition_embedder.image_embedder.norm2"),
     (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
     (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2"),
     (r"attn(\d)\.norm_k_img$", r"attn\1.norm_added_k"),
     (r"\.norm3$", ".norm2"),  # of the cross-attention, the only one with weights
     (r"^head\.head$", "proj_out"),
+    (r"^head$", ""),  # its table of modulation stands at the top
 )
 
 
@@ -102,11 +110,11 @@ def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, 
             module, _, leaf = theirs.rpartition(".")
             change = changes.get(module)
             shape = change.shape(leaf) if change else None
-            if change and leaf in ("weight", "bias"):
+            if change and leaf in ("weight", "bias", "scale_shift_table"):
                 used.add(module)
             if shape is None:
                 continue
-            if shape[::-1] != here:
+            if not _fits(shape, source.convert, here):
                 raise InputError(f"{path}: it changes {theirs} as {list(shape)}; here it is {list(here[::-1])}")
             added[layer] = partial(_added, change, leaf, source.convert, scale)
         if added:
@@ -115,6 +123,14 @@ def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, 
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise InputError(f"{path}: it changes {min(left)}{more}, which this transformer does not have")
     return traverse_util.unflatten_dict(flat, sep=".")
+
+
+def _fits(shape: tuple[int, ...], convert: Callable, here: tuple[int, ...]) -> bool:
+    """Whether what has this shape in a file is, converted, of the shape that the parameter has here."""
+    try:
+        return convert(np.broadcast_to(np.int8(0), shape)).shape == here
+    except (ValueError, IndexError):
+        return False
 
 
 def _added(change: _Change, leaf: str, convert: Callable, scale: float) -> np.ndarray:
@@ -168,7 +184,7 @@ def _read(file: TensorFile, low: bool) -> dict[str, _Change]:
             top = own if own is not None else rank if alpha is None else alpha
             scale = top / (rank**0.5 if by_root else rank)
         changes[module] = _Change(
-            file, parts.get("down"), parts.get("up"), scale, parts.get("diff"), parts.get("diff_b")
+            file, parts.get("down"), parts.get("up"), scale, *(parts.get(role) for role in ("diff", "diff_b", "diff_m"))
         )
     return changes
 

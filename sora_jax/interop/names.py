@@ -180,7 +180,7 @@ def vision(layers: int, name: str) -> Source:
 def is_after_vision(layers: int, name: str) -> bool:
     """Whether the published image encoder needs this tensor only for what comes after the features."""
     after = ("post_layernorm.", "visual_projection.", f"encoder.layers.{layers}.")
-    return name.startswith(after) or name.endswith("position_ids")
+    return name.startswith(after)
 
 
 def codec(config: CodecConfig, name: str) -> Source:

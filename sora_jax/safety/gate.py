@@ -90,14 +90,7 @@ class Gate:
         return Verdict(True)
 
     def check_many(self, prompts: Sequence[str]) -> list[Verdict]:
-        """Reads prompts, one verdict each.
-
-        Raises:
-            InputError: one holds half of a character, as words of a command line do that are not UTF-8.
-        """
-        for number, prompt in enumerate(prompts, 1):
-            if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise InputError(f"prompt {number} is no text: it is not UTF-8")
+        """Reads prompts, one verdict each."""
         return [self.check(prompt) for prompt in prompts]
 
     def _by_rules(self, readings: Sequence[str]) -> list[str]:
@@ -117,6 +110,14 @@ class Gate:
 
     def _windows(self, texts: Sequence[str]) -> list[list[int]]:
         return [window for text in texts for window in self._encode.windows(text)]
+
+
+def check_texts(texts: Sequence[str], name: str = "prompt") -> None:
+    """Raises InputError if one holds half of a character, as words of a command line do that are not UTF-8."""
+    for number, text in enumerate(texts, 1):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            which = f"{name} {number}" if len(texts) > 1 else f"the {name}"
+            raise InputError(f"{which} is not UTF-8 text")
 
 
 def _readable(text: str) -> str:

@@ -48,7 +48,7 @@ def release(
         InputError: name or folder do not fit (see `media.check_output`), or the file cannot be written or signed.
     """
     path = Path(path)
-    media.check_output(path, len(frames_THWC))
+    media.check_output(path, len(frames_THWC), fps)
     signer = signer or keys.load_signer()
     found = [scan.scan(frames_THWC, one) for one in (None, scanner)[: 2 if scanner else 1]]
     scans = [one.report for one in found]

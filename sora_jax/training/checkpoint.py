@@ -1,5 +1,7 @@
 """Checkpoints by orbax: each host writes its own shards; a half-written checkpoint is never taken for a whole one."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sora_jax.errors import HostLost, InputError
+from sora_jax.errors import HostLost, InputError, one_line
 from sora_jax.training.state import TrainState
 
 
@@ -35,8 +37,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Writes in the background; `close` waits for it."""
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
+        """Writes in the background; `close` waits for it.
+
+        Raises:
+          InputError: this checkpoint or the one before cannot be written, as on a full disk.
+        """
+        with self._writing():
+            self._manager.save(int(state.step), args=ocp.args.StandardSave(state))
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The newest checkpoint, placed as the shardings of `abstract` say.
@@ -74,9 +81,20 @@ class Checkpoints:
         return jax.tree.map(np.asarray, self._manager.restore(step, args=ocp.args.StandardRestore(target)))
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for what is being written; raises InputError if that fails."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # orbax makes a ValueError of a full disk
+            latest = self.latest()
+            kept = "there is none yet" if latest is None else f"the newest that is whole is {latest}"
+            where = self._manager.directory
+            raise InputError(f"cannot write a checkpoint in {where}, {kept}: {one_line(error)}") from error
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

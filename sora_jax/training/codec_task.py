@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,15 +26,19 @@ from sora_jax.model_folder import read_codec
 HELD_OUT_SEED = 2**31  # training seeds are small: held-out clips come from keys that training never uses
 
 
+def fields_of(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a group, with tuples for the lists that JSON makes of them: frozen dataclasses are hashed."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+
+
 def codec_config(config: ConfigDict) -> CodecConfig:
     """The codec described by `config.codec`.
 
     Raises:
       InputError: it describes no possible codec.
     """
-    fields = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in config.codec.items()}
     try:
-        return CodecConfig(**fields)
+        return CodecConfig(**fields_of(config.codec))
     except (TypeError, ValueError) as error:
         raise InputError(f"config.codec: {error}") from error
 
@@ -117,12 +122,18 @@ class CodecTask:
             raise InputError(f"config.loss.outlines is {config.loss.outlines}; it must be 0 to 1")
         if config.freeze_encoder and not config.start_from:
             raise InputError("config.freeze_encoder trains the decoder of config.start_from, which is empty")
+        if config.freeze_encoder and config.optimizer.weight_decay:
+            raise InputError("config.freeze_encoder needs --config.optimizer.weight_decay=0, which shrinks all kernels")
+        self._reconstruct = jax.jit(self.codec.apply)
         self._train = self._held_out = None
         if config.data.dir:
             self._train, self._held_out = (
                 clips_lib.stored_as(config.data.dir, split, config.clip_frames, config.size)
                 for split in ("train", config.data.held_out)
             )
+
+    def prepare(self) -> None:
+        """Nothing has to be."""
 
     def initialize(self, key: jax.Array):
         """Fresh parameters, boxed with their axis names."""
@@ -175,7 +186,7 @@ class CodecTask:
     def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out PSNR, and held-out clips above their reconstructions, uint8 (T, H, W, 3)."""
         video = self._held_out_clips
-        rebuilt = hosts.whole(jax.jit(self.codec.apply)({"params": meta.unbox(params)}, video))
+        rebuilt = hosts.whole(self._reconstruct({"params": meta.unbox(params)}, video))
         pair = np.concatenate([np.concatenate(list(v), axis=2) for v in (video[:4], rebuilt[:4])], axis=1)
         frames = np.round((pair + 1) * 127.5).astype(np.uint8)
         return {"held_out_psnr": float(psnr(video, rebuilt))}, {"reconstruction": frames}

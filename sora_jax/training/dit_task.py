@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from sora_jax.safety.policy import load_policy
 from sora_jax.text import T5Encoder, TextConfig, tokenize
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.codec_task import codec_config as codec_config_of
+from sora_jax.training.codec_task import fields_of
 
 _ENCODE_BATCH = 8
 _STATISTICS_CLIPS = 256
@@ -47,18 +47,21 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
     """
     kept = workdir / "codec"
     about = {"codec": str(config.codec), "frames": config.frames, "size": config.size, "data": _origin(config)}
-    latents_lib.check_about(workdir / "codec.about.json", about)
     missing = not kept.exists()
     hosts.wait("codec is looked for")
+    if not missing:
+        latents_lib.check_about(workdir / "codec.about.json", about)
     if missing:
         source = Path(config.codec)
         if (source / "checkpoints").is_dir():
             codec_config, params = codec_of_run(source)
         else:
             codec_config, params = read_codec(source)
+        model_config(config, codec_config)  # what cannot be is said before anything is kept
         if not codec_config.latents_std:
             codec_config = _with_statistics(codec_config, params, config)
         if hosts.is_first():
+            latents_lib.write_about(workdir / "codec.about.json", about)
             write_codec(kept, codec_config, params)
         hosts.wait("codec is written")
     return read_codec(kept)
@@ -77,7 +80,7 @@ def codec_of_run(source: Path) -> tuple[CodecConfig, dict]:
     """
     if not (source / "config.json").is_file():
         raise InputError(f"{source} is not the work directory of a codec run: it has no config.json")
-    config = ConfigDict(json.loads((source / "config.json").read_text()))
+    config = ConfigDict(latents_lib.read_json(source / "config.json"))
     if config.task != "codec":
         raise InputError(f"config.codec is {source}, which trains a {config.task}; it must be a codec run or a model")
     with Checkpoints(source) as checkpoints:
@@ -156,9 +159,11 @@ def model_config(config: ConfigDict, codec_config: CodecConfig) -> ModelConfig:
         )
     try:
         model = ModelConfig(
-            text=TextConfig(**config.text),
+            text=TextConfig(**fields_of(config.text)),
             codec=codec_config,
-            dit=DiTConfig(latent_channels=codec_config.latent_channels, text_width=config.text.width, **config.dit),
+            dit=DiTConfig(
+                latent_channels=codec_config.latent_channels, text_width=config.text.width, **fields_of(config.dit)
+            ),
             sampling=SamplingConfig(frames=config.frames, size=(config.size, config.size), **config.sampling),
             vocabulary=tuple(sorted(vocabulary.known_words())),
             description=vocabulary.DESCRIPTION,
@@ -211,12 +216,20 @@ class DiTTask:
         self.text, self.dit = T5Encoder(self.text_config, dtype), DiT(self.dit_config, dtype)
         self.aligner = Aligner(self.dit_config.width)
         self.latent_shape = self.codec_config.latent_shape(config.frames, config.size, config.size)
-        self._paths = self._encode_clips(workdir / "latents")
-        self._weight_Z = self._channel_weights(config.flow.seen_share)
+        self._latents = workdir / "latents"
         self._loss, self._held_out = jax.jit(self.loss), None
 
-    def _encode_clips(self, folder: Path) -> list[Path]:
-        config = self.config
+    def prepare(self) -> None:
+        """Encodes the clips, or those of them that are not yet, and asks the decoder about the channels."""
+        _ = self._paths, self._weight_Z
+
+    @functools.cached_property
+    def _weight_Z(self) -> np.ndarray:
+        return self._channel_weights(self.config.flow.seen_share)
+
+    @functools.cached_property
+    def _paths(self) -> list[Path]:
+        config, folder = self.config, self._latents
         clips, count = _clips(config)
         if config.align.weight and config.data.dir and not {"scene", "truth"} <= next(iter(clips(0, 1))).keys():
             raise InputError(f"{config.data.dir}: its clips have no truth to align with; set --config.align.weight=0")
@@ -278,6 +291,7 @@ class DiTTask:
 
     def batches(self, start: int, sharding: Sharding | None = None) -> Iterator[dict]:
         """One batch for each step from `start` on, placed by `sharding`."""
+        self.prepare()
         config = self.config
         return latents_lib.batches(self._paths, config.batch, config.text.length, config.seed, start, sharding)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
+from sora_jax.data.latents import read_json
 from sora_jax.errors import InputError, Refused
 from sora_jax.model_folder import read_codec, write_model_folder
 from sora_jax.training import state as state_lib
@@ -76,18 +77,22 @@ def _shapes(tree):
     return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
 
 
-def train(config: ConfigDict, workdir: str | Path) -> None:
+def train(config: ConfigDict, workdir: str | Path) -> bool:
     """Trains until `config.steps`, from the newest checkpoint in `workdir` if there is one.
 
     A run that was interrupted and started again equals one that was not: parameters, optimizer, EMA, randomness and
     data all follow from the checkpoint. SIGTERM saves and returns. A new run starts from fresh parameters, or from
     those of the model folder `config.start_from`.
 
+    Returns:
+      whether all steps are done: not if SIGTERM came first.
+
     Raises:
       InputError: the configuration does not fit the work directory, or the loss is no longer finite.
       HostLost: another process of the run is gone.
     """
     workdir = Path(workdir)
+    _check_fields(config)
     mesh = mesh_lib.make_mesh(**config.mesh)
     _check(config, workdir, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -98,18 +103,38 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         optimizer = state_lib.make_optimizer(config.optimizer, config.steps)
         with jax.set_mesh(mesh):
             abstract, make = initial_state(task, optimizer, config, mesh)
+        with hosts.alone():
+            task.prepare()  # only now: it may take long, and the mesh fits
+        with jax.set_mesh(mesh):
             with Checkpoints(workdir) as checkpoints, hosts.watched():
                 state = make() if checkpoints.latest() is None else checkpoints.restore(abstract)
                 try:
-                    _run(config, workdir, task, optimizer, checkpoints, state, mesh_lib.batch_sharding(mesh))
+                    return _run(config, workdir, task, optimizer, checkpoints, state, mesh_lib.batch_sharding(mesh))
                 except KeyboardInterrupt:
                     # The state of an interrupted step has been donated; what counts is the last finished checkpoint.
-                    tqdm.write(f"interrupted; step {checkpoints.latest()} is saved in {workdir}")
+                    saved = "nothing" if (step := checkpoints.latest()) is None else f"step {step}"
+                    tqdm.write(f"interrupted; {saved} is saved in {workdir}")
                     raise
 
 
+# What every config has, and what those of a task have besides.
+_FIELDS = (
+    *("task", "seed", "start_from", "steps", "batch", "frames", "size", "dtype", "data", "optimizer", "ema_decay"),
+    *("mesh", "log_every", "preview_every", "checkpoint_every"),
+)
+_FIELDS_OF = {
+    "codec": ("clip_frames", "crop", "on_object", "codec", "freeze_encoder", "loss"),
+    "dit": ("codec", "text", "dit", "flow", "align", "sampling", "prompts"),
+}
 # What a work directory's data and weights were made with, and a later start may not change.
 _LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames")}
+
+
+def _check_fields(config: ConfigDict) -> None:
+    """Raises InputError for a config that is not whole."""
+    needed = (*_FIELDS, *_FIELDS_OF.get(config.task, ())) if "task" in config else ("task",)
+    if missing := [name for name in needed if name not in config]:
+        raise InputError(f"the config has no field {missing[0]}; those in configs/ of sora_jax have all")
 
 
 def _check(config: ConfigDict, workdir: Path, mesh) -> None:
@@ -124,13 +149,15 @@ def _check(config: ConfigDict, workdir: Path, mesh) -> None:
             raise InputError(f"config.data.{name} is {config.data[name]}; it must be at least 1")
     if config.task == "dit" and (config.data.seed < 0 or not config.prompts):
         raise InputError("config.data.seed must be at least 0, and config.prompts must hold a prompt for the previews")
+    if config.task == "dit":
+        mesh_lib.check_heads(config.dit.heads, mesh)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch % shares:
         raise InputError(f"config.batch is {config.batch}; it must be a multiple of {shares}, which share it")
     path = workdir / "config.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text())
+    before = read_json(path)
     now = json.loads(config.to_json_best_effort())
     for name in _LASTING.get(config.task, ("task",)):
         if before.get(name) != now[name]:
@@ -175,8 +202,9 @@ class _Log:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if not self._first:
             return
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        if self._has_tensorboard():
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
         with open(self._path, "a") as log:
             log.write(json.dumps({"step": step, **values}) + "\n")
         shown = {k: f"{values[k]:.4g}" for k in ("loss", "clips_per_second") if k in values}
@@ -198,11 +226,23 @@ class _Log:
                 continue
             _, height, width, _ = frames.shape
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+            if not self._has_tensorboard():
+                return
             self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+    def _has_tensorboard(self) -> bool:
+        """Whether events still find a file: the thread that writes them ends at the first failure, as on a full disk.
+
+        What is added after that waits for it without end.
+        """
+        if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
+            self.say("TensorBoard files can no longer be written: is the disk full? metrics.jsonl goes on")
+            self._writer = None
+        return self._writer is not None
 
     def close(self) -> None:
         self._bar.close()
-        if self._first:
+        if self._first and self._has_tensorboard():
             self._writer.close()
 
 
@@ -220,7 +260,7 @@ def _sigterm() -> Iterator[list[str]]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -> None:
+def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -> bool:
     step = state_lib.make_step(task.loss, optimizer, config.seed, config.ema_decay)
     start = int(state.step)
     if hosts.is_first():
@@ -247,15 +287,18 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
             log.advance()
             done = number + 1
             stopping = bool(sigterm) or hosts.preempted(done)
-            if done % config.log_every == 0 and window:
+            if done % config.log_every == 0 or done == config.steps:
+                check(*pending)
+                pending = None
                 seconds, window_start = time.perf_counter() - window_start, time.perf_counter()
                 means = {name: float(np.mean([v[name] for v in window])) for name in window[0]}
                 log.scalars(done, means | {"clips_per_second": len(window) * config.batch / seconds})
                 window.clear()
             last = done == config.steps
             if done % config.checkpoint_every == 0 or last or stopping:
-                check(*pending)
-                pending = None
+                if pending:
+                    check(*pending)
+                    pending = None
                 checkpoints.save(state)
             if (done % config.preview_every == 0 or last) and not stopping:
                 # All processes compute it: each has a part of the parameters.
@@ -264,9 +307,10 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
                 log.videos(done, videos)
             if stopping:
                 log.say(f"SIGTERM: saved step {done} in {workdir}")
-                return
+                return done >= config.steps
         if start >= config.steps:
             log.say(f"{workdir} is at step {start} already; config.steps is {config.steps}")
+    return True
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -294,10 +338,9 @@ def export(workdir: str | Path, out: str | Path, codec: str | Path | None = None
       InputError: `workdir` holds no DiT run with a checkpoint, the codec is another one, or `out` cannot be written.
     """
     workdir = Path(workdir)
-    try:
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{workdir} is not the work directory of a training run: it has no config.json") from error
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"{workdir} is not the work directory of a training run: it has no config.json")
+    config = ConfigDict(read_json(workdir / "config.json"))
     if config.task != "dit":
         raise InputError(f"{workdir} trains a {config.task}; a model folder is made from a run of task 'dit'")
     from sora_jax.training.dit_task import codec_of_run, model_config

@@ -16,6 +16,7 @@ from sora_jax.evaluation.report import QUESTIONS, codec_psnr, evaluate, score
 from sora_jax.generate import Generator
 from sora_jax.intervals import wilson
 from sora_jax.model_folder import SamplingConfig
+from sora_jax.safety import scan
 from sora_jax.video import Video, read_video
 
 COUNT = 13  # more than a batch, and not a multiple of it
@@ -84,6 +85,25 @@ def test_the_files_are_complete(perfect):
         assert row["label"] in table
     assert "32 dB PSNR" in table and "13 prompts, seed 0, 3 steps, guidance 2" in table
     assert len(result["prompts"]) == COUNT
+
+
+def test_a_sample_that_is_withheld_costs_the_picture_alone(tiny_config, tiny_params, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "codec_psnr", lambda *_: 30.0)
+
+    class Suspicious:
+        """Takes everything for what must not leave."""
+
+        name, scans_for = "suspicious", scan.KINDS[:1]
+
+        def scores(self, frames_THWC):
+            return [1.0] * len(frames_THWC)
+
+    monkeypatch.setattr(scan, "default_scanner", Suspicious)
+    (tmp_path / "samples.png").write_bytes(b"of a report before")
+    evaluate(None, tmp_path, COUNT, generator=FakeGenerator(tiny_config, tiny_params, lambda frames: frames))
+    assert not (tmp_path / "samples.png").exists() and (tmp_path / "figures.png").exists()
+    assert "samples.png" not in (tmp_path / "report.md").read_text() and (tmp_path / "report.json").exists()
+    assert {path.suffixes[-2] for path in (tmp_path / "samples").iterdir()} == {".withheld"}
 
 
 def test_wrong_colors_cost_the_color_alone(tiny_config, tiny_params, tmp_path, monkeypatch):

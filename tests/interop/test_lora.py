@@ -124,6 +124,30 @@ def test_differences_of_biases_and_norms_and_the_alpha_of_the_metadata(tensors, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), merged, by_hand)
 
 
+def test_differences_of_everything_that_is_small(tmp_path):
+    """What extractors write of one- and five-dimensional tensors and of tables, such as LightX2V's `.diff_m`."""
+    source = GOLDEN / "i2v" / "transformer" / WEIGHTS
+    tensors, random = safetensors.numpy.load_file(source), np.random.default_rng(0)
+    image = "condition_embedder.image_embedder"
+    found, changed = {}, dict(tensors)
+    for name, theirs in {
+        "blocks.1.self_attn.q.diff_b": "blocks.1.attn1.to_q.bias",
+        "blocks.2.diff_m": "blocks.2.scale_shift_table",
+        "head.diff_m": "scale_shift_table",
+        "patch_embedding.diff": "patch_embedding.weight",
+        "img_emb.proj.0.diff": f"{image}.norm1.weight",
+        "img_emb.proj.0.diff_b": f"{image}.norm1.bias",
+        "img_emb.proj.4.diff": f"{image}.norm2.weight",
+    }.items():
+        found[f"diffusion_model.{name}"] = random.normal(size=tensors[theirs].shape).astype(np.float32)
+        changed[theirs] = tensors[theirs] + 0.5 * found[f"diffusion_model.{name}"]
+    safetensors.numpy.save_file(found, path := tmp_path / "style.safetensors")
+    folder = Path(shutil.copytree(GOLDEN / "i2v", tmp_path / "model"))
+    safetensors.numpy.save_file(changed, folder / "transformer" / WEIGHTS)
+    merged, by_hand = sora_jax.load(GOLDEN / "i2v", lora={path: 0.5}).params, sora_jax.load(folder).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), merged, by_hand)
+
+
 def test_what_does_not_fit_is_named_before_a_model_is_read(matrices, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Tensor, "place", lambda _: pytest.fail("a parameter is being read"))
     path = tmp_path / "style.safetensors"
@@ -142,11 +166,12 @@ def test_what_does_not_fit_is_named_before_a_model_is_read(matrices, tmp_path, c
     refused({f"{other}.lora_A.weight": down, f"{other}.lora_B.weight": up}, "blocks.9.attn1.to_q, which this")
     refused({f"{name}.dora_scale": down}, "attn1.to_q.dora_scale is no part of a low-rank adaptation")
     refused({f"{name}.diff_b": down}, "it changes blocks.0.attn1.to_q.bias as")
+    refused({"diffusion_model.blocks.0.diff_m": down}, "it changes blocks.0.scale_shift_table as")
     both = {f"{prefix}.{part}": x for prefix in (name, name[12:]) for part, x in (("lora_A.weight", down),)}
     refused(both, "is there twice, under two names")
     path.write_bytes(path.read_bytes()[:50])
     assert main(["generate", "a ball", "--model", str(GOLDEN / "t2v"), "--lora", f"{path}:0.5"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "style.safetensors is damaged" in error
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert "style.safetensors is damaged" in error and all(note.startswith("note: ") for note in notes)
     assert main(["generate", "a ball", "--model", str(GOLDEN / "t2v"), "--lora", str(tmp_path / "x.pt")]) == 2
     assert "is a pickle, which is never read" in capsys.readouterr().err

@@ -175,11 +175,16 @@ def test_no_request_exists_that_was_not_checked():
     words = dict(negative_prompt="", steps=1, guidance=4.0, guidance_low=4.0, fps=8.0, **shape)
     with pytest.raises(Refused, match="prompt 2: .*real_people"):
         Request(prompts=("a red ball", "Tom Hanks on a bench"), seeds=(0, 0), **words)
+    with pytest.raises(Refused, match="^prompt 3: "):
+        Request(prompts=("a red ball", "a red ball", "Tom Hanks on a bench"), seeds=(0, 0, 0), **words)
     # A guidance below one leads towards the negative prompt.
     towards = {**words, "negative_prompt": "Tom Hanks on a bench"}
     Request(prompts=("a red ball",), seeds=(0,), **towards)
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="^negative prompt: "):
         Request(prompts=("a red ball",), seeds=(0,), **{**towards, "guidance": -1.0})
+    for broken in (dict(prompts=("a \udcff ball",)), dict(prompts=("a ball",), negative_prompt="\udcff")):
+        with pytest.raises(InputError, match="prompt is not UTF-8 text"):
+            Request(seeds=(0,), **{**words, **broken})
 
 
 # The policy
@@ -317,6 +322,16 @@ def test_check_prints_verdicts(tmp_path, monkeypatch, capsys):
     first, second = json.loads(capsys.readouterr().out)
     assert first == {"prompt": "a red ball", "allowed": True, "categories": [], "reason": "", "layer": ""}
     assert not second["allowed"] and second["categories"] == ["real_people"] and second["layer"] == "names"
+
+
+def test_a_file_of_prompts_may_come_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_bytes("\ufeff# a comment\r\na red\u2028ball\r\n\r\n".encode())
+    assert main(["check", "--prompts", "prompts.txt", "--json"]) == 0
+    (only,) = json.loads(capsys.readouterr().out)
+    assert only["prompt"] == "a red\u2028ball"
+    assert main(["check", "a red \udcff ball"]) == 2
+    assert capsys.readouterr().err == "sora-jax: error: the prompt is not UTF-8 text\n"
 
 
 def test_a_refused_prompt_makes_nothing_and_is_not_repeated(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Training on tiny models: what is interrupted goes on exactly, what fails says so, what is exported generates."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,18 +9,21 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import traverse_util
 from flax.core import meta
+from ml_collections import ConfigDict
 from tiny import TINY_CODEC, TINY_DIT
 
 from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
 from sora_jax.generate import load
-from sora_jax.model_folder import read_model_folder
+from sora_jax.model_folder import read_codec, read_model_folder
 from sora_jax.training import loop
 from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.dit_task import model_config
 from sora_jax.training.loop import make_task
 
 
@@ -155,8 +159,15 @@ def test_sigterm_saves_and_returns(tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(CodecTask, "batches", terminate)
-    loop.train(codec_config("--config.steps=1000", "--config.checkpoint_every=1000"), tmp_path)
+    assert not loop.train(codec_config("--config.steps=1000", "--config.checkpoint_every=1000"), tmp_path)
     assert Checkpoints(tmp_path).latest() == 3
+
+
+def test_who_starts_it_again_is_told_by_the_exit_code(tmp_path, monkeypatch):
+    arguments = ["train", "--config", "configs/worlds_codec.py", "--workdir", str(tmp_path)]
+    for done, code in ((True, 0), (False, 143)):
+        monkeypatch.setattr(loop, "train", lambda *_, done=done: done)
+        assert main(arguments) == code
 
 
 def test_non_finite_gradient_is_not_saved(tmp_path, monkeypatch):
@@ -191,6 +202,91 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monk
         loop.train(codec_config("--config.steps=6"), tmp_path)
     state = final_state(tmp_path)
     assert state["step"] == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_a_mistake_in_the_first_start_leaves_the_work_directory_usable(codec_run, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for wrong in (["--config.codec=nowhere"], ["--config.frames=16"], ["--config.size=36"]):
+        with pytest.raises(InputError):
+            make_task(dit_config(codec_run, *wrong), workdir)
+    make_task(dit_config(codec_run), workdir)
+    with pytest.raises(InputError, match="was made with frames 9, not 5"):
+        make_task(dit_config(codec_run, "--config.frames=5"), workdir)
+
+
+class Toy:
+    """A task that takes no time: a number goes down."""
+
+    def prepare(self):
+        pass
+
+    def initialize(self, key):
+        return {"number": jnp.ones(())}
+
+    def batches(self, start, sharding):
+        return (np.float32(step) for step in itertools.count(start))
+
+    def loss(self, params, batch, key):
+        return (params["number"] + batch) ** 2, {}
+
+    def preview(self, params):
+        return {}, {}
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(loop, "make_task", lambda *_: Toy())
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, toy):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: write: No space left on device\n more")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(
+        InputError, match="cannot write a checkpoint in .*, there is none yet: .*No space left"
+    ) as caught:
+        loop.train(codec_config("--config.steps=2"), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_not_whole_is_one_line(tmp_path, codec_run):
+    config = ConfigDict(codec_config().to_dict())
+    del config.ema_decay
+    with pytest.raises(InputError, match="the config has no field ema_decay"):
+        loop.train(config, tmp_path / "run")
+    shutil.copytree(codec_run, tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_text("")
+    for use in (lambda path: loop.train(codec_config(), path), lambda path: loop.export(path, tmp_path / "model")):
+        with pytest.raises(InputError, match="config.json is damaged"):
+            use(tmp_path / "copy")
+
+
+def test_every_step_is_logged_with_its_own_loss(tmp_path, toy):
+    """A record of the loss is that of its step; a run without a multiple of log_every logs its last steps too."""
+    records = {}
+    for every in (1, 2):
+        workdir = tmp_path / str(every)
+        loop.train(codec_config("--config.steps=3", f"--config.log_every={every}"), workdir)
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        records[every] = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert [*records[1]] == [1, 2, 3] and [*records[2]] == [2, 3]
+    np.testing.assert_allclose(records[2][2], (records[1][1] + records[1][2]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(records[2][3], records[1][3], rtol=1e-5)
+
+
+def test_training_goes_on_without_tensorboard(tmp_path):
+    """Its thread ends at the first failure, and what is added then would wait without end."""
+    config = codec_config()
+    log = loop._Log(config, tmp_path, 0)
+    worker = log._writer.file_writer.event_writer._worker
+    worker.stop()
+    worker.join(10)
+    for step in range(30):
+        log.scalars(step, {"loss": 1.0})
+    log.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 30
 
 
 def test_checkpoint_of_another_shape_is_refused(codec_run, tmp_path):
@@ -359,6 +455,23 @@ def test_a_decoder_trained_alone_can_be_exported_beside_the_transformer(dit_run,
     with pytest.raises(InputError, match="its encoder is not the one"):
         loop.export(dit_run, tmp_path / "other", codec=tmp_path / "all")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_frozen_encoder_is_not_shrunk(tmp_path):
+    with pytest.raises(InputError, match="weight_decay=0"):
+        make_task(
+            codec_config(
+                "--config.freeze_encoder=True", "--config.start_from=x", "--config.optimizer.weight_decay=0.1"
+            ),
+            tmp_path,
+        )
+
+
+def test_lists_in_a_config_are_tuples_in_the_model(dit_run):
+    config = ConfigDict(json.loads((dit_run / "config.json").read_text()))
+    with config.unlocked():
+        config.dit.patch = [1, 2, 2]
+    hash(model_config(config, read_codec(dit_run / "codec")[0]))
 
 
 def test_export_needs_a_dit_run(codec_run, tmp_path, capsys):

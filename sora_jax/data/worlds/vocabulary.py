@@ -335,16 +335,9 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
 def known_words() -> frozenset[str]:
     """Every word that a caption can contain, in lower case."""
     literal = (re.sub(r"\{[^}]*\}", " ", text) for alternatives in GRAMMAR.values() for text in alternatives)
-    return frozenset(word for text in literal for word in _words(text))
+    return frozenset(word for text in literal for word in words_of(text))
 
 
-def unknown_words(prompt: str) -> list[str]:
-    """The words of a prompt that no caption contains, lower-cased, each once, in order.
-
-    A model trained on these worlds has never seen them, so it can only guess what they mean.
-    """
-    return [word for word in dict.fromkeys(_words(prompt)) if word not in known_words()]
-
-
-def _words(text):
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case."""
     return re.findall(r"[^\W\d_]+", text.lower())
