@@ -24,7 +24,7 @@ from sora_jax.errors import InputError
 SUFFIXES = (".mp4", ".gif", ".png")
 # What is read. FFmpeg knows hundreds of formats and goes by the content, and among them are playlists: a text that has
 # it read other files, or ask the network for them.
-_FORMATS = "mov,matroska,avi,gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
+_FORMATS = "mov,matroska,avi,flv,ogg,mpegts,gif,apng,png_pipe,jpeg_pipe,mjpeg,webp_pipe,bmp_pipe,tiff_pipe"
 _MOST_PIXELS = 2**27  # of one frame; that is 8 bits RGB in 384 MiB
 _MOST_BYTES = 2**30  # of frames, where not all are asked for
 _BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer functions and matrices
