@@ -1,0 +1,39 @@
+"""The programs that are planned run here: on a tiny model, and their operations are those of the formula."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def mfu():
+    path = Path(__file__).parents[1] / "experiments" / "mfu.py"
+    spec = importlib.util.spec_from_file_location("mfu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_a_denoising_and_a_training_step_are_timed(mfu, tiny_folder, tmp_path, capsys):
+    arguments = ["--model", str(tiny_folder), "--size", "32x64", "--frames", "9", "--dtype", "float32", "--batch", "2"]
+    out = tmp_path / "rows.json"
+    assert mfu.main([*arguments, "--repeats", "2", "--peak", "0.5", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "denoising step" in printed and "training step, batch 2" in printed and printed.count("%") == 4
+    denoise, train = json.loads(out.read_text())["rows"]
+    # A training step: two clips, forwards once and backwards twice; a denoising step: two branches of guidance.
+    assert train["operations"] == 2 * 3 * denoise["operations"] / 2 > 1e6
+    for row in (denoise, train):
+        rate = row["operations_per_second_and_device"]
+        assert rate == pytest.approx(row["operations"] / row["seconds"])
+        assert row["mfu"] == pytest.approx(rate / 0.5e12)
+
+
+def test_mistakes_are_one_line(mfu, tiny_folder, capsys):
+    for wrong in (["--model", "none"], ["--model", str(tiny_folder), "--mesh", "data=3", "--size", "32x64"]):
+        assert mfu.main([*wrong, "--frames", "9"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("mfu: error: ") and error.count("\n") == 1
