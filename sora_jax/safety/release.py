@@ -50,7 +50,8 @@ def release(
     path = Path(path)
     media.check_output(path, len(frames_THWC), fps)
     signer = signer or keys.load_signer()
-    found = [scan.scan(frames_THWC, one) for one in (None, scanner)[: 2 if scanner else 1]]
+    scanners = [None] if scanner is None else [None, scanner]
+    found = [scan.scan(frames_THWC, one) for one in scanners]
     scans = [one.report for one in found]
     if not all(one.passed for one in found):
         report = path.with_name(f"{path.name}.withheld.json")

@@ -90,7 +90,10 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # orbax makes a ValueError of a full disk
+        except (OSError, ValueError) as error:
+            # orbax makes such a ValueError of a full disk; another one may come from the loss of a host.
+            if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
             latest = self.latest()
             kept = "there is none yet" if latest is None else f"the newest that is whole is {latest}"
             where = self._manager.directory
