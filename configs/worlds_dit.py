@@ -2,7 +2,7 @@
 
     sora-jax train --config configs/worlds_dit.py --workdir runs/dit --config.codec=runs/codec
 
-runs 20,000 steps, about seven hours on two CPU cores. The bundled model has seen fewer at a time, in ten parts:
+runs 20,000 steps, seven to eleven hours on two CPU cores. The bundled model was trained in eleven shorter parts:
 
 1. 2,640 steps on the latents of an earlier codec, without alignment (`--config.align.weight=0`), about an hour: things
    moved and hid, but not as the prompt said;

@@ -172,7 +172,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     options = parser.parse_args()
     if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers", "transformers")):
-        print("benchmark: error: this needs diffusers: pip install 'sora_jax[parity]'", file=sys.stderr)
+        print("benchmark: error: this needs diffusers: pip install -e '.[parity]'", file=sys.stderr)
         return 2
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,17 +1,18 @@
 """Turns a config and a sweep into runs, each with its own work folder, and starts them.
 
-    python experiments/launch.py --config configs/worlds_dit.py --on local --config.steps=1000
-    python experiments/launch.py --config configs/worlds_dit.py --on processes=4 --config.mesh.fsdp=2
-    python experiments/launch.py --config configs/worlds_dit.py --on tpu-vm=my-pod --zone us-west4-a --runs /mnt/runs
-    python experiments/launch.py --config configs/worlds_dit.py --on slurm --nodes 2 --gpus-per-node 8
-    python experiments/launch.py --config configs/worlds_dit.py --on gke --image IMAGE --claim runs --runs /mnt/runs
+    python experiments/launch.py --config configs/worlds_codec.py --on local --config.steps=1000
+    python experiments/launch.py --config configs/worlds_dit.py --on processes=4 --config.codec=runs/worlds_codec
+    python experiments/launch.py --config configs/... --on tpu-vm=my-pod --zone us-west4-a --folder sora_jax --runs /mnt
+    python experiments/launch.py --config configs/... --on slurm --nodes 2 --gpus-per-node 8
+    python experiments/launch.py --config configs/... --on gke --image IMAGE --claim runs --runs /mnt/runs
 
 `--sweep config.optimizer.learning_rate=1e-3,2e-3` makes a run of every value, and of every combination where it is
 given twice. `--dry-run` prints what would be run, ready to be pasted into a shell. Runs on this machine come one after
 another; the exit code is 1 if one of them failed.
 
 A run that was started before goes on from its newest checkpoint. With several hosts the folder of the runs must be
-one that all of them share (Filestore, NFS, a mounted bucket), and `sora-jax` must be installed on each. A run that was
+one that all of them share (Filestore, NFS, a mounted bucket), and `sora-jax` must be installed on each. Paths in a
+config, such as `config.codec`, are those on the hosts; the batch is a multiple of data x fsdp. A run that was
 preempted ends with exit code 143, so that GKE starts it again.
 """
 

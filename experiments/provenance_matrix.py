@@ -158,6 +158,15 @@ def _certificate_rows(folder: Path) -> Iterator[Row]:
         yield Row("mp4", change, Counter([manifest.state]), Counter(["same"]), "; ".join(manifest.problems))
 
 
+HEAD = """# What reading a signed file says after a change
+
+Written by `python experiments/provenance_matrix.py --out docs/provenance.md`. Trusted and valid are intact, by a signer
+known here or not; rejected has a bad certificate; tampered was changed; none has no manifest. Numbers count what was
+tried, such as single bytes. "Pixels" says whether a player shows the same frames, other ones, or none.
+
+"""
+
+
 def table(found: Iterator[Row]) -> str:
     """Rows as a table in Markdown."""
 
@@ -166,7 +175,7 @@ def table(found: Iterator[Row]) -> str:
 
     lines = ["| format | change | reading says | pixels | why |", "|---|---|---|---|---|"]
     lines += [f"| {r.format} | {r.change} | {count(r.states)} | {count(r.pixels)} | {r.problem} |" for r in found]
-    return "\n".join(lines) + "\n"
+    return HEAD + "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -226,7 +226,7 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch, rest, growth, bend, l
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
 def test_without_the_compiler_the_extra_is_named(capsys):
     assert main(["plan", "--model", "bundled", "--topology", "v6e:1x1"]) == 2
-    assert "pip install 'sora-jax[tpu]'" in capsys.readouterr().err
+    assert "pip install -e '.[tpu]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sora-jax[tpu]")

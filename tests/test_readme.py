@@ -70,7 +70,7 @@ def test_commands_for_a_slice(in_new_folder, capsys):
     messages = {
         "generate": "mesh data=1,fsdp=1,context=8,tensor=1 does not multiply to the 1 devices",
         "train": "mesh data=-1,fsdp=4,context=1,tensor=1 does not multiply to the 1 devices",
-        "plan": "pip install 'sora-jax[tpu]'",
+        "plan": "pip install -e '.[tpu]'",
     }
     for command in block.split("\n"):
         words = shlex.split(command)[1:]

@@ -309,7 +309,7 @@ def _figure_class():
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("the report needs matplotlib: pip install 'sora_jax[evaluate]'") from error
+        raise InputError("the report needs matplotlib: in the clone, pip install -e '.[evaluate]'") from error
     return partial(Figure, dpi=100, layout="constrained")
 
 

