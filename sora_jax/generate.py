@@ -96,7 +96,8 @@ def _weights_of(folder: Path, adapted: dict[str, dict[str | os.PathLike, float]]
     """Digest of the weights in a folder and of the adaptations merged into each part of them."""
     files = weight_files(folder)
     for part, merged in adapted.items():
-        files |= {f"{part} + {scale} {Path(path).name}": Path(path) for path, scale in merged.items()}
+        for number, (path, scale) in enumerate(merged.items()):
+            files[f"{part} + {number} {scale} {Path(path).name}"] = Path(path)
     return files_sha256(files)
 
 

@@ -40,6 +40,7 @@ def connect(preemptible: bool = True) -> None:
     count, index = (_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     if count == 1 or jax.distributed.is_initialized():
         return
+    told = "JAX_COORDINATOR_ADDRESS" in os.environ or count is not None
     jax.config.update("jax_enable_preemption_service", preemptible)
     try:
         jax.distributed.initialize(
@@ -50,11 +51,11 @@ def connect(preemptible: bool = True) -> None:
         )
     except ValueError as error:
         # Nothing says that there are others: a laptop, a notebook, a single host.
-        if "JAX_COORDINATOR_ADDRESS" in os.environ or count:
+        if told:
             raise InputError(f"cannot join the other processes: {_line(error)}") from error
     except (RuntimeError, OSError) as error:
-        # A program that has used JAX before it trains has joined the others before, or is alone.
-        if "must be called before" not in str(error):
+        # A program that has used JAX before is alone, unless it was told of others: each would train by itself.
+        if told or "must be called before" not in str(error):
             raise InputError(
                 f"cannot join the other processes: {_line(error)}; if there are none, set JAX_NUM_PROCESSES=1"
             ) from error

@@ -236,13 +236,12 @@ def _complete_or_absent(path: Path, what: str) -> Iterator[Path]:
             os.rename(path, older)
         os.rename(hidden, path)
     except OSError as error:
-        if older.exists() and not path.exists():
-            os.rename(older, path)
         raise InputError(f"cannot write {what} to {path}: {error.strerror}") from error
     finally:
+        if older.exists() and not path.exists():  # whatever came between the two
+            os.rename(older, path)
         shutil.rmtree(hidden, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(older, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def memory_dtype(part: str, name: str, dtype: str) -> np.dtype:

@@ -73,9 +73,9 @@ def test_several_seeds_and_prompts(generate, capsys, tmp_path):
 
 def test_names_come_from_prompts(tmp_path):
     (tmp_path / "a-red-ball.png").touch()
-    assert str(_Target(None, several=False, frames=1).path("A red ball!")) == "a-red-ball-2.png"
-    assert str(_Target("out", several=True, frames=5).path("../?/..")) == "out/video.mp4"
-    assert len(_Target(None, several=False, frames=5).path("é" * 300).name.encode()) < 255
+    assert str(_Target(None, several=False, frames=1, fps=8.0).path("A red ball!")) == "a-red-ball-2.png"
+    assert str(_Target("out", several=True, frames=5, fps=8.0).path("../?/..")) == "out/video.mp4"
+    assert len(_Target(None, several=False, frames=5, fps=8.0).path("é" * 300).name.encode()) < 255
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import dataclasses
 import re
 import warnings
 import weakref
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -136,6 +137,30 @@ def test_what_is_made_of_pictures_says_so_and_needs_their_files_no_longer(tiny_c
         ("image.png", "parentOf"),
         ("last_image.png", "inputTo"),
     ]
+
+
+def test_a_last_picture_is_a_group_of_its_own(tiny_config, tiny_params):
+    config = dataclasses.replace(tiny_config, known_frames=True)
+    first, last = (np.full((32, 64, 3), brightness, np.uint8) for brightness in (40, 200))
+    request = make_request(config, "a red ball", frames=9, size=(32, 64), image=first, last_image=last)
+    generator = Generator(config, tiny_params)
+    given = generator._known(generate_module._pictures(request), request)
+    assert np.array_equal(given.known_BF, [[True, False, True]])
+    for place, picture in ((0, first), (-1, last)):
+        frames = np.float32(np.stack([picture] * (1 if place == 0 else 5))) / 127.5 - 1
+        expected = generator._encode_clip(frames)[:, -1]
+        np.testing.assert_allclose(given.latents_BFYXZ[:, place], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_a_file_claims_what_its_own_video_was_made_of(tiny_folder, monkeypatch, at_a_time):
+    generator = load(tiny_folder)
+    monkeypatch.setattr(generate_module, "_PIXELS_PER_BATCH", at_a_time * 9 * 64 * 64)
+    videos = generator.generate(["a red ball", "red"], seed=[3, 4], frames=9, size=(64, 64), progress=False)
+    assert [(video.claim.prompt, video.claim.seed) for video in videos] == [("a red ball", 3), ("red", 4)]
+    digests = {path.name: sha256(path.read_bytes()).hexdigest() for path in tiny_folder.glob("*.safetensors")}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    assert videos[0].claim.weights_sha256 == sha256(lines.encode()).hexdigest()
 
 
 def test_a_picture_of_one_frame_is_that_frame(tiny_config, tiny_params):

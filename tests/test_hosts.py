@@ -241,6 +241,15 @@ def test_sizes_of_the_mesh_that_do_not_divide_the_parameters_are_one_line(tiny_f
     assert "\n" not in str(caught.value)
 
 
+def test_who_was_told_of_others_does_not_train_alone(tmp_path):
+    """JAX cannot join others once it was used: each process would take itself for the only one."""
+    script = "import jax; jax.devices(); from sora_jax import hosts; hosts.connect()"
+    told = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    environment = {**os.environ, **told, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(sora_jax.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode and "cannot join the other processes" in done.stderr
+
+
 def test_heads_that_the_mesh_does_not_divide_are_one_line():
     with pytest.raises(InputError, match="tensor=8 cannot divide 12 heads; sizes below that can: 1, 2, 3, 4, 6"):
         abstract_params(PRESETS["wan2.1-t2v-1.3b"], AbstractMesh((1, 1, 1, 8), mesh_lib.AXES))

@@ -170,6 +170,23 @@ def test_a_failure_keeps_the_older_model(folder, tiny_config, tiny_params, tmp_p
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_between_the_renames_keeps_the_older_model(folder, tiny_config, tiny_params, monkeypatch, failure):
+    rename, calls = os.rename, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise failure
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(InputError if isinstance(failure, OSError) else KeyboardInterrupt):
+        write_model_folder(folder, dataclasses.replace(tiny_config, description="newer"), tiny_params)
+    assert len(calls) == 3 and os.listdir(folder.parent) == ["model"]
+    assert read_model_folder(folder)[0] == tiny_config
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_in_the_middle_of_a_file_leaves_nothing(tiny_folder, tmp_path, monkeypatch, failure):
     config, tensors = open_model_folder(tiny_folder)
     last = max(tensors["dit"]["blocks"]["up"])

@@ -169,7 +169,7 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
 
     mesh = parse_mesh(task.mesh) if task.mesh else None
     signer = hosts.by_first(output)
-    lora, lora_low = dict(options.lora or []), dict(options.lora_low or [])
+    lora, lora_low = _adaptations(options.lora), _adaptations(options.lora_low)
     generator = load(
         options.model,
         options.dtype,
@@ -196,6 +196,14 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
                 withheld.append(str(refusal))
     if withheld:
         raise Refused(f"{len(withheld)} of {len(jobs)} videos: {withheld[0]}")
+
+
+def _adaptations(given: list[tuple[str, float]] | None) -> dict[str, float]:
+    """Files with their scales; a file that is given twice counts with the sum."""
+    found: dict[str, float] = {}
+    for path, scale in given or []:
+        found[path] = found.get(path, 0.0) + scale
+    return found
 
 
 def _say(line: str) -> None:

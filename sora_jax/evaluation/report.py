@@ -269,6 +269,8 @@ def _write(folder, report, samples, figure):
 def _publish(hidden, out):
     """Moves finished files to their names, report.json last: where it is new, everything is."""
     (out / "samples").mkdir(exist_ok=True)
+    for path in out.glob("samples/[0-9][0-9]-*"):  # of a report before
+        path.unlink()
     for path in sorted(hidden.glob("samples/*")):
         os.replace(path, out / "samples" / path.name)
     for name in ("samples.png", "samples.png.withheld.json", "figures.png", "report.md", "report.json"):

@@ -172,7 +172,7 @@ def _read(file: TensorFile, low: bool) -> dict[str, _Change]:
         parts[role] = name
     if not found:
         raise InputError(f"{path} holds no low-rank adaptation")
-    alpha, by_root = _scaling(path, file.metadata)
+    alpha, by_root = _scaling(path, file.metadata, _PARTS[low])
     changes = {}
     for module, parts in found.items():
         scale, down, up = 1.0, *(file.shapes.get(parts.get(role)) for role in ("down", "up"))
@@ -189,11 +189,18 @@ def _read(file: TensorFile, low: bool) -> dict[str, _Change]:
     return changes
 
 
-def _scaling(path: Path, metadata: dict[str, str]) -> tuple[float | None, bool]:
-    """Alpha where the file's metadata have one for all layers, and whether it is divided by the rank's root."""
+def _scaling(path: Path, metadata: dict[str, str], part: str) -> tuple[float | None, bool]:
+    """Alpha where the file's metadata have one for all layers, and whether it is divided by the rank's root.
+
+    Files for pipelines with two transformers have those of each; what has no such prefix is for both.
+    """
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        values = {name.rpartition(".")[2]: value for name, value in config.items()}
+        other = next(one for one in _PARTS if one != part)
+        mine = sorted(config, key=lambda name: name.startswith(part))  # the last of a name counts
+        if any(name.startswith(part) for name in config):
+            mine = [name for name in mine if not name.startswith(other)]
+        values = {name.rpartition(".")[2]: config[name] for name in mine}
         alpha = None if values.get("lora_alpha") is None else float(values["lora_alpha"])
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its metadata are damaged: {one_line(error)}") from error

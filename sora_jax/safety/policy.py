@@ -84,7 +84,8 @@ class Policy:
         if (
             here is None
             or not here.enabled
-            or here.threshold > least.threshold
+            or not here.threshold <= least.threshold  # nor if it is no number
+            or sum(category.name == PROTECTED for category in self.categories) > 1
             or not set(least.phrases) <= set(here.phrases)
             or not set(here.allow) <= set(least.allow)
             or not all(set(phrases) <= lists.get(name, set()) for name, phrases in own.lists)

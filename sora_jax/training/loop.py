@@ -221,8 +221,8 @@ class _Log:
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     gif = Video(frames, fps=8).save(Path(folder, "preview.gif")).read_bytes()
-            except Refused as refusal:
-                self.say(f"the preview of step {step} is not shown: {refusal}")
+            except (Refused, InputError) as reason:  # no reason to lose a run
+                self.say(f"the preview of step {step} is not shown: {reason}")
                 continue
             _, height, width, _ = frames.shape
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)

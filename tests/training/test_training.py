@@ -18,13 +18,17 @@ from tiny import TINY_CODEC, TINY_DIT
 
 from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
-from sora_jax.errors import InputError
+from sora_jax.data.latents import first_latents, write_shards
+from sora_jax.errors import InputError, Refused
 from sora_jax.generate import load
 from sora_jax.model_folder import read_codec, read_model_folder
+from sora_jax.text import tokenize
 from sora_jax.training import loop
+from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.dit_task import model_config
 from sora_jax.training.loop import make_task
+from sora_jax.video import Video
 
 
 def codec_config(*overrides):
@@ -307,6 +311,13 @@ def test_export_writes_a_model_that_generates(dit_run, tmp_path, capsys):
     assert video.frames.shape == (9, 32, 32, 3)
     codec = json.loads((tmp_path / "model" / "model.json").read_text())["codec"]
     assert len(codec["latents_std"]) == 4 and min(codec["latents_std"]) > 0
+    # It is the average of the weights, not the last of them, in half precision.
+    state, written = final_state(dit_run), read_model_folder(tmp_path / "model")[1]
+    for part in ("text", "dit"):
+        average, last = (traverse_util.flatten_dict(state[which][part]) for which in ("ema", "params"))
+        for name, value in traverse_util.flatten_dict(written[part]).items():
+            np.testing.assert_array_equal(value, np.float16(average[name]).astype(np.float32))
+        assert any((average[name] != last[name]).any() for name in last)
 
 
 def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
@@ -314,8 +325,9 @@ def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
     loop.train(dit_config(model, "--config.steps=1", f"--config.start_from={model}"), tmp_path / "run")
     # The first step of the warm-up has learning rate zero: the parameters are still those of the folder.
     params = final_state(tmp_path / "run")["params"]
-    for name, value in traverse_util.flatten_dict(read_model_folder(model)[1]["dit"]).items():
-        np.testing.assert_array_equal(traverse_util.flatten_dict(params["dit"])[name], value)
+    for part in ("text", "dit"):
+        for name, value in traverse_util.flatten_dict(read_model_folder(model)[1][part]).items():
+            np.testing.assert_array_equal(traverse_util.flatten_dict(params[part])[name], value)
     with pytest.raises(InputError, match="does not fit"):
         loop.train(dit_config(codec_run, f"--config.start_from={model}", "--config.dit.layers=3"), tmp_path / "other")
 
@@ -404,6 +416,59 @@ def test_a_precision_that_is_none_is_refused(tmp_path):
     with pytest.raises(InputError, match="config.dtype is 'float17'"):
         loop.train(codec_config("--config.dtype=float17"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_share_of_the_prompts_is_dropped(dit_run, codec_run):
+    losses = {}
+    for share in (0.0, 1.0):
+        task = make_task(dit_config(codec_run, f"--config.flow.drop_text={share}"), dit_run)
+        params = meta.unbox(task.initialize(jax.random.key(0)))
+        params = jax.tree.map(lambda p: p + 0.01, params)  # out of the zero initialisation
+        batch, key = next(task.batches(0)), jax.random.key(1)
+        empty = {**batch, "ids": np.tile(tokenize([""], task.text_config.length), (len(batch["ids"]), 1))}
+        losses[share] = [float(task.loss(params, one, key)[0]) for one in (batch, empty)]
+    assert losses[1.0][0] == losses[1.0][1] == losses[0.0][1] != losses[0.0][0]
+
+
+def test_previews_ask_for_nothing_that_is_refused(codec_run, tmp_path):
+    with pytest.raises(Refused):
+        make_task(dit_config(codec_run, "--config.prompts=('Tom Hanks on a bench',)"), tmp_path)
+
+
+def test_the_rate_warms_up_stays_and_decays():
+    rate = state_lib.learning_rate(ConfigDict(dict(learning_rate=1.0, warmup=10, decay=0.2)), 100)
+    np.testing.assert_allclose([rate(step) for step in (0, 5, 10, 80, 90, 100)], [0, 0.5, 1, 1, 0.5, 0], atol=1e-6)
+
+
+def test_a_preview_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys, toy):
+    def no_key(*_, **__):
+        raise InputError("cannot make the signing key")
+
+    monkeypatch.setattr(Video, "save", no_key)
+    monkeypatch.setattr(Toy, "preview", lambda *_: ({}, {"clip": np.zeros((2, 8, 8, 3), np.uint8)}))
+    assert loop.train(codec_config("--config.steps=2"), tmp_path / "run")
+    assert "is not shown: cannot make the signing key" in "".join(capsys.readouterr())
+
+
+def test_clips_that_were_half_written_are_written_again(tmp_path):
+    def clips(start, count):
+        latents = (np.full((1, 1, 1, 2), number, np.float32) for number in range(start, start + count))
+        return ({"latents": one, "captions": "a"} for one in latents)
+
+    def broken(start, count):
+        for number, clip in enumerate(clips(start, count)):
+            if (start, number) == (2, 1):
+                raise Stop
+            yield clip
+
+    with pytest.raises(Stop):
+        write_shards(tmp_path, 4, 2, broken, lambda _: None)
+    assert [path.name for path in tmp_path.glob("*.array_record")] == ["clips-0000000-2.array_record"]
+    asked = []
+    paths = write_shards(
+        tmp_path, 4, 2, lambda start, count: asked.append(start) or clips(start, count), lambda _: None
+    )
+    assert asked == [2] and first_latents(paths[1], 2)[:, 0, 0, 0, 0].tolist() == [2, 3]
 
 
 def test_alignment_trains_the_tokens_and_is_not_exported(dit_run, codec_run, tmp_path):
