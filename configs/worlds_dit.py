@@ -34,6 +34,9 @@ runs 20,000 steps, seven to eleven hours on two CPU cores. The bundled model was
 10. from that model, on the same clips, at a lower rate and with fewer uniform levels, for the outlines: as part 9, but
    `--config.flow.uniform_share=0.2 --config.optimizer.learning_rate=1e-3 --config.optimizer.warmup=20
    --config.optimizer.decay=0.9 --config.ema_decay=0.99 --config.seed=13 --config.steps=400` (25 minutes, beside other
+   work);
+11. from that model, on 12,288 new clips: as part 7, but `--config.data.seed=12 --config.flow.uniform_share=0.25
+   --config.seed=12 --config.steps=3200`, stopped by SIGTERM and gone on with at step 1,720 (two hours, beside other
    work).
 
 Result: see the evaluation in the README. The velocity loss was 0.312 on 16 held-out clips after part 9; losses of the
