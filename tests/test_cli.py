@@ -229,7 +229,7 @@ def test_the_other_commands_pass_on_what_they_are_given(tmp_path, monkeypatch, c
     from sora_jax.training import loop
 
     calls = []
-    monkeypatch.setattr(loop, "train", lambda config, workdir: calls.append((config.steps, workdir)))
+    monkeypatch.setattr(loop, "train", lambda config, workdir: not calls.append((config.steps, workdir)))
     monkeypatch.setattr(loop, "export", lambda workdir, out, codec: calls.append((workdir, out, codec)) or out)
     monkeypatch.setattr(report, "evaluate", lambda *args, **options: calls.append((args, options)))
     (tmp_path / "config.py").write_text(CONFIG)
