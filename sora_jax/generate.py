@@ -261,7 +261,8 @@ class Generator:
                     for window in range(request.windows - 1):
                         latents = self._sample(request, chosen, text_BLD, given, window)
                         before = [self._go_on(*pair, request) for pair in zip(before, latents, strict=True)]
-                        last = [np.concatenate(clip)[-request.overlap :] for clip in before]
+                        pieces = -(-request.overlap // (request.window - request.overlap))  # that the overlap reaches
+                        last = [np.concatenate(clip[-pieces:])[-request.overlap :] for clip in before]
                         known = [self._known(dict(enumerate(frames)), request) for frames in last]
                         given = jax.tree.map(lambda *parts: jnp.concatenate(parts), *known)
                     latents = self._sample(request, chosen, text_BLD, given, request.windows - 1)

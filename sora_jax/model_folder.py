@@ -40,6 +40,7 @@ from sora_jax import tensors as tensors_lib
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError, one_line
+from sora_jax.json_files import read_json
 from sora_jax.mesh import check_heads, shardings
 from sora_jax.sampler import SCHEDULES, SOLVERS
 from sora_jax.tensors import FORMATS, Tensor, TensorFile
@@ -306,13 +307,8 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {one_line(error)}") from error
-    version = values.pop("format_version", None) if isinstance(values, dict) else None
+    values = read_json(path)
+    version = values.pop("format_version", None)
     if type(version) is not int or version < 1:
         raise InputError(f"{path} is no model description: it has no format_version")
     if version > FORMAT_VERSION:

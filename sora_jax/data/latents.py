@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 
 from sora_jax.data import loading
 from sora_jax.errors import InputError
+from sora_jax.json_files import read_json
 from sora_jax.text import tokenize
 
 Encode = Callable[[int, int], Iterator[dict]]  # (start, count) -> {"latents", "captions"[, "layout"]} of each clip
@@ -93,19 +94,6 @@ def check_about(path: Path, about: dict) -> None:
             raise InputError(
                 f"{path.parent} was made with {name} {before.get(name)!r}, not {value!r}; use a new --workdir"
             )
-
-
-def read_json(path: Path) -> dict:
-    """The object in a file of a work directory; InputError if it cannot be read."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: it holds no JSON") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: it holds no object")
-    return content
 
 
 def first_latents(path: Path, count: int) -> np.ndarray:

@@ -4,7 +4,6 @@ Configs become a `ModelConfig`, tensors our parameters (`names.py`), one at a ti
 imported from diffusers, and only safetensors are read.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,8 +18,9 @@ from jax.sharding import Mesh
 
 from sora_jax.codec import CodecConfig
 from sora_jax.dit import DiTConfig
-from sora_jax.errors import InputError, one_line
+from sora_jax.errors import InputError
 from sora_jax.interop import names
+from sora_jax.json_files import read_json
 from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, described_by, memory_dtype
 from sora_jax.tensors import FORMATS, PICKLES, Tensor, TensorFile, spans
 from sora_jax.text import FileTokenizer, TextConfig
@@ -85,7 +85,7 @@ def open_pipeline_folder(
 def pipeline_config(path: Path) -> ModelConfig:
     """The config of the model in the folder `path`, from its JSON files alone."""
     with described_by(path):
-        index = _json(path / "model_index.json")
+        index = read_json(path / "model_index.json")
         _one_of(path / "model_index.json", index, "_class_name", "WanPipeline", "WanImageToVideoPipeline")
         low = (index.get("transformer_2") or [None])[0] is not None
         boundary = index.get("boundary_ratio")
@@ -109,7 +109,7 @@ def pipeline_config(path: Path) -> ModelConfig:
 
 def text_config(path: Path) -> TextConfig:
     """Of a `UMT5EncoderModel` or `T5EncoderModel`."""
-    values = _json(path)
+    values = read_json(path)
     shared = _one_of(path, values, "model_type", "umt5", "t5") == "t5"
     _one_of(path, values, "feed_forward_proj", "gated-gelu")
     _one_of(path, values, "layer_norm_epsilon", 1e-6)
@@ -131,7 +131,7 @@ def text_config(path: Path) -> TextConfig:
 
 def codec_config(path: Path) -> CodecConfig:
     """Of an `AutoencoderKLWan`."""
-    values = _json(path)
+    values = read_json(path)
     _one_of(path, values, "_class_name", "AutoencoderKLWan")
     if values.get("attn_scales"):
         raise InputError(f"{path}: attn_scales is {values['attn_scales']}; no published codec has any, nor has ours")
@@ -157,7 +157,7 @@ def codec_config(path: Path) -> CodecConfig:
 
 def dit_config(path: Path) -> DiTConfig:
     """Of a `WanTransformer3DModel`."""
-    values = _json(path)
+    values = read_json(path)
     _one_of(path, values, "_class_name", "WanTransformer3DModel")
     _one_of(path, values, "qk_norm", "rms_norm_across_heads")
     _one_of(path, values, "cross_attn_norm", True)
@@ -186,7 +186,7 @@ def dit_config(path: Path) -> DiTConfig:
 
 def vision_config(path: Path) -> VisionConfig:
     """Of a `CLIPVisionModel`, without its last block."""
-    values = _json(path)
+    values = read_json(path)
     _one_of(path, values, "model_type", "clip_vision_model")
     try:
         return VisionConfig(
@@ -205,7 +205,7 @@ def vision_config(path: Path) -> VisionConfig:
 
 def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_per_frame: bool) -> SamplingConfig:
     """The solver and shift of the folder; steps, size and guidance as the models' authors recommend them."""
-    values = _json(path)
+    values = read_json(path)
     kind = _one_of(path, values, "_class_name", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
     _one_of(path, values, "num_train_timesteps", 1000)
     for name in _OTHER_SCHEDULES:
@@ -237,18 +237,6 @@ def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_pe
     return SamplingConfig(solver=solver, schedule=schedule, shift=float(shift), **usual)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is no config: it holds no JSON object")
-    return values
-
-
 def _get(path: Path, values: dict, name: str) -> Any:
     if values.get(name) is None:
         raise InputError(f"{path}: the field {name} is missing")
@@ -274,7 +262,7 @@ class _Files:
         indices = [folder / f"{stem}.safetensors.index.json" for stem in stems]
         index = next((path for path in indices if path.is_file()), None)
         if index is not None:
-            weight_map = _get(index, _json(index), "weight_map")
+            weight_map = _get(index, read_json(index), "weight_map")
             if not isinstance(weight_map, dict):
                 raise InputError(f"{index} is damaged: its weight_map is no object")
             paths = [folder / str(name) for name in sorted(set(weight_map.values()))]

@@ -25,6 +25,7 @@ from sora_jax.data.worlds.render import Truth
 from sora_jax.data.worlds.scenes import Scene
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError
+from sora_jax.json_files import read_json
 from sora_jax.layers import Dense, layer_norm
 from sora_jax.model_folder import ModelConfig, SamplingConfig, read_codec, read_model_folder, write_codec
 from sora_jax.request import admit
@@ -80,7 +81,7 @@ def codec_of_run(source: Path) -> tuple[CodecConfig, dict]:
     """
     if not (source / "config.json").is_file():
         raise InputError(f"{source} is not the work directory of a codec run: it has no config.json")
-    config = ConfigDict(latents_lib.read_json(source / "config.json"))
+    config = ConfigDict(read_json(source / "config.json"))
     if config.task != "codec":
         raise InputError(f"config.codec is {source}, which trains a {config.task}; it must be a codec run or a model")
     with Checkpoints(source) as checkpoints:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
-from sora_jax.data.latents import read_json
 from sora_jax.errors import InputError, Refused
+from sora_jax.json_files import read_json
 from sora_jax.model_folder import read_codec, write_model_folder
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
