@@ -26,7 +26,14 @@ import pytest  # noqa: E402
 from sora_jax.codec import CodecConfig  # noqa: E402
 from sora_jax.dit import DiTConfig  # noqa: E402
 from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, write_model_folder  # noqa: E402
+from sora_jax.safety.keys import load_signer  # noqa: E402
 from sora_jax.text import TextConfig  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signing_key():
+    """Made before any test, whichever is the first: making it prints a note."""
+    load_signer()
 
 
 @pytest.fixture(scope="session")
