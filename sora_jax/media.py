@@ -150,6 +150,8 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     try:
         yield hidden
         if hidden.exists():
+            with open(hidden, "rb") as file:
+                os.fsync(file.fileno())  # a power cut must not leave the name without what it names
             os.replace(hidden, path)
     except (OSError, av.error.FFmpegError) as error:
         raise InputError(f"cannot write {path}: {_reason(error)}") from error

@@ -1,6 +1,7 @@
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -140,13 +141,13 @@ def test_a_failure_while_writing_leaves_nothing(generate, capsys, monkeypatch, t
     assert not os.listdir(tmp_path)
 
 
-def test_ctrl_c_while_sampling(generate, capsys, monkeypatch, tmp_path):
-    def interrupt(array):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(generate_module, "_wait", interrupt)
-    assert generate("a red ball") == 130
-    assert "interrupted" in one_line(capsys)
+@pytest.mark.parametrize(
+    "number, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_while_sampling(generate, capsys, monkeypatch, tmp_path, number, code, said):
+    monkeypatch.setattr(generate_module, "_wait", lambda array: os.kill(os.getpid(), number))
+    assert generate("a red ball") == code
+    assert said in one_line(capsys)
     assert not os.listdir(tmp_path)
 
 

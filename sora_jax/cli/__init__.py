@@ -1,7 +1,7 @@
 """The command `sora-jax`.
 
-Every mistake a user can make ends in one line on stderr and exit code 2, a refusal in exit code 3, Ctrl-C in 130, the
-loss of another host of the run in 1; training that SIGTERM has saved and stopped in 143.
+Every mistake a user can make ends in one line on stderr and exit code 2, a refusal in exit code 3, Ctrl-C in 130,
+SIGTERM in 143 (training saves first), the loss of another host of the run in 1.
 JAX and the model are imported by the command that needs them, so that help and mistakes are quick.
 """
 
@@ -23,7 +23,7 @@ from sora_jax.errors import HostLost, InputError, Refused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for a mistake, 3 for a refusal, 130 for Ctrl-C."""
+    """Runs the command line and returns its exit code: 0, 2 for a mistake, 3 for a refusal, 130 or 143 if stopped."""
     # XLA's own notes about its caches are of no use to someone who wants a video.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.rest and options.command != "train":
             rest = " ".join(options.rest)
             raise InputError(f"unrecognized arguments: {rest}; see sora-jax {options.command} --help")
-        with _one_interrupt(repeat=options.command == "generate"):
+        with _one_interrupt(options.command):
             code = options.run(options) or 0
         sys.stdout.flush()  # here, where a failure to write can still be said in one line
         return code
@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except Refused as refusal:
         return _fail(str(refusal), 3, "refused")
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        code = _fail("interrupted" if number == signal.SIGINT else "terminated", 128 + number)
         if arguments is None:
             _leave(code)  # a normal exit waits until JAX has finished the abandoned sampling
         return code
@@ -75,35 +76,40 @@ def _fail(message: str, code: int, kind: str = "error") -> int:
 
 
 @contextlib.contextmanager
-def _one_interrupt(repeat: bool) -> Iterator[None]:
-    """Turns Ctrl-C into exactly one KeyboardInterrupt, wherever it strikes.
+def _one_interrupt(command: str) -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into exactly one KeyboardInterrupt with the signal's number, wherever they strike.
 
     While JAX is imported it may surface as an ImportError, and inside a garbage collection callback it is
-    lost with a traceback. `repeat` asks for it again every second until it arrives.
+    lost with a traceback. In `generate`, where it may be lost in a callback of XLA, it is asked for again every second
+    until it arrives. Training has its own way with SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = []
+    asked, repeat = [], command == "generate"
 
-    def interrupt(*_: Any) -> NoReturn:
-        asked.append(True)
+    def interrupt(number: int, _: Any) -> NoReturn:
+        asked.append(number)
         if repeat:
             signal.setitimer(signal.ITIMER_REAL, 1.0)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(asked[0])
 
     def report_lost(lost: Any) -> None:
         if not isinstance(lost.exc_value, KeyboardInterrupt):
             sys.__unraisablehook__(lost)
 
     hook, sys.unraisablehook = sys.unraisablehook, report_lost
-    numbers = (signal.SIGINT, signal.SIGALRM) if repeat else (signal.SIGINT,)
+    numbers = [signal.SIGINT]
+    if command != "train":
+        numbers.append(signal.SIGTERM)
+    if repeat:
+        numbers.append(signal.SIGALRM)
     older = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     except Exception as error:
         if asked:
-            raise KeyboardInterrupt from error
+            raise KeyboardInterrupt(asked[0]) from error
         raise
     finally:
         if repeat:
