@@ -89,7 +89,10 @@ def check_collectives(mesh, text):
     if context == 1:
         assert "all-to-all" not in found, dict(mesh.shape)
     whole = -(-FRAME // context) * context
-    for shape in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text):
+    gathers = re.findall(r"= (.*) all-gather(?:-start)?\(", text)
+    shapes = re.findall(r"\w+\[([\d,]+)\]", " ".join(gathers))
+    assert shapes, dict(mesh.shape)  # the parameters, at least
+    for shape in shapes:
         sizes = [int(size) for size in shape.split(",")]
         # Activations begin with the batch, of 4 or 8; those of 12 numbers are the patches that go out.
         if context > 1 and sizes[0] in (4, 8) and sizes[-1] != 12:

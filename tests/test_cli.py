@@ -15,6 +15,8 @@ from sora_jax.cli.config_file import load_config
 from sora_jax.cli.generate import _Target
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
+from sora_jax.safety.policy import load_policy
+from sora_jax.safety.provenance import read_manifest
 from sora_jax.video import read_video
 
 
@@ -70,6 +72,17 @@ def test_several_seeds_and_prompts(generate, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("# prompts\n\na red ball\n  red  \n")
     assert generate("--prompts", "prompts.txt") == 0
     assert capsys.readouterr().out.split()[-2:] == ["a-red-ball.mp4", "red.mp4"]
+
+
+def test_the_policy_of_an_operator_decides(generate, capsys, tmp_path):
+    text = '[categories.logos]\ndescription = "logos"\nthreshold = 0.9\nphrases = ["logo* of acme"]\nexamples = []\n'
+    (tmp_path / "policy.toml").write_text(text)
+    assert generate("the logo of Acme", "--policy", "policy.toml") == 3
+    assert "sora-jax: refused: " in capsys.readouterr().err and os.listdir(tmp_path) == ["policy.toml"]
+    assert generate("the logo of Acme", "-o", "logo.mp4") == 0
+    assert generate("a red ball", "--policy", "policy.toml") == 0
+    said = [read_manifest(name).generation["checks"]["prompt"] for name in ("logo.mp4", "a-red-ball.mp4")]
+    assert [one["policy_sha256"] for one in said] == [load_policy(path).digest for path in (None, "policy.toml")]
 
 
 def test_names_come_from_prompts(tmp_path):

@@ -5,7 +5,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,10 +21,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from sora_jax import generate
+from sora_jax.cli import main
 from sora_jax.errors import InputError
 from sora_jax.safety import certificates, keys
 from sora_jax.safety.keys import load_signer, local_anchor, watermark_key
-from sora_jax.safety.provenance import Claim, sign, verify_signed
+from sora_jax.safety.provenance import Claim, read_manifest, sign, verify_signed
 
 ROOT_KEY, OTHER_KEY, KEY = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
 ROOT, LEAF = (certificates.name(part, "Example") for part in ("root", "signer"))
@@ -141,12 +142,12 @@ def run(script):
 
 def test_whoever_comes_first_wins(config, tmp_path):
     script = (
-        "import os, time; from sora_jax.safety.keys import load_signer\n"
+        "import os, time; from sora_jax.safety.keys import load_signer; print('ready', flush=True)\n"
         f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(1e-4)\n"
         "print(load_signer().chain.replace('\\n', ''))"
     )
     processes = [run(script) for _ in range(6)]
-    time.sleep(0.5)
+    assert [process.stdout.readline() for process in processes] == [b"ready\n"] * 6
     (tmp_path / "go").touch()
     chains = {process.communicate(timeout=20)[0] for process in processes}
     assert chains == {load_signer().chain.replace("\n", "").encode() + b"\n"}
@@ -184,6 +185,23 @@ def test_keys_of_the_user_sign(tmp_path, key, algorithm):
     assert (signer.algorithm, signer.local) == (algorithm, False)
     sign(png(tmp_path), tmp_path / "x.png", CLAIM, signer)
     assert verify_signed(tmp_path / "x.png", signer).signer == "signer, Example"
+
+
+def test_the_command_signs_with_the_key_of_the_user(
+    tmp_path, monkeypatch, capsys, tiny_folder, tiny_config, tiny_params
+):
+    monkeypatch.setattr(generate, "load", lambda path, dtype, **lora: generate.Generator(tiny_config, tiny_params))
+    monkeypatch.setattr(generate, "_keep_compiled_programs", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    certificate, key = (str(file) for file in write(tmp_path, chain()))
+    command = ["generate", "a red ball", "--model", str(tiny_folder), "--signing-cert", certificate]
+    assert main(command) == 2 and "needs its private key" in capsys.readouterr().err
+    assert main([*command, "--signing-key", key]) == main([*command, "--signing-key", key, "--embed-prompt"]) == 0
+    without, with_prompt = (
+        read_manifest(name, Path(certificate).read_text()) for name in capsys.readouterr().out.split()
+    )
+    assert without.state == with_prompt.state == "trusted" and without.signer == "signer, Example"
+    assert "prompt" not in without.generation and with_prompt.generation["prompt"] == "a red ball"
 
 
 @pytest.mark.parametrize("plain", [True, False])
