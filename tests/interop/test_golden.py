@@ -90,6 +90,9 @@ def test_solver_and_schedule(generator, expected):
     assert difference(end, expected["solver"]) < TOLERANCE
 
 
+BEST = 10 * np.log10(12 * 255.0**2)  # dB: what rounding to 8 bits leaves, uniform errors of up to half a level
+
+
 def quality(generator, noise, expected, **options) -> float:
     """PSNR in dB of the frames of the pipeline."""
     stride = generator.config.codec.stride_space
@@ -123,7 +126,7 @@ def test_pipeline(generator, expected, kind):
         "flf": {"image": "image", "last_image": "last_image"},
     }.get(kind, {})
     options = {name: expected[value] if isinstance(value, str) else value for name, value in options.items()}
-    assert quality(generator, expected["noise"], expected["frames"], **options) > 45
+    assert quality(generator, expected["noise"], expected["frames"], **options) > BEST - 4
 
 
 def test_image_encoder(generator, expected):
@@ -140,10 +143,10 @@ def test_image_encoder(generator, expected):
 def test_images_where_a_model_takes_them_and_where_not(generator, expected, kind, tmp_path):
     if kind == "ti2v":
         frames = expected["frames_from_image"]
-        assert quality(generator, expected["noise"], frames, image=expected["image"]) > 45
+        assert quality(generator, expected["noise"], frames, image=expected["image"]) > BEST - 4
         Video(expected["image"][None]).save(tmp_path / "first.png")
-        assert quality(generator, expected["noise"], frames, image=tmp_path / "first.png") > 45
-        assert quality(generator, expected["noise"], expected["frames"]) > 45  # and none is needed
+        assert quality(generator, expected["noise"], frames, image=tmp_path / "first.png") > BEST - 4
+        assert quality(generator, expected["noise"], expected["frames"]) > BEST - 4  # and none is needed
     message = {
         "i2v": "makes a video from an image: give --image FILE",
         "flf": "makes a video from an image: give --image FILE",
@@ -159,6 +162,17 @@ def test_images_where_a_model_takes_them_and_where_not(generator, expected, kind
     if kind == "i2v":
         with pytest.raises(InputError, match=r"image must be uint8 \[H, W, 3\]"):
             generator.generate("a red ball", frames=9, image=expected["noise"])
+
+
+@pytest.mark.parametrize("kind", ["i2v"], indirect=True)
+def test_windows_go_on_from_the_last_frame_as_from_a_picture(kind, generator, expected):
+    stride = generator.config.codec.stride_space
+    options = {"size": (8 * stride, 4 * stride), "steps": 3, "progress": False}
+    video = generator.generate("a red ball", frames=9, window=5, image=expected["image"], **options).frames
+    noise = generator._draw_noise(np.uint32([0]), generator.config.codec.latent_shape(5, *options["size"]), 1)
+    alone = generator.generate("a red ball", frames=5, image=video[4], noise=np.asarray(noise[0]), **options).frames
+    assert len(video) == 9 and not np.array_equal(video[4], expected["image"])
+    assert np.abs(video[5:].astype(int) - alone[1:]).max() <= 1
 
 
 def test_second_transformer_and_its_guidance_count(expected, kind, generator):
@@ -239,9 +253,8 @@ def test_what_is_damaged_is_named(folder, capsys):
     refused(with_tensors({**tensors, name: tensors[name] * np.nan}), f"the tensor {name} is not finite")
 
 
+@pytest.mark.parametrize("kind", ["t2v"], indirect=True)
 def test_shards_load_as_one_file_does(folder, generator, kind):
-    if kind != "t2v":
-        return
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.numpy.load(path.read_bytes())
     path.unlink()
@@ -295,7 +308,7 @@ def test_coding_in_pieces_changes_nothing(kind, generator, expected, monkeypatch
     options = {"image": expected["image"]} if kind == "i2v" else {}
     assert generate._PIXELS_AT_ONCE > 9 * 32 * 16
     monkeypatch.setattr(generate, "_PIXELS_AT_ONCE", 0)
-    assert quality(generator, expected["noise"], expected["frames"], **options) > 45
+    assert quality(generator, expected["noise"], expected["frames"], **options) > BEST - 4
 
 
 def test_an_end_that_is_not_read_is_told(generator):
