@@ -32,7 +32,7 @@ def connect(preemptible: bool = True) -> None:
     process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name them; JAX_NUM_PROCESSES=1 says that there are none.
 
     Args:
-      preemptible: SIGTERM is for `preempted` to hear; otherwise it ends a process, as ever.
+      preemptible: SIGTERM is for `preempted` to hear; otherwise it is left to whoever listens, or ends the process.
 
     Raises:
       InputError: there are others, but they cannot be joined.

@@ -80,8 +80,8 @@ def _one_interrupt(command: str) -> Iterator[None]:
     """Turns Ctrl-C and SIGTERM into exactly one KeyboardInterrupt with the signal's number, wherever they strike.
 
     While JAX is imported it may surface as an ImportError, and inside a garbage collection callback it is
-    lost with a traceback. In `generate`, where it may be lost in a callback of XLA, it is asked for again every second
-    until it arrives. Training has its own way with SIGTERM.
+    lost with a traceback: `generate` asks for it again every second until it arrives. Training has its own way with
+    SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -190,7 +190,8 @@ def test_keys_of_the_user_sign(tmp_path, key, algorithm):
 def test_the_command_signs_with_the_key_of_the_user(
     tmp_path, monkeypatch, capsys, tiny_folder, tiny_config, tiny_params
 ):
-    monkeypatch.setattr(generate, "load", lambda path, dtype, **lora: generate.Generator(tiny_config, tiny_params))
+    generator = generate.Generator(tiny_config, tiny_params)
+    monkeypatch.setattr(generate, "load", lambda path, dtype, **lora: generator)
     monkeypatch.setattr(generate, "_keep_compiled_programs", lambda: None)
     monkeypatch.chdir(tmp_path)
     certificate, key = (str(file) for file in write(tmp_path, chain()))
