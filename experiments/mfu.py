@@ -29,13 +29,9 @@ from sora_jax.counting import count_operations
 from sora_jax.errors import InputError
 from sora_jax.mesh import parse_mesh
 from sora_jax.plan import Job, choose_mesh, model_config, program, training_mesh
-from sora_jax.plan.job import CHIPS
+from sora_jax.plan.job import peak_operations
 from sora_jax.plan.programs import steps
 
-# Dense bfloat16, operations per second, by a word in the name of a device. GPUs: NVIDIA's data sheets, SXM.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-PEAKS |= {"TPU v4": CHIPS["v4"].operations, "TPU v5 lite": CHIPS["v5e"].operations, "TPU v5": CHIPS["v5p"].operations}
-PEAKS |= {"TPU v6 lite": CHIPS["v6e"].operations}
 HEADER = f"{'':28}{'seconds':>10}{'TFLOP/s a device':>18}{'of the product':>16}{'MFU':>8}"
 
 
@@ -132,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     options = parser.parse_args(arguments)
     device, number = jax.devices()[0], jax.device_count()
-    peak = next((rate for word, rate in PEAKS.items() if word in device.device_kind), None)
-    peak = options.peak * 1e12 if options.peak else peak
+    peak = options.peak * 1e12 if options.peak else peak_operations(device.device_kind)
     rows = []
     try:
         config = model_config(options.model)

@@ -33,6 +33,14 @@ CHIPS = {
     "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
     "v6e": Chip(32e9, 918e12, 1640e9, 400e9),
 }
+# Operations per second, dense bfloat16, by a word in the name of a device. GPUs: NVIDIA's data sheets, SXM.
+_PEAKS = {"TPU v4": CHIPS["v4"].operations, "TPU v5 lite": CHIPS["v5e"].operations, "TPU v5": CHIPS["v5p"].operations}
+_PEAKS |= {"TPU v6 lite": CHIPS["v6e"].operations, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_operations(device_kind: str) -> float | None:
+    """Operations per second in the data sheet of the device of that name, dense bfloat16; None where none is known."""
+    return next((rate for word, rate in _PEAKS.items() if word in device_kind), None)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ pip install -e ".[test,parity]" && pytest -m parity
 """
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -313,3 +316,15 @@ def test_adaptations(layout, tmp_path):
     assert difference(found, expected) < TOLERANCE
     plain = apply({"params": sora_jax.load(tmp_path / "model").params["dit"]}, latents, np.float32(levels / 1000), text)
     assert difference(plain, expected) > 0.01
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", TOLERANCE), ("bfloat16", 0.03)])
+def test_the_benchmark_measures_the_same_thing_on_both_sides(dtype, most, tmp_path):
+    script, out = Path(__file__).parents[2] / "experiments" / "benchmark_vs_diffusers.py", tmp_path / "rows.json"
+    command = [sys.executable, script, "--quick", "--repeats", "1", "--dtype", dtype, "--json", out]
+    subprocess.run(command, check=True, timeout=300)
+    results = json.loads(out.read_text())
+    for part in ("text", "dit", "encode", "decode"):
+        assert results["parts"][part]["apart"] < most, part
+    assert 20 * np.log10(1 / results["parts"]["whole"]["apart"]) > 30
+    assert results["dit_operations"] > 1e6 and min(results["peak_bytes"].values()) > 1e8
