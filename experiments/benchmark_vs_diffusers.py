@@ -1,6 +1,6 @@
 """Wan's parts here and in diffusers, side by side: same random weights, same inputs, in turns.
 
-    pip install -e ".[parity]"
+    pip install -e ".[parity]"          # on a GPU ".[parity,cuda]"
     python experiments/benchmark_vs_diffusers.py [--repeats 5] [--parts decode whole] [--json FILE]
     python experiments/benchmark_vs_diffusers.py --on gpu       # the 1.3B at 480p and 81 frames, in bfloat16
 
@@ -11,7 +11,8 @@ are apart, what the transformer makes of the machine, and peak memory: of the pr
 
 On CPUs all is float32, and the codec takes minutes: --parts names what to measure. On GPUs text encoder and transformer
 are bfloat16 and the codec float32, as both projects run it; attention is cuDNN's here and what torch chooses there,
-where the transformer goes through torch.compile.
+where the transformer goes through torch.compile. Products of float32 are TF32 here and float32 there, convolutions TF32
+in both, unless one asks for more.
 """
 
 import argparse
@@ -36,6 +37,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 PROMPT, NEGATIVE = "a red ball rolls behind a gray wall", "a blue cube"
 STEPS = 4
+WARM_UPS = 20  # of the product, which is too short to bring a GPU to its clock by itself
 PARTS = ("text", "dit", "encode", "decode", "whole")
 
 
@@ -143,6 +145,7 @@ class Side:
         wait: until a result is there.
         fetch: a result as an array of NumPy.
         peak_bytes: the most memory so far.
+        load_seconds: from the folder to parameters on the device.
         facts: name of the device and operations of the transformer's step, where this side knows them.
     """
 
@@ -150,6 +153,7 @@ class Side:
     wait: Callable[[Any], Any]
     fetch: Callable[[Any], np.ndarray]
     peak_bytes: Callable[[], int]
+    load_seconds: float
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -169,7 +173,11 @@ def ours(folder: Path, setting: Setting) -> Side:
     from sora_jax.dit import DiT
 
     device, dtype = jax.devices(setting.on)[0], jnp.dtype(setting.dtype)
+    start = time.perf_counter()
     generator = sora_jax.load(folder, setting.dtype)
+    jax.block_until_ready(generator.params)
+    load_seconds = time.perf_counter() - start
+    generator.weights()  # their digest, for the signature, comes from a thread beside
     config, params = generator.config, generator.params
     x = jax.device_put(inputs(setting))
     text = jax.jit(partial(pipeline.encode_text, config, dtype))
@@ -204,6 +212,7 @@ def ours(folder: Path, setting: Setting) -> Side:
         wait=jax.block_until_ready,
         fetch=lambda result: np.asarray(result, np.float32),
         peak_bytes=lambda: (device.memory_stats() or {}).get("peak_bytes_in_use") or process_peak_bytes(),
+        load_seconds=load_seconds,
         facts={"device": device.device_kind, "dit_operations": count_operations(jax.make_jaxpr(dit)(*step).jaxpr)},
     )
 
@@ -215,8 +224,11 @@ def theirs(folder: Path, setting: Setting) -> Side:
 
     is_gpu, dtype = setting.on == "gpu", getattr(torch, setting.dtype)
     device = "cuda" if is_gpu else "cpu"
+    torch.backends.cudnn.benchmark = True  # XLA looks for the fastest convolutions, too
+    start = time.perf_counter()
     codec = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     made = WanPipeline.from_pretrained(folder, vae=codec, torch_dtype=dtype).to(device)
+    load_seconds = time.perf_counter() - start
     made.set_progress_bar_config(disable=True)
     if is_gpu:
         made.transformer.compile()
@@ -258,14 +270,14 @@ def theirs(folder: Path, setting: Setting) -> Side:
         wait=wait,
         fetch=lambda result: result if isinstance(result, np.ndarray) else result.float().cpu().numpy(),
         peak_bytes=torch.cuda.max_memory_allocated if is_gpu else process_peak_bytes,
+        load_seconds=load_seconds,
     )
 
 
 def worker(which: str, folder: Path, setting: Setting, pipe: Any) -> None:
     """Loads, then answers (part) with (seconds, result) until there is no more to do, and ends with its peak memory."""
-    start = time.perf_counter()
     side = {"ours": ours, "theirs": theirs}[which](folder, setting)
-    pipe.send((time.perf_counter() - start, side.facts))
+    pipe.send((side.load_seconds, side.facts))
     while part := pipe.recv():
         start = time.perf_counter()
         result = side.calls[part]()
@@ -283,7 +295,7 @@ def compare(setting: Setting, parts: Sequence[str], repeats: int, save: Callable
         maker.start()
         maker.join()
         if maker.exitcode:
-            raise EOFError
+            raise EOFError  # as where a worker fails
         pipes, facts = {}, {}
         results = {"setting": dataclasses.asdict(setting), "parts": {}, "load_seconds": {}, "peak_bytes": {}}
         for which in ("ours", "theirs"):
@@ -300,7 +312,8 @@ def compare(setting: Setting, parts: Sequence[str], repeats: int, save: Callable
         print(f"{'':56}{'ours s':>9}{'theirs s':>10}{'ratio':>7}{'apart':>10}")
         seconds = {}
         for part in ("product", *parts):
-            found = {which: call(which, part)[1] for which in pipes}  # warms up
+            for _ in range(WARM_UPS if part == "product" else 1):
+                found = {which: call(which, part)[1] for which in pipes}
             apart = float(np.linalg.norm(found["ours"] - found["theirs"]) / np.linalg.norm(found["theirs"]))
             times = {which: [] for which in pipes}
             for _ in range(repeats):
@@ -328,7 +341,7 @@ def utilisation(setting: Setting, facts: dict[str, Any], dit_seconds: float, pro
     from sora_jax.plan.job import peak_operations
 
     rate, product = facts["dit_operations"] / dit_seconds, 2 * setting.product**3 / product_seconds
-    peak = peak_operations(facts["device"])
+    peak = peak_operations(facts["device"]) if setting.dtype == "bfloat16" else None
     return f"{rate / 1e12:.2f} TFLOP/s, {rate / product:.0%} of the product" + (
         f", MFU {rate / peak:.1%}" if peak else ""
     )
@@ -351,6 +364,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers", "transformers")):
         print("benchmark: error: this needs diffusers: pip install -e '.[parity]'", file=sys.stderr)
         return 2
+    import torch
+
+    if options.on == "gpu" and not torch.cuda.is_available():
+        print("benchmark: error: torch finds no CUDA device here", file=sys.stderr)
+        return 2
     # Of the processes that are started: one kind of device, and a GPU that both of them use.
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[options.on]
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -361,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         compare(setting, options.parts, options.repeats, save)
-    except EOFError:
+    except (EOFError, ConnectionError):
         print("benchmark: error: one of the processes failed, as it says above", file=sys.stderr)
         return 2
     return 0

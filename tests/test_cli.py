@@ -183,7 +183,7 @@ def test_version_and_help(capsys):
 
 
 def test_import_is_cheap():
-    code = "import sys, sora_jax, sora_jax.cli; print([m for m in ('jax', 'numpy', 'av') if m in sys.modules])"
+    code = "import sys, sora_jax, sora_jax.cli; print([m for m in ('jax', 'flax', 'numpy', 'av') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(sora_jax.__file__))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr

@@ -2,10 +2,7 @@
 
 import ast
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -102,13 +99,6 @@ def test_frames_are_written_in_one_place():
                 assert (here, ast.unparse(node.args[0])) == ("evaluation/report.py", "folder / 'figures.png'")
         assert not {"sora_jax.media.write", "sora_jax.media.png"} & {*imports(path)}, here
     assert writers == {"safety/release.py"} and encoders == {"request.py"}
-
-
-def test_importing_the_package_is_cheap():
-    script = "import sys, sora_jax; print([m for m in ('jax', 'flax', 'numpy', 'av') if m in sys.modules])"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_no_file_names_a_place_on_somebodys_machine():

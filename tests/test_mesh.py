@@ -30,7 +30,7 @@ CODEC = Codec(CodecConfig(4, 4, 4, (1, 2), (True,), blocks=1, patch=2)), jnp.zer
 def on_eight_devices(what):
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

@@ -98,7 +98,7 @@ def test_eight_devices_share_what_one_would_hold(tmp_path):
     safetensors.numpy.save_file({f"{prefix}.{key}.weight": np.float32(x) for key, x in matrices.items()}, lora)
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
@@ -116,5 +116,5 @@ def test_the_host_never_holds_the_model():
     memory = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(memory)
     bound, took = memory.figures(layers=32, shards=2, rows=("load", "convert"))
-    assert bound < 180e6 < 268e6  # of the parameters
+    assert bound < 180e6  # the parameters are 268e6
     assert max(took.values()) < bound, took

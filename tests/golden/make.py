@@ -4,7 +4,8 @@ given inputs. Needs the extra `parity`; the tests that read the values do not.
     python tests/golden/make.py
 
 Each of the folders `t2v` (Wan 2.1), `ti2v` (Wan 2.2 5B), `a14b` (Wan 2.2 A14B), `i2v` and `flf` (Wan 2.1 image to
-video, and first to last image) is a whole pipeline as `save_pretrained` writes it, with `expected.npz` beside it.
+video, and first to last image) and `i2v-a14b` (Wan 2.2 image to video) is a whole pipeline as `save_pretrained` writes
+it, with `expected.npz` beside it.
 """
 
 import shutil
@@ -32,8 +33,9 @@ from transformers import (
 )
 
 HERE = Path(__file__).parent
-KINDS = ("t2v", "ti2v", "a14b", "i2v", "flf")
-FROM_IMAGE = ("i2v", "flf")
+KINDS = ("t2v", "ti2v", "a14b", "i2v", "flf", "i2v-a14b")
+FROM_IMAGE = ("i2v", "flf", "i2v-a14b")
+SEEING = ("i2v", "flf")  # with an image encoder
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "ball", "rolls", "behind", "gray", "wall", "blue", "cube")
 FRAMES = 9
 
@@ -113,12 +115,12 @@ def text_encoder(width=24, heads=3, head_width=8, feed_forward=40, layers=2):
     return randomise(UMT5EncoderModel(config))
 
 
-def image_encoder(width=20, size=28):
+def image_encoder(width=20, size=28, heads=2, feed_forward=32, layers=3):
     config = CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         image_size=size,
         patch_size=14,
         hidden_act="gelu",
@@ -135,9 +137,12 @@ def scheduler(kind):
 
 def pipeline(kind, channels=None):
     channels = channels or (12 if kind == "ti2v" else 4)
+    two = kind.endswith("a14b")
     if kind in FROM_IMAGE:
-        encoder, processor = image_encoder()
-        options = {"condition": 4 + channels, "image": 20, "positions": 10 if kind == "flf" else 0}
+        options, encoder, processor = {"condition": 4 + channels}, None, None
+        if kind in SEEING:
+            encoder, processor = image_encoder()
+            options |= {"image": 20, "positions": 10 if kind == "flf" else 0}
         made = WanImageToVideoPipeline(
             tokenizer=tokenizer(),
             text_encoder=text_encoder(),
@@ -146,6 +151,8 @@ def pipeline(kind, channels=None):
             image_encoder=encoder,
             image_processor=processor,
             transformer=transformer(channels, **options),
+            transformer_2=transformer(channels, **options) if two else None,
+            boundary_ratio=0.875 if two else None,
         )
         made.set_progress_bar_config(disable=True)
         return made
@@ -155,8 +162,8 @@ def pipeline(kind, channels=None):
         vae=codec(kind, channels),
         scheduler=scheduler(kind),
         transformer=transformer(channels),
-        transformer_2=transformer(channels) if kind == "a14b" else None,
-        boundary_ratio=0.875 if kind == "a14b" else None,
+        transformer_2=transformer(channels) if two else None,
+        boundary_ratio=0.875 if two else None,
         expand_timesteps=kind == "ti2v",
     )
     made.set_progress_bar_config(disable=True)
@@ -184,7 +191,7 @@ def run_dit(module, latents_BFYXZ, thousandths_BF, text_BLD, image_BLD=None):
     inputs = [channels_first(latents_BFYXZ).to(module.dtype), levels, torch.tensor(text_BLD).to(module.dtype)]
     if image_BLD is not None:
         images = 2 if module.config.pos_embed_seq_len else 1  # they stand one below the other
-        inputs.append(torch.tensor(image_BLD).reshape(B * images, -1, image_BLD.shape[-1]))
+        inputs.append(torch.tensor(image_BLD).to(module.dtype).reshape(B * images, -1, image_BLD.shape[-1]))
     return channels_last(module(*inputs, return_dict=False)[0].float())
 
 
@@ -269,16 +276,19 @@ def expected(kind, made):
         # Not of the video's size: the pipelines stretch them.
         values["image"], values["last_image"] = pictures(random, 10 * stride + 5, 9 * stride)
         options = {"image": values["image"], "last": values["last_image"] if kind == "flf" else None}
-    if kind in FROM_IMAGE:
+    if kind in SEEING:
         values["features"], values["seen"] = run_image_encoder(made, values["image"])
-    else:
-        inputs = (values[f"dit_{name}"] for name in ("latents", "levels", "text"))
-        values["dit"] = run_dit(made.transformer, *inputs)
+        values["dit_image"] = normal(2, 10 if kind == "flf" else 7, 20)
+    values["dit_condition"] = normal(2, 3, 4, 6, made.transformer.config.in_channels - Z)
+    latents = np.concatenate([values["dit_latents"], values["dit_condition"]], axis=-1)
+    inputs = latents, values["dit_levels"], values["dit_text"], values.get("dit_image")
+    values["dit"] = run_dit(made.transformer, *inputs)
+    if kind.endswith("a14b"):
+        values["dit_low"] = run_dit(made.transformer_2, *inputs)
     if kind == "t2v":
         # How far the reference in bfloat16 is from itself in float32.
         half = WanTransformer3DModel.from_pretrained(HERE / kind / "transformer", torch_dtype=torch.bfloat16)
-        latents, levels, text = (values[f"dit_{name}"] for name in ("latents", "levels", "text"))
-        velocity = run_dit(half, latents, levels, text)
+        velocity = run_dit(half, *inputs)
         values["dit_bfloat16_error"] = np.linalg.norm(velocity - values["dit"]) / np.linalg.norm(values["dit"])
     values["text"] = run_text(made.text_encoder, values["text_ids"])
     if kind == "t2v":
@@ -295,9 +305,12 @@ def expected(kind, made):
         with_image.set_progress_bar_config(disable=True)
         values["frames_from_image"] = run_pipeline(with_image, *prompts, values["noise"], **settings, **options)
         options = {}
-    if kind == "a14b":
-        options = {"guidance_low": 2.0}
+    if kind.endswith("a14b"):
+        options["guidance_low"] = 2.0
     values["frames"] = run_pipeline(made, *prompts, values["noise"], **settings, **options)
+    if kind == "ti2v":  # as it is published; the folder has Euler steps
+        made.scheduler = scheduler("t2v")
+        values["frames_unipc"] = run_pipeline(made, *prompts, values["noise"], **settings)
     return values
 
 

@@ -1,12 +1,17 @@
 """Live comparison with the public implementations on random sizes, where torch and diffusers are installed:
 
 pip install -e ".[test,parity]" && pytest -m parity
+
+Every day draws other sizes; PARITY_SEED=N, the number in a test's name, draws those again.
 """
 
+import datetime
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +32,20 @@ from diffusers import (  # noqa: E402
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel  # noqa: E402
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,  # noqa: E402
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 import sora_jax  # noqa: E402
 from sora_jax import sampler  # noqa: E402
 from sora_jax.codec import Codec  # noqa: E402
+from sora_jax.codec.vae import stream  # noqa: E402
 from sora_jax.dit import DiT  # noqa: E402
 from sora_jax.interop.diffusers import (  # noqa: E402
     _flatten,
@@ -45,14 +59,18 @@ from sora_jax.interop.diffusers import (  # noqa: E402
 from sora_jax.interop.presets import CODEC_2_2, PRESETS  # noqa: E402
 from sora_jax.model_folder import abstract_params  # noqa: E402
 from sora_jax.text import T5Encoder  # noqa: E402
+from sora_jax.text.tokenizer import FileTokenizer  # noqa: E402
+from sora_jax.vision import VisionEncoder  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("golden_make", Path(__file__).parents[1] / "golden" / "make.py")
 make = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(make)
 
 TOLERANCE = 1e-5
-KINDS = ("t2v", "ti2v", "a14b", "i2v", "flf", "i2v-a14b")  # as in make.py, and Wan 2.2's image to video
+# As in make.py; Wan 2.2's image to video; and the 5B with the solver of its published folder.
+KINDS = ("t2v", "ti2v", "ti2v-unipc", "a14b", "i2v", "flf", "i2v-a14b")
 FROM_IMAGE = ("i2v", "flf", "i2v-a14b")
+SEED = int(os.environ.get("PARITY_SEED", datetime.date.today().toordinal()))
 
 
 def difference(found, expected) -> float:
@@ -61,49 +79,54 @@ def difference(found, expected) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS, ids=[f"{kind}-{SEED}" for kind in KINDS])
 def kind(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def random(kind):
-    seed = KINDS.index(kind)
-    torch.manual_seed(seed)
-    return np.random.default_rng(seed)
+@pytest.fixture
+def random(request):
+    """Draws of its own for each test, whatever others draw."""
+    return np.random.default_rng([SEED, zlib.crc32(request.node.name.encode())])
 
 
 @pytest.fixture(scope="module")
-def folder_and_pipeline(random, kind, tmp_path_factory):
+def folder_and_pipeline(kind, tmp_path_factory):
     """A pipeline of random sizes, and the folder it was saved to."""
-    heads, head_width = int(random.integers(1, 4)), int(random.choice([12, 24, 32]))
-    channels, text_width = int(random.choice([4, 6, 12])), int(random.choice([16, 40]))
-    layers = int(random.integers(1, 4))
+    random = np.random.default_rng([SEED, KINDS.index(kind)])
+    torch.manual_seed(SEED)
 
-    time = ((True, True), (False, True))[int(random.integers(2))]
-    feed_forward, options = int(random.choice([32, 80])), {}
-    if kind != "ti2v":  # its pipeline asks for patches of 2 by 2
-        options["patch"] = (1, int(random.integers(1, 3)), int(random.integers(1, 3)))
+    def one_of(*options):
+        return options[random.integers(len(options))]
+
+    heads, head_width, layers = one_of(1, 2, 3), one_of(12, 24, 32), one_of(1, 2, 3)
+    channels, text_width, feed_forward = one_of(4, 6, 12), one_of(16, 40), one_of(32, 80)
+    multipliers, time = one_of(
+        ((1, 2, 2), (True, True)), ((1, 2, 2), (False, True)), ((1, 2, 4, 4), (False, True, True))
+    )
+    family, options = kind.removesuffix("-unipc"), {}
+    if family != "ti2v":  # its pipeline asks for patches of 2 by 2
+        options["patch"] = (1, one_of(1, 2), one_of(1, 2))
     encoder, processor = None, None
     if kind in FROM_IMAGE:
         options["condition"] = 2 ** sum(time) + channels
     if kind in ("i2v", "flf"):
-        options["image"] = int(random.choice([20, 32]))
+        options["image"] = one_of(20, 32)
         options["positions"] = 10 if kind == "flf" else 0
-        encoder, processor = make.image_encoder(options["image"])
+        encoder, processor = make.image_encoder(options["image"], 28, one_of(1, 2, 4), one_of(24, 48), one_of(2, 3, 4))
 
     def transformer():
         return make.transformer(channels, heads, head_width, feed_forward, layers, text_width, 64, **options)
 
     parts = {
         "tokenizer": make.tokenizer(),
-        "text_encoder": make.text_encoder(text_width, int(random.integers(1, 4)), 8, 24, int(random.integers(1, 4))),
-        "vae": make.codec(kind, channels, int(random.choice([4, 8])), 8, (1, 2, 2), time, int(random.integers(1, 3))),
-        "scheduler": make.scheduler(kind),
+        "text_encoder": make.text_encoder(text_width, one_of(1, 2, 3), one_of(8, 12), one_of(24, 40), one_of(1, 2, 3)),
+        "vae": make.codec(family, channels, one_of(4, 8), 8, multipliers, time, one_of(1, 2)),
+        "scheduler": make.scheduler("ti2v" if kind == "ti2v" else "t2v"),
         "transformer": transformer(),
         "transformer_2": transformer() if kind.endswith("a14b") else None,
         "boundary_ratio": 0.9 if kind.endswith("a14b") else None,
-        "expand_timesteps": kind == "ti2v",
+        "expand_timesteps": family == "ti2v",
     }
     if kind in FROM_IMAGE:
         made = WanImageToVideoPipeline(**parts, image_encoder=encoder, image_processor=processor)
@@ -120,10 +143,10 @@ def generator(folder_and_pipeline):
     return sora_jax.load(folder_and_pipeline[0])
 
 
-@pytest.mark.parametrize("frames", [1, 3])
-def test_dit(folder_and_pipeline, generator, random, frames):
+def dit_inputs(config, random, frames):
+    """Latents, channels beside them, features of text and of images."""
+    dit = config.dit
     sizes = (int(random.integers(1, 3)), frames, 2 * int(random.integers(1, 5)), 2 * int(random.integers(1, 5)))
-    dit = generator.config.dit
     latents, condition = (
         random.normal(size=(*sizes, channels)).astype(np.float32)
         for channels in (dit.latent_channels, dit.condition_channels)
@@ -131,13 +154,53 @@ def test_dit(folder_and_pipeline, generator, random, frames):
     image = None
     if dit.image_width:
         image = random.normal(size=(sizes[0], dit.image_positions or 7, dit.image_width)).astype(np.float32)
-    text = random.normal(size=(sizes[0], 512, generator.config.text.width)).astype(np.float32)
-    for levels in (random.integers(0, 1000, sizes[:2]), random.integers(0, 1000, (sizes[0], 1)).repeat(frames, 1)):
-        both = np.concatenate([latents, condition], axis=-1)
-        expected = make.run_dit(folder_and_pipeline[1].transformer, both, levels, text, image)
-        apply, params = jax.jit(DiT(dit).apply), {"params": generator.params["dit"]}
-        found = apply(params, latents, np.float32(levels / 1000), text, condition, image)
-        assert difference(found, expected) < TOLERANCE
+    return latents, condition, random.normal(size=(sizes[0], 512, config.text.width)).astype(np.float32), image
+
+
+def transformers_of(folder_and_pipeline):
+    """Our name and their module of each transformer, and the folder that it was saved to."""
+    folder, made = folder_and_pipeline
+    yield "dit", made.transformer, folder / "transformer"
+    if getattr(made, "transformer_2", None) is not None:
+        yield "dit_low", made.transformer_2, folder / "transformer_2"
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_dit(folder_and_pipeline, generator, random, frames):
+    latents, condition, text, image = dit_inputs(generator.config, random, frames)
+    B, apply = len(latents), jax.jit(DiT(generator.config.dit).apply)
+    both = np.concatenate([latents, condition], axis=-1)
+    for levels in (random.integers(0, 1000, (B, frames)), random.integers(0, 1000, (B, 1)).repeat(frames, 1)):
+        for part, module, _ in transformers_of(folder_and_pipeline):
+            expected = make.run_dit(module, both, levels, text, image)
+            params = {"params": generator.params[part]}
+            found = apply(params, latents, np.float32(levels / 1000), text, condition, image)
+            assert difference(found, expected) < TOLERANCE
+
+
+def test_bfloat16(folder_and_pipeline, generator, random):
+    """Ours in bfloat16 is at most twice as far from ours in float32 as theirs is from theirs."""
+    half = sora_jax.load(folder_and_pipeline[0], "bfloat16")
+    latents, condition, text, image = dit_inputs(generator.config, random, 3)
+    both, levels = np.concatenate([latents, condition], axis=-1), random.integers(0, 1000, (len(latents), 1))
+    levels = levels.repeat(3, 1)
+    for part, module, path in transformers_of(folder_and_pipeline):
+        theirs = WanTransformer3DModel.from_pretrained(path, torch_dtype=torch.bfloat16)
+        error = difference(*(make.run_dit(one, both, levels, text, image) for one in (theirs, module)))
+        ours = [
+            jax.jit(DiT(one.config.dit, one.dtype).apply)(
+                {"params": one.params[part]}, latents, np.float32(levels / 1000), text, condition, image
+            )
+            for one in (half, generator)
+        ]
+        assert 1e-4 < difference(*ours) < 2 * error
+    ids = random.integers(3, 32, (2, 512))
+    theirs = UMT5EncoderModel.from_pretrained(folder_and_pipeline[0] / "text_encoder", dtype=torch.bfloat16)
+    error = difference(*(make.run_text(one, ids) for one in (theirs, folder_and_pipeline[1].text_encoder)))
+    ours = [
+        T5Encoder(one.config.text, one.dtype).apply({"params": one.params["text"]}, ids) for one in (half, generator)
+    ]
+    assert 1e-4 < difference(*ours) < 2 * error
 
 
 def test_text_encoder(folder_and_pipeline, generator, random):
@@ -146,6 +209,41 @@ def test_text_encoder(folder_and_pipeline, generator, random):
     expected = make.run_text(folder_and_pipeline[1].text_encoder, ids)
     found = T5Encoder(generator.config.text).apply({"params": generator.params["text"]}, ids)
     assert difference(found, expected) < TOLERANCE
+
+
+def test_image_encoder(folder_and_pipeline, generator, random, kind):
+    if kind not in ("i2v", "flf"):
+        assert generator.config.vision is None
+        return
+    features, seen = make.run_image_encoder(folder_and_pipeline[1], make.pictures(random, 40, 60)[0])
+    found = VisionEncoder(generator.config.vision).apply({"params": generator.params["vision"]}, seen)
+    assert difference(found, features) < TOLERANCE
+
+
+def test_tokenizer(random, tmp_path):
+    """Pieces as a published `tokenizer.json` has them, and the cleaning of prompts before."""
+    pieces = [chr(code) for code in [*range(33, 127), *range(0xE0, 0x100), 0x2581, 0x4E2D, 0x56FD]]
+    pieces += ["\u2581a", "\u2581the", "\u2581re", "ed", "ball", "\u2581ball", "\u2581caf", "ing", "oll"]
+    scores = [(piece, -float(random.uniform(2, 12))) for piece in pieces]
+    unigram = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scores], unk_id=2))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=unigram, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    theirs.save_pretrained(tmp_path)
+    prompts = [
+        "",
+        "a red ball",
+        "  two\tspaces \n",
+        "the café",
+        "the cafÃ© rolling",
+        "&amp;amp; a &lt;ball&gt;",
+        "中国 \u200b☃",
+    ]
+    prompts += ["“quoted” — dash", "ﬁne ball", "a " * 40]
+    prompts += ["".join(chr(code) for code in random.integers(32, 0x3000, 12)) for _ in range(50)]
+    options = {"padding": "max_length", "max_length": 24, "truncation": True, "return_tensors": "np"}
+    expected = theirs([prompt_clean(prompt) for prompt in prompts], **options)["input_ids"]
+    np.testing.assert_array_equal(FileTokenizer(tmp_path / "tokenizer.json")(prompts, 24), expected)
 
 
 @pytest.mark.parametrize("chunks", [0, 2])
@@ -159,24 +257,37 @@ def test_codec(folder_and_pipeline, generator, random, chunks):
     assert difference(found[0], mean) < TOLERANCE and difference(found[1], log_variance) < TOLERANCE
     rebuilt = codec.apply(params, mean, method="reconstruct")
     assert difference(np.clip(rebuilt, -1, 1), decoded) < TOLERANCE
+    latents = (mean - np.array(codec.config.latents_mean)) / np.array(codec.config.latents_std)
+    pieces = np.split(video, [1 + time * chunk for chunk in range(chunks)], axis=1) if chunks else [video]
+    streamed = np.concatenate(list(stream(codec, params["params"], pieces, "encode")), axis=1)
+    assert difference(streamed, latents) < TOLERANCE
+    pieces = np.split(latents.astype(np.float32), range(1, 1 + chunks), axis=1)
+    streamed = np.concatenate(list(stream(codec, params["params"], pieces, "decode")), axis=1)
+    assert difference(streamed, decoded) < TOLERANCE
 
 
-def test_pipeline(folder_and_pipeline, generator, kind, random):
+@pytest.mark.parametrize("from_image", [False, True])
+def test_pipeline(folder_and_pipeline, generator, kind, random, from_image):
+    made = folder_and_pipeline[1]
+    if from_image and not kind.startswith("ti2v"):
+        pytest.skip("the 5B alone makes videos with an image and without")
+    if from_image:
+        parts = {**made.components, "image_encoder": None, "image_processor": None}
+        made = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+        made.set_progress_bar_config(disable=True)
     config = generator.config
     size = tuple(2 * config.codec.stride_space * int(random.integers(1, 4)) for _ in range(2))
     size = tuple(-(-side // 16) * 16 for side in size)  # the public pipeline asks for it
     frames, steps = 1 + config.codec.stride_time * int(random.integers(0, 3)), int(random.integers(1, 8))
-    if kind in FROM_IMAGE:
+    if from_image or kind in FROM_IMAGE:
         frames = 1 + 4 * int(random.integers(2, 4))  # the public codec reads four at a time, whatever its stride
     noise = random.normal(size=(1, *config.codec.latent_shape(frames, *size))).astype(np.float32)
     guidance = float(random.uniform(1.5, 6))
     low = float(random.uniform(1.5, 6)) if kind.endswith("a14b") else None
     first, last = make.pictures(random, 70, 50)
-    first, last = first if kind in FROM_IMAGE else None, last if kind == "flf" else None
+    first, last = first if from_image or kind in FROM_IMAGE else None, last if kind == "flf" else None
     prompt, negative = "a red ball, behind a wall", "cube &amp; wall"
-    expected = make.run_pipeline(
-        folder_and_pipeline[1], prompt, negative, noise, size, frames, steps, guidance, low, first, last
-    )
+    expected = make.run_pipeline(made, prompt, negative, noise, size, frames, steps, guidance, low, first, last)
     video = generator.generate(
         prompt,
         negative_prompt=negative,
@@ -213,7 +324,7 @@ def test_solvers(solver, steps, shift):
     assert difference(sampler.sample(velocity, start, schedule, solver), expected) < TOLERANCE
 
 
-def reference(part, preset):
+def reference(part, name, preset):
     """The public class with a preset's published sizes, without memory for its weights."""
     with torch.device("meta"):
         if part == "text":
@@ -247,18 +358,24 @@ def reference(part, preset):
             return CLIPVisionModel(
                 CLIPVisionConfig(**sizes, num_attention_heads=16, image_size=224, patch_size=14, hidden_act="gelu")
             )
-        dit = preset.dit
-        return WanTransformer3DModel(
-            num_attention_heads=dit.heads,
-            attention_head_dim=dit.head_width,
-            in_channels=dit.latent_channels + dit.condition_channels,
-            out_channels=dit.latent_channels,
-            ffn_dim=dit.feed_forward,
-            num_layers=dit.layers,
-            image_dim=dit.image_width or None,
-            added_kv_proj_dim=dit.width if dit.image_width else None,
-            pos_embed_seq_len=dit.image_positions or None,
-        )
+        return WanTransformer3DModel(**TRANSFORMERS[name])
+
+
+# What the configs of the published transformers say beyond the defaults of their class, which are those of the 14B.
+_LARGE = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+_IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+TRANSFORMERS = {
+    "wan2.1-t2v-1.3b": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+    "wan2.1-t2v-14b": _LARGE,
+    "wan2.1-i2v-14b": {**_LARGE, **_IMAGE},
+    "wan2.1-flf2v-14b": {**_LARGE, **_IMAGE, "pos_embed_seq_len": 514},
+    "wan2.2-t2v-a14b": _LARGE,
+    "wan2.2-i2v-a14b": {**_LARGE, "in_channels": 36},
+    "wan2.2-ti2v-5b": {
+        **{"num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "num_layers": 30},
+        **{"in_channels": 48, "out_channels": 48},
+    },
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -267,7 +384,7 @@ def test_published_sizes(name, tmp_path):
     preset = PRESETS[name]
     abstract = abstract_params(preset)
     for part in preset.parts:
-        module = reference(part, preset)
+        module = reference(part, name, preset)
         theirs = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         theirs = {key: shape for key, shape in theirs.items() if not _unneeded(preset, part)(key)}
         ours = _flatten(abstract[part])
