@@ -4,14 +4,19 @@ import warnings
 import weakref
 from hashlib import sha256
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sora_jax import generate as generate_module
 from sora_jax import media, pipeline, sampler
+from sora_jax.dit import DiTConfig
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator, load
+from sora_jax.interop.presets import PRESETS
 from sora_jax.mesh import parse_mesh
+from sora_jax.model_folder import abstract_params
 from sora_jax.request import Request, make_request
 from sora_jax.safety.manifest import read_manifest
 from sora_jax.tensors import OnDemand, Tensor
@@ -266,3 +271,19 @@ def test_impossible_requests_name_what_is_possible(generator, options, message):
     with pytest.raises(InputError) as caught:
         generator.generate(**{"prompt": "a red ball", **options})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_transformers_are_in_memory_once():
+    """Where they change places within the one scan, no weights are copied for it."""
+    dit = DiTConfig(16, heads=4, head_width=64, feed_forward=1024, layers=4, text_width=4096)
+    config = dataclasses.replace(PRESETS["wan2.2-t2v-a14b"], dit=dit)
+    params, schedule = abstract_params(config), sampler.noise_schedule(4, 3.0, config.sampling.schedule)
+    dits, inputs = (params["dit"], params["dit_low"]), [(1, 1, 4, 4, 16), (2, 8, 4096), (2,)]
+    compiled = (
+        jax.jit(lambda dits, *inputs: pipeline.denoise(config, jnp.float32, dits, *inputs[:2], schedule, inputs[2]))
+        .lower(dits, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs))
+        .compile()
+    )
+    memory, size = compiled.memory_analysis(), sum(4 * leaf.size for leaf in jax.tree.leaves(dits[0]))
+    assert 2 * size < memory.argument_size_in_bytes < 2.1 * size
+    assert memory.temp_size_in_bytes < size / 4
