@@ -27,13 +27,14 @@ _SKY_GROUND = (
     ((0.47, 0.48, 0.51), (0.70, 0.69, 0.66)) * 2,
     ((0.56, 0.62, 0.70), (0.73, 0.75, 0.77), (0.53, 0.56, 0.46), (0.44, 0.46, 0.38)),
     ((0.50, 0.53, 0.58), (0.60, 0.62, 0.66), (0.75, 0.76, 0.775), (0.69, 0.71, 0.74)),
-    ((0.085, 0.090, 0.112), (0.145, 0.155, 0.185), (0.150, 0.160, 0.165), (0.100, 0.105, 0.112)),
+    ((0.160, 0.170, 0.200), (0.290, 0.300, 0.335), (0.190, 0.195, 0.200), (0.140, 0.145, 0.150)),
 )
 _HAS_GROUND = (0.0, 0.0, 1.0, 1.0, 1.0)
 _PANELS = (0.03, 0.025, 0.0, 0.0, 0.0)
-_PATCHES = (0.0, 0.0, 0.04, 0.025, 0.02)
-_DOTS = (0.0, 0.0, 0.0, 0.6, 0.9)
-_DOT_SIZE = (0.1, 0.1, 0.1, 0.12, 0.085)
+_PATCHES = (0.0, 0.0, 0.04, 0.025, 0.05)  # at night they are what shows a moving camera
+_DOTS = (0.0, 0.0, 0.0, 0.6, 0.7)
+_DOT_SIZE = (0.1, 0.1, 0.1, 0.12, 0.13)
+_DOT_SHARE = (0.0, 0.0, 0.0, 0.5, 0.35)
 _SCREEN_GRAY = (0.30, 0.27, 0.27, 0.30, 0.50)
 _COS_36, _SIN_36 = 0.8090170, 0.5877853
 _NOTCH = 0.4  # inner over outer radius of the star; that of a pentagram is 0.38, and more looks like a ball
@@ -177,11 +178,13 @@ def _background(scene, x, y, pixels):
     soil = soil + pick(_PATCHES) * jnp.minimum(4 * near, 1) * patches
     image = sky + ground * (soil - sky) + panels + pick(_TINTED) * tint
 
-    # One soft dot in about half of the cells of a grid: falling snow held still, or stars.
+    # One soft dot in some of the cells of a grid: falling snow held still, or stars.
     cell_x, cell_y = jnp.floor(x * 8), jnp.floor(y * 8)
     noise = [_noise(cell_x, cell_y, look[5] + i) for i in range(3)]
     dot_x, dot_y = x * 8 - cell_x - 0.3 - 0.4 * noise[0], y * 8 - cell_y - 0.3 - 0.4 * noise[1]
-    dot = jnp.exp(-(dot_x**2 + dot_y**2) / (2 * pick(_DOT_SIZE) ** 2)) * jnp.maximum(2 * noise[2] - 1, 0)
+    share = pick(_DOT_SHARE)
+    bright = jnp.maximum(noise[2] - (1 - share), 0) / jnp.maximum(share, 1e-6)
+    dot = bright * jnp.exp(-(dot_x**2 + dot_y**2) / (2 * pick(_DOT_SIZE) ** 2))
     return image + pick(_DOTS) * dot * jnp.where(kind == 3, 1.0, 1 - ground) * (0.8 - image)
 
 
