@@ -369,8 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.on == "gpu" and not torch.cuda.is_available():
         print("benchmark: error: torch finds no CUDA device here", file=sys.stderr)
         return 2
-    # Of the processes that are started: one kind of device, and a GPU that both of them use.
-    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[options.on]
+    # Of the processes that are started: what computes, and a GPU that both of them use.
+    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda,cpu"}[options.on]
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
     def save(results):
