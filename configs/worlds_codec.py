@@ -15,10 +15,9 @@ takes 5,000 steps, about 40 minutes on two CPU cores that do nothing else. The b
 5. encoder and decoder again, from the model folder this gave, with stars drawn twice as often as other shapes and most
    windows around an object: `--config.start_from=MODEL --config.on_object=0.8 --config.steps=2200
    --config.optimizer.decay=0.6 --config.optimizer.learning_rate=0.002 --config.seed=5` (28 minutes, beside other work);
-6. the same on worlds with stars more pointed and small objects less small than before, and with
-   much of the loss on outlines: `--config.start_from=MODEL --config.on_object=0.8 --config.loss.outlines=0.5
-   --config.steps=2600 --config.optimizer.decay=0.5 --config.optimizer.learning_rate=0.002 --config.seed=8` (47 minutes,
-   beside other work);
+6. the same on worlds with stars more pointed and small objects less small than before, and with much of the loss on
+   outlines: `--config.start_from=MODEL --config.on_object=0.8 --config.loss.outlines=0.5 --config.steps=2600
+   --config.optimizer.decay=0.5 --config.optimizer.learning_rate=0.002 --config.seed=8` (47 minutes, beside other work);
 7. the decoder alone, on the worlds as they are now, whose nights are lighter and have fewer and softer stars, once the
    DiT was trained on them: `--config.start_from=runs/dit/codec --config.freeze_encoder=True
    --config.optimizer.learning_rate=0.002 --config.optimizer.decay=0.6 --config.loss.outlines=0.3 --config.on_object=0.6

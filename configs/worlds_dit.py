@@ -38,8 +38,9 @@ runs 20,000 steps, seven to eleven hours on two CPU cores. The bundled model was
 11. from that model, on 12,288 new clips: as part 7, but `--config.data.seed=12 --config.flow.uniform_share=0.25
    --config.seed=12 --config.steps=3200`, stopped by SIGTERM and gone on with at step 1,720 (two hours, beside other
    work);
-12. from that model, on 8,192 new clips: as part 11, but `--config.data.seed=14 --config.data.clips=8192
-   --config.optimizer.decay=0.5 --config.seed=14 --config.steps=1900` (57 minutes);
+12. from that model, on 8,192 new clips of worlds between those before and now (dark nights with patches on the ground):
+   as part 11, but `--config.data.seed=14 --config.data.clips=8192 --config.optimizer.decay=0.5 --config.seed=14
+   --config.steps=1900` (57 minutes);
 13. from that model, on 10,240 new clips of the worlds as they are now, whose nights are lighter, with hills, fewer and
    softer stars, and some ground: as part 12, but `--config.data.seed=16 --config.data.clips=10240 --config.seed=16
    --config.steps=2300` (79 minutes, beside other work). Then came part 7 in worlds_codec.py, which changes the decoder

@@ -50,7 +50,7 @@ def expected(kind):
 
 def test_dit(generator, expected, kind):
     inputs = [expected["dit_latents"], np.float32(expected["dit_levels"] / 1000), expected["dit_text"]]
-    inputs += [expected["dit_condition"], expected["dit_image"] if kind in ("i2v", "flf") else None]
+    inputs += [expected["dit_condition"], expected["dit_image"] if "dit_image" in expected else None]
     apply = jax.jit(DiT(generator.config.dit).apply)
     for part in ("dit", "dit_low") if kind.endswith("a14b") else ("dit",):
         assert difference(apply({"params": generator.params[part]}, *inputs), expected[part]) < TOLERANCE

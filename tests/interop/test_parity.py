@@ -37,7 +37,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E4
 from transformers import (  # noqa: E402
     CLIPVisionConfig,
     CLIPVisionModel,
-    PreTrainedTokenizerFast,  # noqa: E402
+    PreTrainedTokenizerFast,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -67,9 +67,7 @@ make = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(make)
 
 TOLERANCE = 1e-5
-# As in make.py; Wan 2.2's image to video; and the 5B with the solver of its published folder.
-KINDS = ("t2v", "ti2v", "ti2v-unipc", "a14b", "i2v", "flf", "i2v-a14b")
-FROM_IMAGE = ("i2v", "flf", "i2v-a14b")
+KINDS = (*make.KINDS, "ti2v-unipc")  # the 5B with the solver of its published folder
 SEED = int(os.environ.get("PARITY_SEED", datetime.date.today().toordinal()))
 
 
@@ -108,9 +106,9 @@ def folder_and_pipeline(kind, tmp_path_factory):
     if family != "ti2v":  # its pipeline asks for patches of 2 by 2
         options["patch"] = (1, one_of(1, 2), one_of(1, 2))
     encoder, processor = None, None
-    if kind in FROM_IMAGE:
+    if kind in make.FROM_IMAGE:
         options["condition"] = 2 ** sum(time) + channels
-    if kind in ("i2v", "flf"):
+    if kind in make.SEEING:
         options["image"] = one_of(20, 32)
         options["positions"] = 10 if kind == "flf" else 0
         encoder, processor = make.image_encoder(options["image"], 28, one_of(1, 2, 4), one_of(24, 48), one_of(2, 3, 4))
@@ -128,7 +126,7 @@ def folder_and_pipeline(kind, tmp_path_factory):
         "boundary_ratio": 0.9 if kind.endswith("a14b") else None,
         "expand_timesteps": family == "ti2v",
     }
-    if kind in FROM_IMAGE:
+    if kind in make.FROM_IMAGE:
         made = WanImageToVideoPipeline(**parts, image_encoder=encoder, image_processor=processor)
     else:
         made = WanPipeline(**parts)
@@ -212,7 +210,7 @@ def test_text_encoder(folder_and_pipeline, generator, random):
 
 
 def test_image_encoder(folder_and_pipeline, generator, random, kind):
-    if kind not in ("i2v", "flf"):
+    if kind not in make.SEEING:
         assert generator.config.vision is None
         return
     features, seen = make.run_image_encoder(folder_and_pipeline[1], make.pictures(random, 40, 60)[0])
@@ -279,13 +277,13 @@ def test_pipeline(folder_and_pipeline, generator, kind, random, from_image):
     size = tuple(2 * config.codec.stride_space * int(random.integers(1, 4)) for _ in range(2))
     size = tuple(-(-side // 16) * 16 for side in size)  # the public pipeline asks for it
     frames, steps = 1 + config.codec.stride_time * int(random.integers(0, 3)), int(random.integers(1, 8))
-    if from_image or kind in FROM_IMAGE:
+    if from_image or kind in make.FROM_IMAGE:
         frames = 1 + 4 * int(random.integers(2, 4))  # the public codec reads four at a time, whatever its stride
     noise = random.normal(size=(1, *config.codec.latent_shape(frames, *size))).astype(np.float32)
     guidance = float(random.uniform(1.5, 6))
     low = float(random.uniform(1.5, 6)) if kind.endswith("a14b") else None
     first, last = make.pictures(random, 70, 50)
-    first, last = first if from_image or kind in FROM_IMAGE else None, last if kind == "flf" else None
+    first, last = first if from_image or kind in make.FROM_IMAGE else None, last if kind == "flf" else None
     prompt, negative = "a red ball, behind a wall", "cube &amp; wall"
     expected = make.run_pipeline(made, prompt, negative, noise, size, frames, steps, guidance, low, first, last)
     video = generator.generate(

@@ -34,7 +34,7 @@ _PANELS = (0.03, 0.025, 0.0, 0.0, 0.0)
 _PATCHES = (0.0, 0.0, 0.04, 0.025, 0.05)  # at night they are what shows a moving camera
 _DOTS = (0.0, 0.0, 0.0, 0.6, 0.7)
 _DOT_SIZE = (0.1, 0.1, 0.1, 0.12, 0.13)
-_DOT_SHARE = (0.0, 0.0, 0.0, 0.5, 0.35)
+_DOT_SHARE = (1.0, 1.0, 1.0, 0.5, 0.35)
 _SCREEN_GRAY = (0.30, 0.27, 0.27, 0.30, 0.50)
 _COS_36, _SIN_36 = 0.8090170, 0.5877853
 _NOTCH = 0.4  # inner over outer radius of the star; that of a pentagram is 0.38, and more looks like a ball
@@ -183,7 +183,7 @@ def _background(scene, x, y, pixels):
     noise = [_noise(cell_x, cell_y, look[5] + i) for i in range(3)]
     dot_x, dot_y = x * 8 - cell_x - 0.3 - 0.4 * noise[0], y * 8 - cell_y - 0.3 - 0.4 * noise[1]
     share = pick(_DOT_SHARE)
-    bright = jnp.maximum(noise[2] - (1 - share), 0) / jnp.maximum(share, 1e-6)
+    bright = jnp.maximum(noise[2] - (1 - share), 0) / share
     dot = bright * jnp.exp(-(dot_x**2 + dot_y**2) / (2 * pick(_DOT_SIZE) ** 2))
     return image + pick(_DOTS) * dot * jnp.where(kind == 3, 1.0, 1 - ground) * (0.8 - image)
 
