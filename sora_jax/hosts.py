@@ -78,6 +78,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def leads() -> bool:
+    """Whether there are other processes that cannot go on without this one."""
+    return jax.distributed.is_initialized() and is_first()
+
+
 def alone() -> contextlib.AbstractContextManager:
     """Sets a mesh of the devices of this process, for what each process computes by itself."""
     return jax.set_mesh(mesh_lib.make_mesh(devices=jax.local_devices()))

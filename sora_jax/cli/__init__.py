@@ -47,9 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except HostLost as lost:
         code = _fail(str(lost), 1)
-        # Where the first process goes, the others are stopped by JAX, which says much: it leaves them the time to end
-        # with a line of their own.
-        time.sleep(2)
         _leave(code)  # a normal exit would wait for the one that is gone
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
@@ -64,9 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the command at once."""
+    """Ends the command without waiting for what it has begun."""
     sys.stdout.flush()
     sys.stderr.flush()
+    hosts = sys.modules.get("sora_jax.hosts")  # it may have been stopped before that was imported
+    if hosts and hosts.leads():
+        # Where the first process goes, the others are stopped by JAX, which says much: it leaves them the time to end
+        # with a line of their own.
+        time.sleep(3)
     os._exit(code)
 
 
