@@ -278,7 +278,7 @@ def measure_attention(bench: Bench, quick: bool) -> None:
     float32 on CPUs, bfloat16 elsewhere; peak memory is that of the compiled program, beside queries, keys, values.
     """
     platform = jax.default_backend()
-    kernels = {"cpu": ("xla",), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}.get(platform, ("xla",))
+    kernels = {"cpu": ("xla", "heads"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}.get(platform, ("xla",))
     dtype, (heads, width) = (jnp.float32, (4, 64)) if platform == "cpu" else (jnp.bfloat16, (12, 128))
     for tokens in (64, 128) if quick else (1024, 4096, 8192) if platform == "cpu" else (4096, 16384, 65536):
         q, k, v = (

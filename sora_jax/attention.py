@@ -3,6 +3,7 @@
 Kernels (`KERNELS`), chosen by the platform that a program is compiled for unless one is named:
 
     xla      everywhere; queries in blocks, so that memory is linear in their number
+    heads    the same, head by head: for CPUs, whose products are slow where they come in batches
     splash   the Pallas kernel for TPUs
     cudnn    cuDNN's flash attention on GPUs
 
@@ -28,6 +29,7 @@ _TOKENS, _TEXT = ("batch", None, "tokens", "heads", None), ("batch", None, "head
 _SCORES = 2**26  # how many attention scores the XLA kernel holds at a time
 _BLOCK_Q, _BLOCK_K, _PRODUCT_K = 1024, 1024, 512  # of the splash kernel
 _FEW = 2048  # queries; below this there is little to gain from the TPU's kernel
+_MANY = 2**14  # scores of a head; below this there is little to gain from taking heads one by one
 
 
 def self_attention(q_BFSKE, k_BFSKE, v_BFSKE, tokens: int | None = None, kernel: str = "auto") -> jax.Array:
@@ -130,8 +132,10 @@ def attend(q_BNKE, k_BLKE, v_BLKE, valid_L=None, kernel: str = "auto", with_log_
 
     if kernel != "auto":
         return run(kernel, *arrays)
-    N, E = q_BNKE.shape[1], q_BNKE.shape[3]
+    N, E, L = q_BNKE.shape[1], q_BNKE.shape[3], k_BLKE.shape[1]
     choice = {}
+    if N * L >= _MANY:
+        choice["cpu"] = partial(run, "heads")
     if N >= _FEW and E in (128, 256):
         choice["tpu"] = partial(run, "splash")
     # JAX asks for the installed cuDNN while tracing, so that this one cannot be lowered for elsewhere. Its sums come
@@ -153,25 +157,57 @@ def _has_flash_attention(device) -> bool:
 
 
 def _xla(q, k, v, valid_L, with_log_sum):
-    B, N, K, E = q.shape
-
     def one(q):
-        scores_BKNL = jnp.einsum("bnke,blke->bknl", q, k, preferred_element_type=jnp.float32) * E**-0.5
-        if valid_L is not None:
-            scores_BKNL = jnp.where(valid_L, scores_BKNL, -1e30)
-        log_sum_BKN = jax.nn.logsumexp(scores_BKNL, axis=-1)
-        weights_BKNL = jnp.exp(scores_BKNL - log_sum_BKN[..., None]).astype(v.dtype)
-        out_BNKE = jnp.einsum("bknl,blke->bnke", weights_BKNL, v)
+        scores_BKNL = jnp.einsum("bnke,blke->bknl", q, k, preferred_element_type=jnp.float32)
+        weights_BKNL, sum_BKN, log_sum_BKN = _exponentials(scores_BKNL * q.shape[-1] ** -0.5, valid_L)
+        out_BNKE = jnp.einsum("bknl,blke->bnke", weights_BKNL.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out_BNKE = (out_BNKE / sum_BKN.swapaxes(1, 2)[..., None]).astype(v.dtype)
         return (out_BNKE, log_sum_BKN.swapaxes(1, 2)) if with_log_sum else out_BNKE
 
-    block = max(_SCORES // (B * K * k.shape[1]), 128)
+    B, _, K, _ = q.shape
+    return _in_blocks(one, q, max(_SCORES // (B * K * k.shape[1]), 128))
+
+
+def _heads(q, k, v, valid_L, with_log_sum):
+    def head(arrays):
+        q_NE, k_LE, v_LE = arrays
+
+        def one(q_1NE):
+            # Written without axes of size 1: with them, the CPU's compiler takes twice as long.
+            scores_NL = jnp.einsum("ne,le->nl", q_1NE[0], k_LE, preferred_element_type=jnp.float32)
+            weights_NL, sum_N, log_sum_N = _exponentials(scores_NL * q_NE.shape[-1] ** -0.5, valid_L)
+            out_NE = jnp.einsum("nl,le->ne", weights_NL.astype(v.dtype), v_LE, preferred_element_type=jnp.float32)
+            out_NE = (out_NE / sum_N[:, None]).astype(v.dtype)
+            return jax.tree.map(lambda x: x[None], (out_NE, log_sum_N) if with_log_sum else out_NE)
+
+        return _in_blocks(one, q_NE[None], max(_SCORES // k_LE.shape[0], 128))
+
+    # Keeping the scores for the way back costs more than computing them again.
+    (B, _, K), heads = q.shape[:3], [x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v)]
+    out = jax.lax.map(jax.checkpoint(head), heads)
+    return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[2:]).swapaxes(1, 2), out)
+
+
+def _exponentials(scores, valid_L):
+    """exp(scores) up to a factor that keeps them in range, their sum over the last axis, and its true logarithm."""
+    if valid_L is not None:
+        scores = jnp.where(valid_L, scores, -1e30)
+    most = jax.lax.stop_gradient(scores.max(-1))
+    weights = jnp.exp(scores - most[..., None])
+    total = weights.sum(-1)
+    return weights, total, most + jnp.log(total)
+
+
+def _in_blocks(one, q, block: int):
+    """`one` of queries (B, N, ...), so many at a time."""
+    B, N = q.shape[:2]
     if N <= 2 * block:
         return one(q)
     blocks = -(-N // block)
     block = -(-N // blocks)
-    q = jnp.pad(q, ((0, 0), (0, blocks * block - N), (0, 0), (0, 0))).reshape(B, blocks, block, K, E)
+    q = jnp.pad(q, ((0, 0), (0, blocks * block - N), *[(0, 0)] * (q.ndim - 2)))
     # Scores are computed again on the way back: keeping them is what the blocks avoid.
-    out = jax.lax.map(jax.checkpoint(one), q.swapaxes(0, 1))
+    out = jax.lax.map(jax.checkpoint(one), q.reshape(B, blocks, block, *q.shape[2:]).swapaxes(0, 1))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, blocks * block, *x.shape[3:])[:, :N], out)
 
 
@@ -239,4 +275,4 @@ def _splash_forward(q, k, v, valid_L, with_log_sum, interpret):
     return out[:, :, :N].swapaxes(1, 2)
 
 
-KERNELS = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
+KERNELS = {"xla": _xla, "heads": _heads, "splash": _splash, "cudnn": _cudnn}

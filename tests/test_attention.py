@@ -25,19 +25,19 @@ def literal(q, k, v, valid):
     return np.einsum("bnkl,blke->bnke", weights / total, np.float64(v)), (np.log(total) + top)[..., 0]
 
 
-KERNELS = {"xla": attention._xla, "splash": partial(attention._splash, interpret=True)}
+KERNELS = {"xla": attention._xla, "heads": attention._heads, "splash": partial(attention._splash, interpret=True)}
 
 
 @pytest.mark.parametrize(
     "name,masked,L",
-    [("xla", False, 140), ("xla", True, 140), ("splash", True, 140)]
+    [("xla", False, 140), ("xla", True, 140), ("heads", False, 140), ("heads", True, 140), ("splash", True, 140)]
     + [
         ("splash", False, 514)  # more than one product, and no multiple of it: two images' features
     ],
 )
 def test_kernels_compute_softmax_attention(name, masked, L):
     N = 130
-    q, k, v = arrays(N, L, 1, 128, B=1)
+    q, k, v = arrays(N, L, 2, 128) if name == "heads" else arrays(N, L, 1, 128, B=1)
     valid = np.arange(L) % 5 > 0 if masked else np.ones(L, bool)
     given = jnp.asarray(valid) if masked else None
     out, log_sum = literal(q, k, v, valid)
@@ -66,8 +66,9 @@ def test_the_sum_of_exponentials_has_a_gradient():
 
 
 @pytest.mark.parametrize("with_log_sum", [False, True])
-def test_gradients_of_the_tpu_kernel_are_those_of_xla(with_log_sum):
-    inputs = arrays(130, 140, 1, 128, B=1)
+@pytest.mark.parametrize("name,inputs", [("splash", (130, 140, 1, 128, 1)), ("heads", (30, 40, 3, 8))])
+def test_gradients_of_kernels_are_those_of_xla(name, inputs, with_log_sum):
+    inputs = arrays(*inputs)
 
     def slopes(kernel):
         def total(q, k, v):
@@ -76,21 +77,22 @@ def test_gradients_of_the_tpu_kernel_are_those_of_xla(with_log_sum):
 
         return jax.grad(total, argnums=(0, 1, 2))(*inputs)
 
-    for ours, expected in zip(slopes(KERNELS["splash"]), slopes(KERNELS["xla"]), strict=True):
+    for ours, expected in zip(slopes(KERNELS[name]), slopes(KERNELS["xla"]), strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
-def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
+@pytest.mark.parametrize("kernel", ["xla", "heads"])
+def test_attention_in_blocks_equals_attention_at_once(kernel, monkeypatch):
     q, k, v = arrays(900, 20, 3, 8)
 
     def run(q):
-        out, log_sum = attention.attend(q, k, v, with_log_sum=True)
+        out, log_sum = attention.attend(q, k, v, kernel=kernel, with_log_sum=True)
         return jnp.sum(jnp.sin(out)) + jnp.sum(log_sum), out
 
     at_once = jax.value_and_grad(run, has_aux=True)(q)
     monkeypatch.setattr(attention, "_SCORES", 0)
     in_blocks = jax.value_and_grad(run, has_aux=True)(q)
-    assert "while" in jax.jit(run).lower(q).as_text()
+    assert jax.jit(run).lower(q).as_text().count("stablehlo.while") == (1 if kernel == "xla" else 2)
     for ours, expected in zip(jax.tree.leaves(in_blocks), jax.tree.leaves(at_once), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -100,9 +102,11 @@ def test_the_kernel_follows_the_platform():
     traced = jax.jit(attention.attend).trace(shape, shape, shape)
     # Without devices of the platform a program can still be lowered for it.
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    cpu, gpu = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
+    assert "custom_call" not in cpu + gpu
+    assert "while" in cpu and "while" not in gpu  # head by head
 
 
 def test_an_unknown_kernel_is_refused():
-    with pytest.raises(InputError, match="there are auto, xla, splash, cudnn"):
+    with pytest.raises(InputError, match="there are auto, xla, heads, splash, cudnn"):
         attention.attend(*arrays(4, 4, 1, 8), kernel="flash")

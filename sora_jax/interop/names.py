@@ -65,15 +65,17 @@ def _patches_2d(x):
     return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
 
 
+def _order_of_halves(width, head_width):
+    """Rotary pairs (2i, 2i + 1) of every head to (i, i + E/2)."""
+    return np.arange(width).reshape(-1, head_width // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
 def _halves(x, head_width):
-    """Rotary pairs (2i, 2i + 1) of every head to (i, i + E/2), on the last axis."""
-    order = np.concatenate([np.arange(0, head_width, 2), np.arange(1, head_width, 2)])
-    heads = x.reshape(*x.shape[:-1], -1, head_width)
-    return heads[..., order].reshape(x.shape)
+    return x[_order_of_halves(len(x), head_width)]
 
 
 def _linear_halves(x, head_width):
-    return _halves(_linear(x), head_width)
+    return _linear(_halves(x, head_width))
 
 
 _DIT = {
