@@ -157,58 +157,44 @@ def _has_flash_attention(device) -> bool:
 
 
 def _xla(q, k, v, valid_L, with_log_sum):
-    def one(q):
-        scores_BKNL = jnp.einsum("bnke,blke->bknl", q, k, preferred_element_type=jnp.float32)
-        weights_BKNL, sum_BKN, log_sum_BKN = _exponentials(scores_BKNL * q.shape[-1] ** -0.5, valid_L)
-        out_BNKE = jnp.einsum("bknl,blke->bnke", weights_BKNL.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        out_BNKE = (out_BNKE / sum_BKN.swapaxes(1, 2)[..., None]).astype(v.dtype)
-        return (out_BNKE, log_sum_BKN.swapaxes(1, 2)) if with_log_sum else out_BNKE
-
-    B, _, K, _ = q.shape
-    return _in_blocks(one, q, max(_SCORES // (B * K * k.shape[1]), 128))
+    (B, _, K, _), L = q.shape, k.shape[1]
+    head = partial(_head, valid_L=valid_L, block=max(_SCORES // (B * K * L), 128))
+    out = jax.vmap(jax.vmap(head, 1, 1))(q, k, v)
+    return out if with_log_sum else out[0]
 
 
 def _heads(q, k, v, valid_L, with_log_sum):
-    def head(arrays):
-        q_NE, k_LE, v_LE = arrays
-
-        def one(q_1NE):
-            # Written without axes of size 1: with them, the CPU's compiler takes twice as long.
-            scores_NL = jnp.einsum("ne,le->nl", q_1NE[0], k_LE, preferred_element_type=jnp.float32)
-            weights_NL, sum_N, log_sum_N = _exponentials(scores_NL * q_NE.shape[-1] ** -0.5, valid_L)
-            out_NE = jnp.einsum("nl,le->ne", weights_NL.astype(v.dtype), v_LE, preferred_element_type=jnp.float32)
-            out_NE = (out_NE / sum_N[:, None]).astype(v.dtype)
-            return jax.tree.map(lambda x: x[None], (out_NE, log_sum_N) if with_log_sum else out_NE)
-
-        return _in_blocks(one, q_NE[None], max(_SCORES // k_LE.shape[0], 128))
-
+    (B, _, K, _), L = q.shape, k.shape[1]
     # Keeping the scores for the way back costs more than computing them again.
-    (B, _, K), heads = q.shape[:3], [x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v)]
-    out = jax.lax.map(jax.checkpoint(head), heads)
-    return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[2:]).swapaxes(1, 2), out)
+    head = jax.checkpoint(partial(_head, valid_L=valid_L, block=max(_SCORES // L, 128)))
+    rows = [x.swapaxes(1, 2).reshape(B * K, x.shape[1], x.shape[3]) for x in (q, k, v)]
+    out = jax.lax.map(lambda row: head(*row), rows)
+    out = jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]).swapaxes(1, 2), out)
+    return out if with_log_sum else out[0]
 
 
-def _exponentials(scores, valid_L):
-    """exp(scores) up to a factor that keeps them in range, their sum over the last axis, and its true logarithm."""
-    if valid_L is not None:
-        scores = jnp.where(valid_L, scores, -1e30)
-    most = jax.lax.stop_gradient(scores.max(-1))
-    weights = jnp.exp(scores - most[..., None])
-    total = weights.sum(-1)
-    return weights, total, most + jnp.log(total)
+def _head(q_NE, k_LE, v_LE, valid_L, block: int):
+    """Attention of one head: out_NE and log_sum_N. From two blocks of queries on, it is done block by block."""
 
+    def one(q_NE):
+        scores_NL = jnp.einsum("ne,le->nl", q_NE, k_LE, preferred_element_type=jnp.float32) * q_NE.shape[1] ** -0.5
+        if valid_L is not None:
+            scores_NL = jnp.where(valid_L, scores_NL, -1e30)
+        most_N = jax.lax.stop_gradient(scores_NL.max(1))
+        weights_NL = jnp.exp(scores_NL - most_N[:, None])
+        sum_N = weights_NL.sum(1)
+        out_NE = jnp.einsum("nl,le->ne", weights_NL.astype(v_LE.dtype), v_LE, preferred_element_type=jnp.float32)
+        return (out_NE / sum_N[:, None]).astype(v_LE.dtype), most_N + jnp.log(sum_N)
 
-def _in_blocks(one, q, block: int):
-    """`one` of queries (B, N, ...), so many at a time."""
-    B, N = q.shape[:2]
+    N, E = q_NE.shape
     if N <= 2 * block:
-        return one(q)
+        return one(q_NE)
     blocks = -(-N // block)
     block = -(-N // blocks)
-    q = jnp.pad(q, ((0, 0), (0, blocks * block - N), *[(0, 0)] * (q.ndim - 2)))
+    q_NE = jnp.pad(q_NE, ((0, blocks * block - N), (0, 0)))
     # Scores are computed again on the way back: keeping them is what the blocks avoid.
-    out = jax.lax.map(jax.checkpoint(one), q.reshape(B, blocks, block, *q.shape[2:]).swapaxes(0, 1))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, blocks * block, *x.shape[3:])[:, :N], out)
+    out = jax.lax.map(jax.checkpoint(one), q_NE.reshape(blocks, block, E))
+    return jax.tree.map(lambda x: x.reshape(blocks * block, *x.shape[2:])[:N], out)
 
 
 def _cudnn(q, k, v, valid_L, with_log_sum):
