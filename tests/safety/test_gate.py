@@ -53,12 +53,11 @@ def test_harmless_prompts_pass(gate, prompt):
 
 
 def test_what_the_bundled_model_can_show_passes(gate):
-    """All but 0.2 % (6 of 3000): the classifier takes a few for something else."""
     scenes = jax.tree.map(np.asarray, jax.jit(jax.vmap(sample_scene))(jax.random.split(jax.random.key(1), 300)))
     rng = np.random.default_rng(0)
     texts = [caption(jax.tree.map(lambda a, i=i: a[i], scenes), rng) for i in range(300)]
     refused = [text for text, verdict in zip(texts, gate.check_many(texts), strict=True) if not verdict.allowed]
-    assert len(refused) < 4, refused
+    assert not refused
 
 
 def test_the_rounds_of_prompts_are_what_they_say():
