@@ -163,9 +163,9 @@ def forged(data: bytes, format: str, folder: Path) -> bytes:
         body, at = b"", start + 14
         while data[at]:
             body, at = body + data[at + 1 : at + 1 + data[at]], at + 1 + data[at]
-        media.write(folder / "red.gif", red[:1], 8)
+        shown = media.encode(red[:1], 8, ".gif")
         other = data[start : start + 14] + sub_blocks(shorter_padding(body, room))
-        other += _part((folder / "red.gif").read_bytes(), regions((folder / "red.gif").read_bytes(), "gif"), "image")
+        other += _part(shown, regions(shown, "gif"), "image")
         rest, comment = end - start - len(other) - 3, b""
         while rest:  # blocks of one length byte and at least one other
             size = min(rest, 255) - (rest % 255 == 1 and rest > 255)

@@ -1,6 +1,6 @@
 """Frames as files: mp4, gif and png, written and read back.
 
-Nothing here decides what may be written: generated frames go through `safety/release.py`, which alone calls `write`.
+Nothing here decides what may be written: generated frames go through `safety/release.py`, which alone calls `encode`.
 """
 
 from __future__ import annotations
@@ -62,20 +62,18 @@ def check_output(path: str | os.PathLike, frames: int, fps: float) -> None:
         hidden.unlink()
 
 
-def write(path: str | os.PathLike, frames: np.ndarray, fps: float) -> Path:
-    """Encodes frames as .mp4 (H.264, yuv420p), .gif, or .png (one frame), by the ending of `path`, and returns it.
+def encode(frames: np.ndarray, fps: float, ending: str) -> bytes:
+    """A file of frames, in memory: ".mp4" (H.264, yuv420p), ".gif", or ".png" (one frame).
 
     Args:
         frames: uint8 [T, H, W, 3], RGB.
         fps: frames per second.
+        ending: of the file's name, in small letters.
 
     Raises:
-        OSError, av.error.FFmpegError: the file cannot be written; `complete_or_absent` puts it into one line.
+        av.error.FFmpegError: they cannot be encoded; `complete_or_absent` puts it into one line.
     """
-    path = Path(path)
-    # FFmpeg takes a relative name with a colon for an address.
-    _ENCODERS[path.suffix.lower()](path.absolute(), frames, Fraction(fps).limit_denominator(1001))
-    return path
+    return _ENCODERS[ending](frames, Fraction(fps).limit_denominator(1001))
 
 
 def read(path: str | os.PathLike, most: int | None = None) -> tuple[np.ndarray, float]:
@@ -163,10 +161,13 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction) -> None:
+def _mp4(frames: np.ndarray, rate: Fraction) -> bytes:
     # H.264 with 4:2:0 colour halves both sides of the frame, so odd sides grow by one repeated row or column.
     frames = np.pad(frames, [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)], "edge")
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    file = io.BytesIO()
+    # To put the index first, FFmpeg opens what it has written once more, and reads it while it writes.
+    again = lambda *_: io.BytesIO(file.getvalue())  # noqa: E731
+    with av.open(file, "w", format="mp4", options={"movflags": "+faststart"}, io_open=again) as container:
         stream = container.add_stream("libx264", rate=rate, options=_X264)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -184,9 +185,10 @@ def _write_mp4(path: Path, frames: np.ndarray, rate: Fraction) -> None:
             )
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
+    return file.getvalue()
 
 
-def _write_gif(path: Path, frames: np.ndarray, rate: Fraction) -> None:
+def _gif(frames: np.ndarray, rate: Fraction) -> bytes:
     # One palette made from the whole clip: a palette per frame flickers, the fixed one of the encoder bands.
     graph = av.filter.Graph()
     height, width = frames.shape[1:3]
@@ -203,20 +205,18 @@ def _write_gif(path: Path, frames: np.ndarray, rate: Fraction) -> None:
         picture.pts, picture.time_base = index, 1 / rate
         source.push(picture)
     source.push(None)
-    with av.open(str(path), "w", format="gif") as container:
+    file = io.BytesIO()
+    with av.open(file, "w", format="gif") as container:
         stream = container.add_stream("gif", rate=rate)
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
         for _ in frames:
             container.mux(stream.encode(sink.pull()))
         container.mux(stream.encode())
+    return file.getvalue()
 
 
-def _write_png(path: Path, frames: np.ndarray, rate: Fraction) -> None:
-    path.write_bytes(png(frames[0]))
-
-
-_ENCODERS: dict[str, Callable[[Path, np.ndarray, Fraction], None]] = {
-    ".mp4": _write_mp4,
-    ".gif": _write_gif,
-    ".png": _write_png,
+_ENCODERS: dict[str, Callable[[np.ndarray, Fraction], bytes]] = {
+    ".mp4": _mp4,
+    ".gif": _gif,
+    ".png": lambda frames, rate: png(frames[0]),
 }

@@ -79,7 +79,7 @@ def test_nothing_imports_another_framework_or_pickle(path):
 
 
 def test_frames_are_written_in_one_place():
-    """Only the exit calls `media.write`, only media.py encodes, and no other library that writes pictures is there.
+    """Only the exit calls `media.encode`, only media.py encodes, and no other library that writes pictures is there.
 
     `media.png` gives the bytes of a picture that the user gave, for the manifest of what is made of it.
     """
@@ -90,14 +90,14 @@ def test_frames_are_written_in_one_place():
             here
         )
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and (ast.unparse(node) == "media.write" or node.attr == "_ENCODERS"):
+            if isinstance(node, ast.Attribute) and (ast.unparse(node) == "media.encode" or node.attr == "_ENCODERS"):
                 writers.add(here)
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "media.png":
                 encoders.add(here)
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("savefig", "imsave", "tofile"):
                 # A chart of figures: no frames are on it.
                 assert (here, ast.unparse(node.args[0])) == ("evaluation/report.py", "folder / 'figures.png'")
-        assert not {"sora_jax.media.write", "sora_jax.media.png"} & {*imports(path)}, here
+        assert not {"sora_jax.media.encode", "sora_jax.media.png"} & {*imports(path)}, here
     assert writers == {"safety/release.py"} and encoders == {"request.py"}
 
 

@@ -92,12 +92,12 @@ class Claim:
     ingredients: tuple[Source, ...] = ()
 
 
-def sign(source: str | os.PathLike, target: str | os.PathLike, claim: Claim, signer: Signer) -> None:
-    """Writes a signed copy of an .mp4, .gif or .png file.
+def sign(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
+    """A signed copy of an .mp4, .gif or .png file.
 
     Args:
-        source: the file; it is only read.
-        target: the copy; the caller names it and removes it if this fails. Its folder exists.
+        data: the file.
+        ending: of its name.
         claim: what it says.
         signer: who signs it.
 
@@ -106,8 +106,6 @@ def sign(source: str | os.PathLike, target: str | os.PathLike, claim: Claim, sig
     """
     import c2pa
 
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise InputError(f"cannot sign {source} in place: the signed copy needs a name of its own")
     failures: list[Exception] = []
 
     def call(data: bytes) -> bytes:
@@ -117,18 +115,16 @@ def sign(source: str | os.PathLike, target: str | os.PathLike, claim: Claim, sig
             failures.append(error)
             raise
 
+    original, signed = io.BytesIO(data), io.BytesIO()
+    manifest = _manifest(claim, boxes.left_out_sha256(original))
+    original.seek(0)
     try:
-        with open(source, "rb") as original, open(target, "w+b") as signed:
-            manifest = _manifest(claim, boxes.left_out_sha256(original))
-            original.seek(0)
-            builder = c2pa.Builder(manifest, context=c2pa.Context.from_dict(_SIGNING))
-            for number, ingredient in enumerate(claim.ingredients):
-                _add_ingredient(builder, number, ingredient)
-            algorithm = c2pa.C2paSigningAlg[signer.algorithm.upper()]
-            with c2pa.Signer.from_callback(call, algorithm, signer.chain, signer.timestamp_url) as native:
-                builder.sign(native, media_type(source), original, signed)
-    except OSError as error:
-        raise InputError(f"cannot sign {error.filename or target}: {error.strerror}") from error
+        builder = c2pa.Builder(manifest, context=c2pa.Context.from_dict(_SIGNING))
+        for number, ingredient in enumerate(claim.ingredients):
+            _add_ingredient(builder, number, ingredient)
+        algorithm = c2pa.C2paSigningAlg[signer.algorithm.upper()]
+        with c2pa.Signer.from_callback(call, algorithm, signer.chain, signer.timestamp_url) as native:
+            builder.sign(native, media_type(f"file{ending}"), original, signed)
     except c2pa.C2paError as error:
         if failures:
             reason = f"the signing key fails: {type(failures[0]).__name__}: {one_line(failures[0])}"
@@ -137,6 +133,7 @@ def sign(source: str | os.PathLike, target: str | os.PathLike, claim: Claim, sig
         else:
             reason = one_line(error)
         raise InputError(f"cannot sign {claim.title}: {reason}") from error
+    return signed.getvalue()
 
 
 def rehearse(signer: Signer) -> None:
@@ -149,10 +146,9 @@ def rehearse(signer: Signer) -> None:
         InputError: if signing or reading back fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "pixel.png"), Path(folder, "signed.png")
-        source.write_bytes(base64.b64decode(_PIXEL))
-        sign(source, target, Claim("a first pixel", "none", "", {}, "", 0), signer)
-        verify_signed(target, signer)
+        path = Path(folder, "signed.png")
+        path.write_bytes(sign(base64.b64decode(_PIXEL), ".png", Claim("a first pixel", "none", "", {}, "", 0), signer))
+        verify_signed(path, signer)
 
 
 def verify_signed(path: str | os.PathLike, signer: Signer) -> Manifest:

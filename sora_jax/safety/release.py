@@ -1,8 +1,9 @@
 """The one exit: frames are scanned, marked, encoded, signed and read back before a file has its name.
 
-    frames -> scan -> mark -> encode -> sign -> read back -> rename
+    frames -> scan -> mark -> encode -> sign -> write -> read back -> rename
 
-Every generated video and picture leaves through `release`, which alone writes frames to files.
+Every generated video and picture leaves through `release`, which alone writes frames to files. What is not scanned and
+signed is never on a disk, under whatever name: a process can be killed at any time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ def release(
         InputError: name or folder do not fit (see `media.check_output`), or the file cannot be written or signed.
     """
     path = Path(path)
+    ending = path.suffix.lower()
     media.check_output(path, len(frames_THWC), fps)
     signer = signer or keys.load_signer()
     scanners = [None] if scanner is None else [None, scanner]
@@ -59,17 +60,13 @@ def release(
             hidden.write_text(json.dumps(scans, indent=1) + "\n")
         raise Refused(f"the frame scan withholds {path}; {report} says why")
     payload = mark_of(claim)
-    marked_THWC = mark.embed(frames_THWC, payload, keys.watermark_key())
     checks = {**claim.checks, "frames": scans, "mark": f"{payload:04x}"}
     # Not the file's name, which is often made from the prompt.
-    claim = dataclasses.replace(claim, title=f"video{path.suffix.lower()}", checks=checks)
+    claim = dataclasses.replace(claim, title=f"video{ending}", checks=checks)
+    marked_THWC = mark.embed(frames_THWC, payload, keys.watermark_key())
     with media.complete_or_absent(path) as hidden:
-        unsigned = hidden.with_name(f".{secrets.token_hex(8)}{path.suffix}")
-        try:
-            media.write(unsigned, marked_THWC, fps)
-            provenance.sign(unsigned, hidden, claim, signer)
-        finally:
-            unsigned.unlink(missing_ok=True)
+        encoded = media.encode(marked_THWC, fps, ending)
+        hidden.write_bytes(provenance.sign(encoded, ending, claim, signer))
         provenance.verify_signed(hidden, signer)
         written = len(media.read(hidden)[0])
         if written != len(frames_THWC):

@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import files
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -26,7 +27,7 @@ from sora_jax.cli import main
 from sora_jax.errors import InputError
 from sora_jax.safety import certificates, keys
 from sora_jax.safety.keys import load_signer, local_anchor, watermark_key
-from sora_jax.safety.provenance import Claim, read_manifest, sign, verify_signed
+from sora_jax.safety.provenance import Claim, read_manifest, verify_signed
 
 ROOT_KEY, OTHER_KEY, KEY = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
 ROOT, LEAF = (certificates.name(part, "Example") for part in ("root", "signer"))
@@ -63,9 +64,7 @@ def write(folder, certs, key=KEY):
 def png(folder):
     import numpy as np
 
-    from sora_jax import media
-
-    return media.write(folder / "plain.png", np.zeros((1, 8, 8, 3), np.uint8), 8)
+    return files.write(folder / "plain.png", np.zeros((1, 8, 8, 3), np.uint8), 8)
 
 
 def test_a_key_is_made_on_first_use_and_kept(config):
@@ -92,7 +91,7 @@ def test_the_key_of_an_installation_has_the_profile_of_c2pa(config):
 
 def test_the_key_is_nowhere_but_in_its_file(config, tmp_path):
     signer = load_signer()
-    sign(png(tmp_path), tmp_path / "x.png", CLAIM, signer)
+    files.sign(png(tmp_path), tmp_path / "x.png", CLAIM, signer)
     private = load_pem_private_key(config.read_bytes(), None)
     number = private.private_numbers().private_value
     shown = [repr(signer).encode(), str(signer).encode(), signer.chain.encode(), (tmp_path / "x.png").read_bytes()]
@@ -183,7 +182,7 @@ def test_killed_while_making_a_key(config, step):
 def test_keys_of_the_user_sign(tmp_path, key, algorithm):
     signer = load_signer(*write(tmp_path, chain(key.public_key()), key))
     assert (signer.algorithm, signer.local) == (algorithm, False)
-    sign(png(tmp_path), tmp_path / "x.png", CLAIM, signer)
+    files.sign(png(tmp_path), tmp_path / "x.png", CLAIM, signer)
     assert verify_signed(tmp_path / "x.png", signer).signer == "signer, Example"
 
 
@@ -215,14 +214,14 @@ def test_a_callback_signs(tmp_path, plain):
 
     certificate, _ = write(tmp_path, chain())
     signer = load_signer(certificate, callback=call)
-    sign(png(tmp_path), tmp_path / "x.png", CLAIM, signer)
+    files.sign(png(tmp_path), tmp_path / "x.png", CLAIM, signer)
     assert verify_signed(tmp_path / "x.png", signer).state == "trusted"
 
 
 def test_a_chain_without_its_root_signs(tmp_path):
     signer = load_signer(*write(tmp_path, chain()[:1]))
     assert signer.anchor == ""
-    sign(png(tmp_path), tmp_path / "x.png", CLAIM, signer)
+    files.sign(png(tmp_path), tmp_path / "x.png", CLAIM, signer)
     assert verify_signed(tmp_path / "x.png", signer).state == "valid"
 
 

@@ -4,6 +4,7 @@ import av
 import jax
 import numpy as np
 import pytest
+from files import write
 
 from sora_jax import media
 from sora_jax.errors import InputError
@@ -77,7 +78,7 @@ def test_it_survives(marked, change):
 
 
 def test_it_survives_the_file_of_the_package(marked, tmp_path):
-    media.write(tmp_path / "clip.mp4", marked, 8)
+    write(tmp_path / "clip.mp4", marked, 8)
     assert mark.detect(media.read(tmp_path / "clip.mp4")[0], KEY).payload == 0xBEEF
 
 
