@@ -101,10 +101,12 @@ def decode(data: bytes, name: str | os.PathLike, most: int | None = None) -> tup
 def _decode(file: BinaryIO, path: str | os.PathLike, most: int | None) -> tuple[np.ndarray, float]:
     frames, step = [], 1
     try:
-        with av.open(file, options={"format_whitelist": _FORMATS}) as container:
+        with av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(f"cannot read {path}: it holds no video")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise InputError(f"cannot read {path}: its video is in no known encoding")
             if stream.width * stream.height > _MOST_PIXELS:
                 raise InputError(f"cannot read {path}: {stream.width}x{stream.height} pixels are too many")
             convert = VideoReformatter().reformat  # one for all frames: its tables take longer than a small frame

@@ -9,12 +9,12 @@ import pytest
 
 import sora_jax
 from sora_jax import generate as generate_module
-from sora_jax import media
 from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
 from sora_jax.cli.generate import _Target
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
+from sora_jax.safety import provenance
 from sora_jax.safety.policy import load_policy
 from sora_jax.safety.provenance import read_manifest
 from sora_jax.video import read_video
@@ -107,7 +107,8 @@ def test_names_come_from_prompts(tmp_path):
         (["red", "--fps", "0"], "above 0"),
         (["red", "--seed", "-1"], "from 0 to 4294967295"),
         (["red", "--seed", "4294967295", "--num", "2"], "largest seed"),
-        (["red", "--colour", "blue"], "unrecognized arguments"),
+        (["red", "--colour=blue"], "unrecognized arguments: --colour; see"),
+        (["red", "ball", "rolls"], "2 words too many: quote the prompt"),
         (["red", "-o", "red.avi"], "must end in"),
         (["red", "-o", "none/red.mp4"], "no folder none"),
         (["red", "-o", "red.png"], "holds one frame"),
@@ -143,11 +144,11 @@ def test_damaged_models_end_in_one_line(tiny_folder, tmp_path, capsys):
     "failure, code", [(OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
 )
 def test_a_failure_while_writing_leaves_nothing(generate, capsys, monkeypatch, tmp_path, failure, code):
-    def fail_half_way(path, frames, rate):
-        path.write_bytes(b"half")
+    def fail(path, signer):
+        assert path.stat().st_size > 0
         raise failure
 
-    monkeypatch.setitem(media._ENCODERS, ".mp4", fail_half_way)
+    monkeypatch.setattr(provenance, "verify_signed", fail)
     assert generate("a red ball", "-o", "ball.mp4") == code
     message = one_line(capsys)
     assert code == 130 or "No space left on device" in message

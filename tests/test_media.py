@@ -116,6 +116,19 @@ def test_reading_what_is_no_video(tmp_path):
             media.read(tmp_path / name)
 
 
+def test_names_in_a_file_that_are_not_utf_8_are_no_matter(tmp_path):
+    path = write(tmp_path / "clip.mp4", smooth_clip(3), 8)
+    path.write_bytes(path.read_bytes().replace(b"mp41", b"mp4\xb7"))
+    assert len(media.read(path)[0]) == 3
+
+
+def test_video_that_nothing_here_decodes_is_one_line(tmp_path):
+    path = write(tmp_path / "clip.mp4", smooth_clip(3), 8)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"xxxx"))
+    with pytest.raises(InputError, match="its video is in no known encoding"):
+        media.read(path)
+
+
 def test_a_text_reads_neither_other_files_nor_the_network(tmp_path):
     """FFmpeg knows playlists by their content; what they point to is not what was given."""
     write(tmp_path / "other.png", smooth_clip(1), 8)

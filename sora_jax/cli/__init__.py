@@ -29,8 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, options.rest = _parser().parse_known_args(arguments)
         if options.rest and options.command != "train":
-            rest = " ".join(options.rest)
-            raise InputError(f"unrecognized arguments: {rest}; see sora-jax {options.command} --help")
+            # Not what they are: they may be the rest of a prompt that was not quoted.
+            flags = " ".join(word.partition("=")[0] for word in options.rest if word.startswith("-"))
+            what = (
+                f"unrecognized arguments: {flags}" if flags else f"{len(options.rest)} words too many: quote the prompt"
+            )
+            raise InputError(f"{what}; see sora-jax {options.command} --help")
         with _one_interrupt(options.command):
             code = options.run(options) or 0
         sys.stdout.flush()  # here, where a failure to write can still be said in one line

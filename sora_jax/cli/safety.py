@@ -48,8 +48,8 @@ def _check(options: argparse.Namespace) -> None:
         print(json.dumps([{"prompt": p, **dataclasses.asdict(v)} for p, v in zip(prompts, verdicts, strict=True)]))
     else:
         for verdict in verdicts:
-            words = f"refused: {', '.join(verdict.categories)}: {verdict.reason}" if verdict.categories else "allowed"
-            print(words)
+            why = f"refused: {', '.join(verdict.categories)}: {verdict.reason} (by {verdict.layer})"
+            print("allowed" if verdict.allowed else why)
     refused = sum(not verdict.allowed for verdict in verdicts)
     if refused:
         raise Refused(f"{refused} of {len(verdicts)} prompts")

@@ -8,6 +8,7 @@ and the whole-clip form are the same code.
 The structure is that of the Wan 2.1 and 2.2 video VAEs (arXiv:2503.20314, published as `AutoencoderKLWan`).
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +37,7 @@ def remember(module: nn.Module, x_BTHWC: jax.Array, frames: int, first: bool, ze
     return x_BTHWC
 
 
+@partial(jax.jit, static_argnames=("stride_t", "stride", "padding"))  # traced once for each shape
 def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: int = 1, padding=None) -> jax.Array:
     """Convolution with `kernel` (time, rows, columns, in, out): no padding in time, by default "same" in space.
 

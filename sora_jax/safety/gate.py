@@ -9,17 +9,21 @@ says how often.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from sora_jax.errors import InputError
 from sora_jax.safety.names import NameFinder
-from sora_jax.safety.normalize import MAX_LENGTH, Forms, forms, repaired
+from sora_jax.safety.normalize import MAX_LENGTH, Forms, forms, pieces, repaired
 from sora_jax.safety.phrases import compile_phrases
 from sora_jax.safety.policy import Policy
 from sora_jax.safety.semantic import classifier, encoder
 
 _PEOPLE = "real_people"
+# A part of a prompt is one of many, and says less than a whole one: it must be worth so many times the odds.
+_DOUBT = 4.0
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,17 @@ class Gate:
             return too_long
         for text in dict.fromkeys((prompt, repaired(prompt))):
             read = forms(text)
-            verdict = self._check(read) if read else too_long
+            verdict = self._check(read, pieces(text)) if read else too_long
             if not verdict.allowed:
                 break
         return verdict
 
-    def _check(self, read: Forms) -> Verdict:
+    def _check(self, read: Forms, parts: Sequence[str]) -> Verdict:
         readings = (read.words, *read.decoded)
         for layer, found in (
             ("rules", lambda: self._by_rules(readings)),
             ("names", lambda: [_PEOPLE] if self._names and self._names.found_in(read) else []),
-            ("meaning", lambda: self._by_meaning(read)),
+            ("meaning", lambda: self._by_meaning(read, [forms(part) for part in parts])),
         ):
             if hits := found():
                 return Verdict(False, tuple(hits), "; ".join(self._descriptions[name] for name in hits), layer)
@@ -100,15 +104,21 @@ class Gate:
             if any(phrases.found_in(allow.removed_from(words)) for words in readings)
         ]
 
-    def _by_meaning(self, read: Forms) -> list[str]:
+    def _by_meaning(self, read: Forms, parts: Sequence[Forms]) -> list[str]:
         # The plain text, and what is left when disguises are off.
-        windows = self._windows([read.text, *read.decoded[:1]])
+        whole, rest = (
+            self._windows(dict.fromkeys(text for read in some for text in (read.text, *read.decoded[:1])))
+            for some in ([read], parts)
+        )
+        windows = [*whole, *rest]
         vectors_ND = self._encode(windows)
-        scores = {name: p.max() for name, p in self._classify(vectors_ND, windows).items()}
+        doubt_N = np.repeat([1.0, _DOUBT], [len(whole), len(rest)])
+        found = self._classify(vectors_ND, windows)
+        scores = {name: (p_N / (p_N + doubt_N * (1 - p_N))).max() for name, p_N in found.items()}
         scores |= {name: (vectors_ND @ examples_MD.T).max() for name, examples_MD in self._examples.items()}
         return [one.name for one in self._categories if scores.get(one.name, -1.0) >= one.threshold]
 
-    def _windows(self, texts: Sequence[str]) -> list[list[int]]:
+    def _windows(self, texts: Iterable[str]) -> list[list[int]]:
         return [window for text in texts for window in self._encode.windows(text)]
 
 

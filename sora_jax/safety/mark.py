@@ -32,6 +32,7 @@ WAVES = (5.0, 14.0)  # periods of a wave to a tile
 PSNR = 40.3  # dB, of marked frames against unmarked ones
 SCALES = (1.0, 0.5, 2 / 3, 0.75, 1.5, 2.0)  # of frames relative to the marked ones: where the mark is looked for
 MOST_CHANCE = 1e-5  # of finding a mark where there is none
+_LOOK = 12 * TILE  # rows and columns; more of them tell little more
 _WORDS = 256  # each half of the waves carries eight bits
 _LUMA = np.float32([0.299, 0.587, 0.114])
 _NEAR = 16  # pixels, a power of two; what varies more slowly than this is left out
@@ -73,7 +74,9 @@ def embed(frames_THWC: np.ndarray, payload: int, key: bytes) -> np.ndarray:
 
 
 def detect(frames_THWC: np.ndarray, key: bytes) -> Detection:
-    """Looks for a mark made with `key`; frames as for `embed`, of any size."""
+    """Looks for a mark made with `key`; frames as for `embed`, of any size: in the middle of large ones."""
+    top, left = (max(side - _LOOK, 0) // 2 for side in frames_THWC.shape[1:3])
+    frames_THWC = frames_THWC[:, top : top + _LOOK, left : left + _LOOK]
     plane_HW = np.asarray(_plane(frames_THWC))
     words_2MW = np.exp(-1j * _phases(key)).swapaxes(1, 2).astype(np.complex64)
     found = []

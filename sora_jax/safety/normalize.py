@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import html
+import itertools
 import math
 import re
 import unicodedata
@@ -37,8 +38,13 @@ _MEASURE = re.compile(
     re.IGNORECASE,
 )
 _SINGLE = r"[A-Za-z0-9@$!|+]"
-_SPACED = re.compile(rf"(?<![^\s(\"']){_SINGLE}(?:[ .,_\-*/\\~^]{_SINGLE}){{2,}}(?![A-Za-z0-9])")
+_BETWEEN = r"(?: |[.,;:=_\-*/\\~^|>]{1,2} ?)"  # letters that are set apart; two spaces are a gap between words
+_SPACED = re.compile(rf"(?<![^\s(\"']){_SINGLE}(?:{_BETWEEN}{_SINGLE}){{2,}}(?![A-Za-z0-9])")
+_BRACKETED = re.compile(r"(?:\(\w\)|\[\w\]){3,}")
 _LONGEST_WORD = 20
+_SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])|\s*\n\s*")
+_CLAUSE_END = re.compile(r"(?<=[,:])\s+|(?<=[，：、])")
+_MANY_WORDS = 20  # a sentence of more is read by clauses too
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,21 @@ def forms(prompt: str) -> Forms | None:
         read = to_words(_unleet(_glue(_join_spaced(ascii_text, split))))
         readings += [re.sub(r"([a-z])\1{2,}", short, read) for short in (r"\1", r"\1\1")]
     return Forms(text, words, tuple(dict.fromkeys(read for read in readings if read != words)))
+
+
+def pieces(prompt: str) -> list[str]:
+    """The sentences of a prompt that has several; of long ones also the clauses, and each two neighbours of these.
+
+    What one of them asks for has little weight in the whole, where the others are harmless and many.
+    """
+    sentences = [part for part in _SENTENCE_END.split(prompt) if part.strip()]
+    found = sentences if len(sentences) > 1 else []
+    for sentence in sentences:
+        if len(sentence.split()) > _MANY_WORDS:
+            clauses = [part for part in _CLAUSE_END.split(sentence) if part.strip()]
+            if len(clauses) > 1:
+                found = [*found, *clauses, *map(" ".join, itertools.pairwise(clauses))]
+    return list(dict.fromkeys(found))
 
 
 def repaired(prompt: str) -> str:
@@ -173,9 +194,10 @@ def _join_spaced(text: str, split: bool) -> str:
     """ "n a k e d" and "n.a.k.e.d" as one word, or as several; two spaces and more stay a gap between words."""
 
     def joined(match: re.Match) -> str:
-        letters = re.sub(r"[ .,_\-*/\\~^]", "", match[0])
+        letters = re.sub(_BETWEEN, "", match[0])
         return _split(letters) if split else letters
 
+    text = _BRACKETED.sub(lambda match: re.sub(r"[()\[\]]", "", match[0]), text)
     return _SPACED.sub(joined, text)
 
 

@@ -129,7 +129,9 @@ def sign(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
         if failures:
             reason = f"the signing key fails: {type(failures[0]).__name__}: {one_line(failures[0])}"
         elif signer.timestamp_url and isinstance(error, c2pa.C2paError.Signature):
-            reason = f"the time-stamp server {signer.timestamp_url} gives no time stamp: {one_line(error)}"
+            shown = signer.timestamp_url.rpartition("@")[2]  # without a password
+            why = one_line(error).replace(signer.timestamp_url, shown)
+            reason = f"the time-stamp server {shown} gives no time stamp: {why}"
         else:
             reason = one_line(error)
         raise InputError(f"cannot sign {claim.title}: {reason}") from error

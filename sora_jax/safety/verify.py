@@ -57,7 +57,12 @@ def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) ->
     Raises:
         InputError: there is no such file, or `anchors` cannot be read.
     """
-    anchor, given = keys.local_anchor(), ""
+    anchor, secret, why_not, given = "", None, "this installation has marked nothing yet", ""
+    try:
+        if anchor := keys.local_anchor():
+            secret = keys.watermark_key()
+    except InputError as error:  # the file can be read all the same
+        why_not = str(error)
     if anchors:
         try:
             given = Path(anchors).read_text()
@@ -65,16 +70,17 @@ def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) ->
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {anchors}: it must be certificates in PEM") from error
     manifest = read_manifest(path, f"{anchor}\n{given}".strip())
-    words, bits = _look_for_mark(path) if anchor else ("not looked for: this installation has marked nothing yet", "")
-    return Verification(os.fspath(path), manifest, words, bits, (*_of_manifest(manifest), *_of_mark(words)))
+    words, bits = _look_for_mark(path, secret) if secret else (f"not looked for: {why_not}", "")
+    verdict = (*_of_manifest(manifest), *_of_mark(words, bits, manifest))
+    return Verification(os.fspath(path), manifest, words, bits, verdict)
 
 
-def _look_for_mark(path: str | os.PathLike) -> tuple[str, str]:
+def _look_for_mark(path: str | os.PathLike, secret: bytes) -> tuple[str, str]:
     try:
         frames_THWC, _ = media.read(path, most=_MOST_FRAMES)
     except InputError:
         return "not looked for: the file holds no frames that can be read", ""
-    found = mark.detect(frames_THWC, keys.watermark_key())
+    found = mark.detect(frames_THWC, secret)
     return ("found", f"{found.payload:04x}") if found.found else ("not found", "")
 
 
@@ -133,9 +139,13 @@ def _of_scans(said: Any) -> list[str]:
     return [*lines, f"It was not scanned for {', '.join(left)}."] if lines and left else lines
 
 
-def _of_mark(words: str) -> list[str]:
+def _of_mark(words: str, bits: str, manifest: Manifest) -> list[str]:
     if words == "found":
-        return ["It carries the invisible mark of this installation: frames that were written here are in it."]
+        checks = manifest.generation.get("checks")
+        said = checks.get("mark") if isinstance(checks, Mapping) else None
+        fits = "as its manifest says" if said == bits else "not what its manifest says"
+        which = f"bits {bits}, {fits}" if said else f"bits {bits}"
+        return [f"It carries this installation's invisible mark ({which}): frames that were written here are in it."]
     if words == "not found":
         return ["The invisible mark of this installation was not found, which does not prove that it was never there."]
     return [f"The invisible mark was {words}."]

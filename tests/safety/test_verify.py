@@ -8,7 +8,8 @@ from test_release import noisy_clip, save
 
 from sora_jax.cli import main
 from sora_jax.safety import keys
-from sora_jax.safety.verify import _of_generation, verify
+from sora_jax.safety.manifest import Manifest
+from sora_jax.safety.verify import _of_generation, _of_mark, verify
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_what_was_made_here_is_known_and_marked(copy, capsys):
         "generative model",
         "every 4th frame passed a scan for nudity and sexual content.",
         "not scanned for violence, hate, likeness of real people.",
-        "carries the invisible mark",
+        "installation's invisible mark",
     ):
         assert words in text
     assert "not that what it says is true" in text
@@ -90,6 +91,22 @@ def test_without_its_manifest_a_file_still_has_the_mark(copy, tmp_path, capsys):
     assert found["manifest"]["state"] == "none" and found["mark"] == "found" and len(found["mark_bits"]) == 4
     text = verify("remuxed.mp4").text
     assert "carries no manifest" in text and "says nothing of how it was made" in text
+
+
+def test_a_file_is_read_also_where_the_own_key_cannot_be(copy, monkeypatch, tmp_path, capsys):
+    (tmp_path / "config" / "sora_jax").mkdir(parents=True)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "config" / "sora_jax" / "signing.pem").write_text("nothing of the kind")
+    assert main(["verify", "clip.mp4"]) == 4
+    text = capsys.readouterr().out
+    assert "does not know" in text and "The invisible mark was not looked for: " in text and "signing.pem" in text
+
+
+def test_the_mark_is_compared_with_what_the_manifest_says(copy):
+    (line,) = [line for line in verify(copy).verdict if "invisible mark" in line]
+    assert f"(bits {verify(copy).mark_bits}, as its manifest says)" in line
+    other = Manifest("trusted", generation={"checks": {"mark": "other"}})
+    assert "not what its manifest says" in _of_mark("found", "1a2b", other)[0]
 
 
 def test_another_installation_does_not_know_the_signer(copy, tmp_path, monkeypatch, capsys):

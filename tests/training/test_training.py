@@ -1,5 +1,6 @@
 """Training on tiny models: what is interrupted goes on exactly, what fails says so, what is exported generates."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -59,18 +60,28 @@ def random_params(task):
     return jax.tree.map(lambda leaf: random.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
 
 
+def made_once(tmp_path_factory, name, make):
+    """A run that whichever process shares the tests and comes first makes for all of them; no test changes it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            make(folder / "run")
+            (folder / "made").touch()
+    return folder / "run"
+
+
 @pytest.fixture(scope="module")
 def codec_run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "codec"
-    loop.train(codec_config("--config.steps=4"), workdir)
-    return workdir
+    return made_once(tmp_path_factory, "codec", lambda run: loop.train(codec_config("--config.steps=4"), run))
 
 
 @pytest.fixture(scope="module")
 def dit_run(codec_run, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "dit"
-    loop.train(dit_config(codec_run, "--config.steps=4"), workdir)
-    return workdir
+    config = dit_config(codec_run, "--config.steps=4")
+    return made_once(tmp_path_factory, "dit", lambda run: loop.train(config, run))
 
 
 class Stop(Exception):
