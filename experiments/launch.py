@@ -92,6 +92,8 @@ def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folde
         runs.append(Run(name, arguments))
     if len({run.name for run in runs}) < len(runs):
         raise InputError("two runs of this sweep have the same name; a value is given twice")
+    if len({_kubernetes_name(run.name) for run in runs}) < len(runs):
+        raise InputError("two runs of this sweep would have the same name in Kubernetes")
     return runs
 
 
@@ -136,11 +138,15 @@ def on_slurm(run: Run, options: argparse.Namespace) -> Command:
         f"--signal=TERM@{2 * GRACE}",
         *[f"--{setting}" for setting in options.sbatch],
     ]
-    lines = [f"#SBATCH {setting}\n" for setting in settings]
+    lines = [f"#SBATCH {re.sub(r'=(.*[ ].*)', _in_quotes, setting)}\n" for setting in settings]
     srun = shlex.join(["srun", "--kill-on-bad-exit=1", "sora-jax", *run.arguments])
     # srun does not take over the cores of a task from sbatch (since 22.05).
     cores = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
     return Command(["sbatch"], "#!/bin/bash\n" + "".join(lines) + f"\n{cores}\n{srun}\n")
+
+
+def _in_quotes(match: re.Match) -> str:
+    return f'="{match[1]}"'
 
 
 def on_gke(run: Run, options: argparse.Namespace) -> Command:
@@ -200,7 +206,10 @@ def on_gke(run: Run, options: argparse.Namespace) -> Command:
 def _kubernetes_name(name: str) -> str:
     """Lower-case letters, digits and dashes, short enough for the names of pods that are made from it."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return plain if len(plain) <= 40 else f"{plain[:33].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    if len(plain) <= 40 and plain == re.sub("[_=]", "-", name):
+        return plain
+    # What was left out may be all that tells two runs apart.
+    return f"{plain[:33].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 class Stopped(Exception):
@@ -278,9 +287,18 @@ def launcher(options: argparse.Namespace) -> Callable[[Run], list[Command]]:
 
 
 def _topology(text: str) -> str:
-    if not re.fullmatch(r"\d+(x\d+){1,2}", text):
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", text):
         raise argparse.ArgumentTypeError(f"must be like 4x4 or 2x2x4, not {text!r}")
     return text
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, not {text!r}")
+        return int(text)
+
+    return number
 
 
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -295,8 +313,13 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     add("--dry-run", action="store_true", help="print the commands and manifests")
     add("--zone", help="tpu-vm: the zone (default: gcloud's)")
     add("--folder", metavar="DIR", help="tpu-vm: the folder on the hosts that the config's path starts from")
-    add("--nodes", type=int, default=1, help="slurm: nodes (default: 1)")
-    add("--gpus-per-node", type=int, default=0, help="slurm: GPUs on each, with a process for each (default: none)")
+    add("--nodes", type=_at_least(1), default=1, help="slurm: nodes (default: 1)")
+    add(
+        "--gpus-per-node",
+        type=_at_least(0),
+        default=0,
+        help="slurm: GPUs on each, with a process for each (default: none)",
+    )
     add(
         "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: such as partition=a100, cpus-per-task=8"
     )
@@ -304,8 +327,13 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     add("--claim", help="gke: the persistent volume claim that is mounted at --runs")
     add("--tpu", default="tpu-v5-lite-podslice", help="gke: the kind of TPU (default: tpu-v5-lite-podslice)")
     add("--topology", type=_topology, default="4x4", help="gke: the chips of the slice (default: 4x4)")
-    add("--chips-per-host", type=int, default=4, help="gke: chips on each host of it (default: 4)")
-    add("--restarts", type=int, default=10, help="gke: how often it starts again when a host fails (default: 10)")
+    add("--chips-per-host", type=_at_least(1), default=4, help="gke: chips on each host of it (default: 4)")
+    add(
+        "--restarts",
+        type=_at_least(0),
+        default=10,
+        help="gke: how often it starts again when a host fails (default: 10)",
+    )
     return parser.parse_known_args(arguments)
 
 
@@ -329,7 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Path(options.runs).mkdir(parents=True, exist_ok=True)
             problem = start(commands)
             failures += problem is not None
-            print(f"# {run.name}: {problem or 'done'}", file=sys.stderr if problem else sys.stdout, flush=True)
+            well = "handed over" if options.on in ("slurm", "gke") else "done"
+            print(f"# {run.name}: {problem or well}", file=sys.stderr if problem else sys.stdout, flush=True)
     except InputError as error:
         print(f"launch: error: {error}", file=sys.stderr)
         return 2

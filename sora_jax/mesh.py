@@ -63,7 +63,7 @@ def parse_mesh(text: str, devices=None) -> Mesh:
     sizes = {}
     for word in text.split(","):
         name, _, size = word.strip().partition("=")
-        if name not in AXES or not size.isdecimal() or name in sizes:
+        if name not in AXES or not (size.isascii() and size.isdecimal()) or name in sizes:
             raise InputError(f"mesh {text!r}: {word!r} is none of {', '.join(f'{axis}=N' for axis in AXES)}")
         sizes[name] = int(size)
     return make_mesh(**{"data": 1, **sizes}, devices=devices)

@@ -85,6 +85,9 @@ def test_a_config_can_take_an_argument(launch, tmp_path):
 
 
 def test_names_of_kubernetes_are_short_and_differ(launch):
+    assert launch._kubernetes_name("worlds_codec-seed=1") == "worlds-codec-seed-1"
+    for one, other in (("seed=-1", "seed=1"), ("rate=1e-3", "rate=1e+3"), ("name=A", "name=a")):
+        assert launch._kubernetes_name(one) != launch._kubernetes_name(other)
     names = {launch._kubernetes_name("worlds_dit-" + "learning_rate=1e-3-" * 5 + end) for end in "ab"}
     assert len(names) == 2 and all(len(name) <= 40 and name.strip("-") == name for name in names)
 
@@ -100,6 +103,7 @@ def test_names_of_kubernetes_are_short_and_differ(launch):
             ["--on", "gke", "--image", "a", "--claim", "b", "--runs", "/r", "--topology", "1x1"],
             "1 chips; 4 are on a host",
         ),
+        (["--on", "local", "--sweep", "config.data.dir=a_b,a-b"], "same name in Kubernetes"),
         (["--on", "local", "--sweep", "seed=1"], "must look like"),
         (["--on", "local", "--sweep", "config.seed=1,1"], "same name"),
         (["--on", "local", "--sweep", "config.sed=1"], "did you mean seed"),
@@ -110,6 +114,21 @@ def test_a_mistake_is_one_line(launch, arguments, said, capsys):
     assert launch.main([*CONFIG, "--dry-run", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("launch: error: ") and error.count("\n") == 1 and said in error
+
+
+@pytest.mark.parametrize(
+    "words", [["--nodes", "0"], ["--gpus-per-node=-2"], ["--chips-per-host", "0"], ["--topology", "0x4"]]
+)
+def test_numbers_that_cannot_be_are_refused(launch, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        launch.main([*CONFIG, "--dry-run", "--on", "gke", *words])
+    assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_values_with_spaces_are_quoted_for_slurm(launch, capsys):
+    assert launch.main([*CONFIG, "--dry-run", "--on", "slurm", "--runs", "my runs", "--sbatch", "comment=a b"]) == 0
+    said = capsys.readouterr().out
+    assert '#SBATCH --comment="a b"\n' in said and '#SBATCH --output="my runs/' in said
 
 
 def python(launch, script):

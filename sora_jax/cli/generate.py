@@ -142,7 +142,7 @@ def _prepare(options: argparse.Namespace) -> _Task:
     target = _Target(
         options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames, fps=request.fps
     )
-    words = options.mesh or ("auto" if options.hosts else None)
+    words = ("auto" if options.hosts else None) if options.mesh is None else options.mesh
     if words == "auto":
         import jax
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,9 @@ def _plan(options: argparse.Namespace) -> None:
             mesh, reason = plan.choose_mesh(config, size, frames, number)
         if not options.search:
             print(f"mesh {mesh}: {reason}", file=sys.stderr)
+    shares = math.prod(int(size) for size in re.findall(r"(?:data|fsdp)=(\d+)", mesh))
+    if options.train and shares and batch % shares:
+        raise InputError(f"--batch {batch} must be a multiple of {shares}, among which mesh {mesh} shares it")
     job = plan.Job(options.model, "", options.topology, mesh, size, frames, batch, options.dtype, options.offload)
     steps = options.steps or sampling.steps
     if options.batch == "max":

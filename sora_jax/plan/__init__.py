@@ -38,14 +38,14 @@ def choose_mesh(config: ModelConfig, size: tuple[int, int], frames: int, number:
     _, Y, X, _ = config.codec.latent_shape(frames, *size)
     tokens = Y * X // math.prod(config.dit.patch)
     context = max(n for n in range(1, number + 1) if number % n == 0 and _divides(config, n, tokens))
-    tensor = math.gcd(number // context, config.dit.heads)
+    tensor = max(n for n in range(1, number + 1) if number // context % n == 0 and _splits(config, n))
     data = number // context // tensor
     reason = f"context={context} divides the {tokens} tokens of a frame and every width"
     if context > 1:
         group = math.gcd(context, config.dit.heads // tensor)
         reason += f", all-to-all among {group}" + (f", rings of {context // group}" if group < context else "")
     if tensor > 1:
-        reason += f"; tensor={tensor} takes what is left, dividing {config.dit.heads} heads"
+        reason += f"; tensor={tensor} takes what is left, dividing heads and feed-forward widths"
     if data > 1:
         reason += f"; data={data} is of use to the branches of guidance and to several videos"
     return f"data={data},context={context},tensor={tensor}", reason
@@ -53,6 +53,10 @@ def choose_mesh(config: ModelConfig, size: tuple[int, int], frames: int, number:
 
 def _divides(config: ModelConfig, shares: int, tokens: int) -> bool:
     return not (tokens % shares or config.dit.width % shares or config.text.width % shares)
+
+
+def _splits(config: ModelConfig, shares: int) -> bool:
+    return not any(part.heads % shares or part.feed_forward % shares for part in (config.dit, config.text))
 
 
 def training_mesh(batch: int, number: int) -> tuple[str, str]:
@@ -71,7 +75,7 @@ def meshes(config: ModelConfig, size: tuple[int, int], frames: int, number: int)
     found = []
     for data in (1, 2):
         for tensor in range(1, number + 1):
-            if number % (data * tensor) or config.dit.heads % tensor or config.text.heads % tensor:
+            if number % (data * tensor) or not _splits(config, tensor):
                 continue
             context = number // data // tensor
             if _divides(config, context, tokens):
@@ -145,7 +149,7 @@ def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
     """The plan in words, one row to a part."""
     chip, _ = chips(job.topology)
     rows = [
-        f"{job.model} on {job.topology} (chips of {chip.hbm / 1e9:.0f} GB), mesh {job.mesh}: "
+        f"{job.model} on {job.topology} (chips of {chip.hbm / GIB:.1f} GiB), mesh {job.mesh}: "
         f"{job.frames} frames of {job.size[0]}x{job.size[1]}, batch {job.batch}, {job.dtype}",
         "per chip      arguments     heap      HBM  of all  operations  interconnect  at least  compiled",
     ]

@@ -18,7 +18,8 @@ GIB = 2**30
 class Chip:
     """Figures of a chip: HBM in bytes, the rest per second. Interconnect: bytes that come in over all links.
 
-    From https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e.
+    From https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e; HBM as the compiler has it ("exceeds available
+    HBM"), but for v4, whose limit was not asked for.
     """
 
     hbm: float
@@ -29,9 +30,9 @@ class Chip:
 
 CHIPS = {
     "v4": Chip(32e9, 275e12, 1228e9, 300e9),
-    "v5e": Chip(16e9, 197e12, 819e9, 200e9),
-    "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
-    "v6e": Chip(32e9, 918e12, 1640e9, 400e9),
+    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
+    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
+    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 400e9),
 }
 # Operations per second, dense bfloat16, by a word in the name of a device. GPUs: NVIDIA's data sheets, SXM.
 _PEAKS = {"TPU v4": CHIPS["v4"].operations, "TPU v5 lite": CHIPS["v5e"].operations, "TPU v5": CHIPS["v5p"].operations}
