@@ -82,12 +82,12 @@ class Gate:
                 break
         return verdict
 
-    def _check(self, read: Forms, parts: Sequence[str]) -> Verdict:
+    def _check(self, read: Forms, parts: Sequence[Forms]) -> Verdict:
         readings = (read.words, *read.decoded)
         for layer, found in (
             ("rules", lambda: self._by_rules(readings)),
             ("names", lambda: [_PEOPLE] if self._names and self._names.found_in(read) else []),
-            ("meaning", lambda: self._by_meaning(read, [forms(part) for part in parts])),
+            ("meaning", lambda: self._by_meaning(read, parts)),
         ):
             if hits := found():
                 return Verdict(False, tuple(hits), "; ".join(self._descriptions[name] for name in hits), layer)

@@ -78,7 +78,7 @@ def forms(prompt: str) -> Forms | None:
     return Forms(text, words, tuple(dict.fromkeys(read for read in readings if read != words)))
 
 
-def pieces(prompt: str) -> list[str]:
+def pieces(prompt: str) -> list[Forms]:
     """The sentences of a prompt that has several; of long ones also the clauses, and each two neighbours of these.
 
     What one of them asks for has little weight in the whole, where the others are harmless and many.
@@ -90,7 +90,8 @@ def pieces(prompt: str) -> list[str]:
             clauses = [part for part in _CLAUSE_END.split(sentence) if part.strip()]
             if len(clauses) > 1:
                 found = [*found, *clauses, *map(" ".join, itertools.pairwise(clauses))]
-    return list(dict.fromkeys(found))
+    # Two that are put together again can be longer than the prompt, by the space between them.
+    return [read for part in dict.fromkeys(found) if (read := forms(part))]
 
 
 def repaired(prompt: str) -> str:

@@ -80,6 +80,12 @@ def test_a_part_of_a_long_prompt_does_not_pass_for_the_others(gate, prompt):
     assert [verdict.layer for verdict in verdicts].count("meaning") > 6
 
 
+@pytest.mark.parametrize("more", range(3))
+def test_two_clauses_that_are_all_of_the_longest_prompt(gate, more):
+    """Put together again they are longer than the prompt, by the space."""
+    gate.check("a " * 999 + "a，" + "b " * 999 + "b" * (1 + more))
+
+
 def test_the_rounds_of_prompts_are_what_they_say():
     assert sum(map(len, ROUNDS.values())) >= 250
     for prompts in ROUNDS.values():
