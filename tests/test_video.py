@@ -1,5 +1,6 @@
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,11 +31,12 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch,
     target = tmp_path / f"clip{suffix}"
     target.write_bytes(b"older")
 
-    def fail_half_way(path, frames, rate):
-        path.write_bytes(b"half")
+    def fail_half_way(path, data):
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
         raise failure
 
-    monkeypatch.setitem(media._ENCODERS, suffix, fail_half_way)
+    monkeypatch.setattr(Path, "write_bytes", fail_half_way)
     expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else InputError
     with pytest.raises(expected) as caught:
         Video(smooth_clip()).save(target)
@@ -44,8 +46,8 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch,
 
 
 def test_a_file_that_lost_frames_is_not_kept(tmp_path, monkeypatch):
-    write = media._ENCODERS[".mp4"]
-    monkeypatch.setitem(media._ENCODERS, ".mp4", lambda path, frames, rate: write(path, frames[:-2], rate))
+    encode = media._ENCODERS[".mp4"]
+    monkeypatch.setitem(media._ENCODERS, ".mp4", lambda frames, rate: encode(frames[:-2], rate))
     with pytest.raises(InputError, match="only 7 of 9 frames"):
         Video(smooth_clip()).save(tmp_path / "clip.mp4")
     assert not os.listdir(tmp_path)
