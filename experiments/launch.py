@@ -138,15 +138,11 @@ def on_slurm(run: Run, options: argparse.Namespace) -> Command:
         f"--signal=TERM@{2 * GRACE}",
         *[f"--{setting}" for setting in options.sbatch],
     ]
-    lines = [f"#SBATCH {re.sub(r'=(.*[ ].*)', _in_quotes, setting)}\n" for setting in settings]
+    lines = ["#SBATCH " + re.sub("=(.* .*)", r'="\1"', setting) + "\n" for setting in settings]
     srun = shlex.join(["srun", "--kill-on-bad-exit=1", "sora-jax", *run.arguments])
     # srun does not take over the cores of a task from sbatch (since 22.05).
     cores = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
     return Command(["sbatch"], "#!/bin/bash\n" + "".join(lines) + f"\n{cores}\n{srun}\n")
-
-
-def _in_quotes(match: re.Match) -> str:
-    return f'="{match[1]}"'
 
 
 def on_gke(run: Run, options: argparse.Namespace) -> Command:
@@ -314,12 +310,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     add("--zone", help="tpu-vm: the zone (default: gcloud's)")
     add("--folder", metavar="DIR", help="tpu-vm: the folder on the hosts that the config's path starts from")
     add("--nodes", type=_at_least(1), default=1, help="slurm: nodes (default: 1)")
-    add(
-        "--gpus-per-node",
-        type=_at_least(0),
-        default=0,
-        help="slurm: GPUs on each, with a process for each (default: none)",
-    )
+    add("--gpus-per-node", type=_at_least(0), default=0, help="slurm: GPUs on each, a process for each (default: none)")
     add(
         "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: such as partition=a100, cpus-per-task=8"
     )
@@ -328,12 +319,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     add("--tpu", default="tpu-v5-lite-podslice", help="gke: the kind of TPU (default: tpu-v5-lite-podslice)")
     add("--topology", type=_topology, default="4x4", help="gke: the chips of the slice (default: 4x4)")
     add("--chips-per-host", type=_at_least(1), default=4, help="gke: chips on each host of it (default: 4)")
-    add(
-        "--restarts",
-        type=_at_least(0),
-        default=10,
-        help="gke: how often it starts again when a host fails (default: 10)",
-    )
+    add("--restarts", type=_at_least(0), default=10, help="gke: new starts when a host fails, at most (default: 10)")
     return parser.parse_known_args(arguments)
 
 

@@ -77,17 +77,17 @@ class Gate:
             return too_long
         for text in dict.fromkeys((prompt, repaired(prompt))):
             read = forms(text)
-            verdict = self._check(read, pieces(text)) if read else too_long
+            verdict = self._check(text, read) if read else too_long
             if not verdict.allowed:
                 break
         return verdict
 
-    def _check(self, read: Forms, parts: Sequence[Forms]) -> Verdict:
+    def _check(self, text: str, read: Forms) -> Verdict:
         readings = (read.words, *read.decoded)
         for layer, found in (
             ("rules", lambda: self._by_rules(readings)),
             ("names", lambda: [_PEOPLE] if self._names and self._names.found_in(read) else []),
-            ("meaning", lambda: self._by_meaning(read, parts)),
+            ("meaning", lambda: self._by_meaning(read, pieces(text))),
         ):
             if hits := found():
                 return Verdict(False, tuple(hits), "; ".join(self._descriptions[name] for name in hits), layer)
