@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
             data=dict(dir="", held_out="held_out", seed=1, clips=8192, shard=512, captions=12),
             text=dict(vocabulary_size=259, width=128, heads=4, head_width=32, feed_forward=256, layers=3, length=128),
             dit=dict(heads=4, head_width=64, feed_forward=1024, layers=6, remat="dots"),
+            kernel="auto",  # of attention, see `attention.py`
             # `seen_share` of the loss weighs the channels of the latents by what the decoder makes of them.
             flow=dict(shift=2.0, uniform_share=0.5, uniform_shift=5.0, drop_text=0.1, known_share=0.2, seen_share=0.8),
             # What the truth of the worlds is used for, unless `weight` is 0 (see `DiTTask`).

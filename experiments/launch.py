@@ -35,8 +35,15 @@ from pathlib import Path
 
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
+from sora_jax.training.loop import check_config
 
 GRACE = 60  # seconds that a process has for saving, once it is to stop
+# Options that only one of the launchers reads.
+OWN = {
+    "tpu-vm": ("zone", "folder"),
+    "slurm": ("nodes", "gpus_per_node", "sbatch"),
+    "gke": ("image", "claim", "tpu", "topology", "chips_per_host", "restarts"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,11 @@ def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folde
     fields, values = [], []
     for word in sweep:
         name, equals, text = word.removeprefix("--").partition("=")
-        if not name.startswith("config.") or not equals or "" in text.split(","):
+        choices = _split(text)
+        if not name.startswith("config.") or not equals or "" in choices:
             raise InputError(f"--sweep {word} must look like config.FIELD=VALUE,VALUE")
         fields.append(name)
-        values.append(text.split(","))
+        values.append(choices)
     # The last part of a field's name is enough, unless two of them have the same.
     short = [name.rsplit(".", 1)[1] for name in fields]
     short = [last if short.count(last) == 1 else name for last, name in zip(short, fields, strict=True)]
@@ -85,7 +93,7 @@ def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folde
     runs = []
     for chosen in itertools.product(*values):
         swept = [f"--{name}={value}" for name, value in zip(fields, chosen, strict=True)]
-        load_config(config, [*overrides, *swept])  # a mistake is found here, not on a cluster an hour later
+        check_config(load_config(config, [*overrides, *swept]))  # better here than on a cluster an hour later
         parts = [f"{name}={value}" for name, value in zip(short, chosen, strict=True)]
         name = re.sub(r"[^\w.=+-]+", "-", "-".join([Path(path).stem, *[argument][: bool(argument)], *parts]))
         arguments = ["train", "--config", config, "--workdir", f"{folder}/{name}", *overrides, *swept]
@@ -95,6 +103,11 @@ def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folde
     if len({_kubernetes_name(run.name) for run in runs}) < len(runs):
         raise InputError("two runs of this sweep would have the same name in Kubernetes")
     return runs
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that are in no brackets or quotes: of 8,16 two values, of (8,8),(16,16) two tuples."""
+    return re.findall(r"""(?:^|(?<=,))((?:\([^()]*\)|\[[^][]*\]|"[^"]*"|'[^']*'|[^,])*)""", text)
 
 
 def on_this_machine(run: Run, processes: int) -> list[Command]:
@@ -269,6 +282,10 @@ def _end(children: Sequence[subprocess.Popen], number: int | None) -> None:
 def launcher(options: argparse.Namespace) -> Callable[[Run], list[Command]]:
     """What makes the commands of a run, by `--on`."""
     kind, _, value = options.on.partition("=")
+    for owner, names in OWN.items():
+        for name in names if owner != kind else ():
+            if getattr(options, name) != _parser().get_default(name):
+                raise InputError(f"--{name.replace('_', '-')} is for --on {owner}, not {options.on}")
     if kind == "local" and not value:
         return lambda run: on_this_machine(run, 1)
     if kind == "processes" and value.isdecimal() and int(value) > 0:
@@ -297,7 +314,7 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -320,12 +337,12 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     add("--topology", type=_topology, default="4x4", help="gke: the chips of the slice (default: 4x4)")
     add("--chips-per-host", type=_at_least(1), default=4, help="gke: chips on each host of it (default: 4)")
     add("--restarts", type=_at_least(0), default=10, help="gke: new starts when a host fails, at most (default: 10)")
-    return parser.parse_known_args(arguments)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 if a run failed, 2 for a mistake, 128 + the number of the signal that stopped it."""
-    options, overrides = _options(arguments)
+    options, overrides = _parser().parse_known_args(arguments)
 
     def stop(number, _):
         raise Stopped(number)
@@ -343,8 +360,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Path(options.runs).mkdir(parents=True, exist_ok=True)
             problem = start(commands)
             failures += problem is not None
-            well = "handed over" if options.on in ("slurm", "gke") else "done"
-            print(f"# {run.name}: {problem or well}", file=sys.stderr if problem else sys.stdout, flush=True)
+            if problem:  # what ended in the middle of its progress bar has left the line unfinished
+                print(f"\n# {run.name}: {problem}", file=sys.stderr, flush=True)
+            else:
+                print(f"# {run.name}: {'handed over' if options.on in ('slurm', 'gke') else 'done'}", flush=True)
     except InputError as error:
         print(f"launch: error: {error}", file=sys.stderr)
         return 2

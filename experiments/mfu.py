@@ -28,7 +28,8 @@ from sora_jax.cli import words
 from sora_jax.counting import count_operations
 from sora_jax.errors import InputError
 from sora_jax.mesh import parse_mesh
-from sora_jax.plan import Job, choose_mesh, model_config, program, training_mesh
+from sora_jax.mesh_choice import generating_mesh, training_mesh
+from sora_jax.plan import Job, model_config, program
 from sora_jax.plan.job import peak_operations
 from sora_jax.plan.programs import steps
 
@@ -137,9 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in options.parts:
             mesh = options.mesh
             if mesh is None and part == "denoise":
-                mesh, _ = choose_mesh(config, options.size, options.frames, number)
+                mesh, _ = generating_mesh(config, options.size, options.frames, number)
             elif mesh is None:
-                mesh, _ = training_mesh(options.batch, number)
+                mesh, _ = training_mesh(options.batch, number, config.dit)
             batch = options.batch if part == "train" else 1
             job = Job(options.model, part, "", mesh, options.size, options.frames, batch, options.dtype)
             rows.append(measure(job, parse_mesh(mesh), options.repeats, peak))

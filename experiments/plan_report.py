@@ -4,23 +4,27 @@ Needs `sora-jax[tpu]` for the TPU's compiler, and no TPU. Each row takes half a 
 """
 
 import argparse
+import dataclasses
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from sora_jax import plan
+from sora_jax import mesh_choice, plan
+from sora_jax.request import check_window, windows
 
 CASES = (
-    # model, topology, size, frames, and whether each part is on the chips only while it works
+    # model, topology, size, frames; perhaps that each part is on the chips only while it works, or frames of a window
     ("wan2.1-t2v-14b", "v6e:2x4", (720, 1280), 81),
     ("wan2.1-t2v-14b", "v5p:2x2x2", (720, 1280), 81),
     ("wan2.1-t2v-1.3b", "v6e:1x1", (480, 832), 81),
     ("wan2.1-t2v-1.3b", "v5e:1x1", (480, 832), 81),
-    ("wan2.1-t2v-1.3b", "v5e:1x1", (480, 832), 81, True),
+    ("wan2.1-t2v-1.3b", "v5e:1x1", (480, 832), 81, {"offload": True}),
     ("wan2.2-t2v-a14b", "v6e:2x4", (720, 1280), 81),
     ("wan2.2-t2v-a14b", "v5p:2x2x1", (720, 1280), 81),
     ("wan2.1-i2v-14b", "v6e:2x4", (720, 1280), 81),
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 121),
     ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 1441),
+    ("wan2.2-ti2v-5b", "v6e:4x4", (704, 1280), 1441, {"window": 121}),
 )
 TRAINING = (
     # model, topology, size, frames, and whether what blocks keep is in the hosts' memory: the largest batch that fits
@@ -35,12 +39,13 @@ Written by `python experiments/plan_report.py`, from the TPU compiler's own memo
 chip; the step is one of the sampler, bfloat16, both branches of guidance as one batch on several chips and one after
 the other on a single one. "At least" is the largest of arithmetic at the chip's peak, weights once from HBM, and
 bytes over the interconnect: no measurement of time. With libtpu {version}. (JAX 0.10 asks for 0.0.42; 0.0.52 takes up
-to two fifths more heap for a step: A14B on v6e:2x4 2.41.)
+to two fifths more heap for a step: A14B on v6e:2x4 2.41.) The last column but one: seconds from the start of a process
+until the compiler's report on the step is there, of tracing and compiling, on two CPU cores.
 
 """
 COLUMNS = (
     ("model", "slice", "video", "mesh", "step: arguments + heap = HBM", "text, [pictures, encoding,] decoding: HBM")
-    + ("received a step", "a step at least", "")
+    + ("received a step", "a step at least", "compiled", "")
 )  # fmt: skip
 
 
@@ -49,33 +54,37 @@ Training the transformer from scratch, float32 parameters, AdamW and averages, b
 with the largest batch that fits, a multiple of the chips. With --offload (`dit.remat="offload"` in a configuration) the
 tokens that each block keeps for that wait in the hosts' memory; the way there and back is not in "at least":
 
-| model | slice | video | mesh | batch | arguments + heap = HBM | received a step | |
-|---|---|---|---|---|---|---|---|
+| model | slice | video | mesh | batch | arguments + heap = HBM | received a step | compiled | |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
 def training_row(model: str, topology: str, size: tuple[int, int], frames: int, offload: bool = False) -> str:
     number = plan.chips(topology)[1]
-    mesh, _ = plan.training_mesh(number, number)
+    mesh, _ = mesh_choice.training_mesh(number, number, plan.model_config(model).dit)
     job, need = plan.largest_batch(plan.Job(model, "", topology, mesh, size, frames, number, offload=offload))
     sizes = [f"{x / plan.GIB:.2f}" for x in (need.arguments, need.heap, need.hbm)]
     memory = need.error or f"{sizes[0]} + {sizes[1]} = {sizes[2]}"
     received = f"{sum(need.collectives.values()) / plan.GIB:.1f}"
     words = f"{model} --offload" if offload else model
     cells = [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh, str(job.batch), memory, received]
+    cells.append(f"{need.seconds:.0f} s")
     return f"| {' | '.join(cells)} | {plan.verdict(job, {'train': need}, 1)} |\n"
 
 
-def row(model: str, topology: str, size: tuple[int, int], frames: int, offload: bool = False) -> str:
+def row(model: str, topology: str, size: tuple[int, int], frames: int, options: dict[str, Any] | None = None) -> str:
+    options = options or {}
     config = plan.model_config(model)
     chip, number = plan.chips(topology)
-    mesh, _ = plan.choose_mesh(config, size, frames, number)
-    job = plan.Job(model, "", topology, mesh, size, frames, offload=offload)
-    needs = plan.needs(job, plan.parts(model))
-    words = f"{model} --offload" if offload else model
+    mesh, _ = mesh_choice.generating_mesh(config, size, frames, number)
+    window, overlap = check_window(config, frames, options.get("window"), None)
+    job = plan.Job(model, "", topology, mesh, size, window, offload="offload" in options)
+    job = dataclasses.replace(job, windows=windows(frames, window, overlap))
+    needs = plan.needs(job, plan.parts(model, job.windows))
+    words = " ".join([model, *[f"--{name}" + f" {value}" * (value is not True) for name, value in options.items()]])
     step, cells = needs["denoise"], [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh]
     if step.error:
-        cells += [step.error, "", "", ""]
+        cells += [step.error, "", "", "", ""]
     else:
         sizes = [f"{x / plan.GIB:.2f}" for x in (step.arguments, step.heap, step.hbm)]
         others = [need.error or f"{need.hbm / plan.GIB:.2f}" for part, need in needs.items() if part != "denoise"]
@@ -84,6 +93,7 @@ def row(model: str, topology: str, size: tuple[int, int], frames: int, offload: 
             ", ".join(others),
             f"{sum(step.collectives.values()) / plan.GIB:.1f}",
             f"{max(step.bounds(chip).values()):.3f} s",
+            f"{step.seconds:.0f} s",
         ]
     return f"| {' | '.join(cells)} | {plan.verdict(job, needs, config.sampling.steps)} |\n"
 

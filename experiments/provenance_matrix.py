@@ -54,7 +54,7 @@ def make_signed(folder: Path, format: str, signer: Signer, seed: int = 0) -> Pat
     return target
 
 
-def with_certificate(folder: Path, problem: str) -> tuple[Path, str]:
+def with_certificate(folder: Path, format: str, problem: str) -> tuple[Path, str]:
     """A signed file whose signature is right but whose certificate is not, and the root certificate it names.
 
     Nobody signs with such a certificate: both it and a new signature take the place of good ones of the same length.
@@ -84,9 +84,13 @@ def with_certificate(folder: Path, problem: str) -> tuple[Path, str]:
         signatures.append(_ecdsa(key, data))
         return signatures[-1]
 
-    path = make_signed(folder, "mp4", Signer(certificates.pem([good, anchor]), "es256", call))
-    data = path.read_bytes().replace(signatures[-1], _ecdsa(key, signed[-1].replace(old, new))).replace(old, new)
-    path.write_bytes(data)
+    path = make_signed(folder, format, Signer(certificates.pem([good, anchor]), "es256", call))
+
+    def exchange(store: bytes) -> bytes:
+        assert signatures[-1] in store and old in store
+        return store.replace(signatures[-1], _ecdsa(key, signed[-1].replace(old, new))).replace(old, new)
+
+    path.write_bytes(tampering.with_store(path.read_bytes(), format, exchange))
     return path, certificates.pem([anchor])
 
 
@@ -105,7 +109,7 @@ def rows(folder: Path, formats: tuple[str, ...] = FORMATS, flips: int = 12) -> I
     signer = load_signer()
     for format in formats:
         yield from _format_rows(folder, format, signer, flips)
-    yield from _certificate_rows(folder)
+        yield from _certificate_rows(folder, format)
 
 
 def _format_rows(folder: Path, format: str, signer: Signer, flips: int) -> Iterator[Row]:
@@ -145,16 +149,16 @@ def _format_rows(folder: Path, format: str, signer: Signer, flips: int) -> Itera
     yield tried("encoded again", media.encode(*media.read(path), f".{format}"))
 
 
-def _certificate_rows(folder: Path) -> Iterator[Row]:
+def _certificate_rows(folder: Path, format: str) -> Iterator[Row]:
     for problem, change in {
         "expired": "certificate: expired, no time stamp",
         "usage": "certificate: key usage is not digitalSignature",
         "purpose": "certificate: for web servers",
         "chain": "certificate: not issued by the root it names",
     }.items():
-        path, anchor = with_certificate(folder, problem)
+        path, anchor = with_certificate(folder, format, problem)
         manifest = read_manifest(path, anchor)
-        yield Row("mp4", change, Counter([manifest.state]), Counter(["same"]), "; ".join(manifest.problems))
+        yield Row(format, change, Counter([manifest.state]), Counter(["same"]), "; ".join(manifest.problems))
 
 
 HEAD = """# What reading a signed file says after a change

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sora_jax import plan
+from sora_jax.mesh_choice import generating_mesh
 
 TOKENS_MODEL, TOKENS_TOPOLOGY = "wan2.1-t2v-1.3b", "v6e:2x4"
 # frames and size, of 2**10 to 2**20 tokens
@@ -54,7 +55,7 @@ def measure(model: str, topology: str, frames: int, size: tuple[int, int]) -> di
     chip, chips = plan.chips(topology)
     F, Y, X, _ = config.codec.latent_shape(frames, *size)
     tokens = F * Y * X // 4
-    mesh, _ = plan.choose_mesh(config, size, frames, chips)
+    mesh, _ = generating_mesh(config, size, frames, chips)
     job = plan.Job(model, "denoise", topology, mesh, size, frames)
     need = plan.compile_part(job)
     bounds = need.bounds(chip)

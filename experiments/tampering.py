@@ -5,7 +5,7 @@ Bytes go in and come out; `look` and `pixels` tell what a player shows before an
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -147,6 +147,26 @@ def shorter_padding(store: bytes, by: int) -> bytes:
     return bytes(result)
 
 
+def with_store(data: bytes, format: str, change: Callable[[bytes], bytes]) -> bytes:
+    """A file whose manifest store is what `change`, which keeps its length, makes of it; checksums fit."""
+    start, end = next((start, end) for here, start, end in regions(data, format) if here == MANIFESTS[format])
+    if format == "png":
+        part = chunk(b"caBX", change(data[start + 8 : end - 4]))
+    elif format == "gif":
+        part = data[start : start + 14] + sub_blocks(change(_joined(data, start + 14)))
+    else:
+        part = change(data[start:end])
+    return data[:start] + part + data[end:]
+
+
+def _joined(data: bytes, at: int) -> bytes:
+    """The bytes in the sub-blocks of a GIF that start there."""
+    body = b""
+    while data[at]:
+        body, at = body + data[at + 1 : at + 1 + data[at]], at + 1 + data[at]
+    return body
+
+
 def forged(data: bytes, format: str, folder: Path) -> bytes:
     """A file that shows red, with all that is signed in its place: the red hides in the room of the padding."""
     room, parts = 8000, regions(data, format)
@@ -160,9 +180,7 @@ def forged(data: bytes, format: str, folder: Path) -> bytes:
         other = manifest + image + chunk(b"zzZz", bytes(room - len(image) - 12))
         return data[:start] + other + data[end:]
     if format == "gif":
-        body, at = b"", start + 14
-        while data[at]:
-            body, at = body + data[at + 1 : at + 1 + data[at]], at + 1 + data[at]
+        body = _joined(data, start + 14)
         shown = media.encode(red[:1], 8, ".gif")
         other = data[start : start + 14] + sub_blocks(shorter_padding(body, room))
         other += _part(shown, regions(shown, "gif"), "image")

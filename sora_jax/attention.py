@@ -12,6 +12,10 @@ Each device of `context` has a part of the tokens of every frame. Tokens attend 
     Ulysses (arXiv:2309.14509)  an all-to-all gives each device all tokens of a part of the heads, and another one back
     ring (arXiv:2310.01889)     keys and values go round, and results over parts of the keys are combined
     both                        Ulysses within groups of devices, as large as heads divide; rings across the groups
+
+Of N tokens of width D on P devices, a device receives 4 N/P D (P-1)/P by Ulysses (queries, keys, values, results) and
+2 N/P D (P-1) by the ring (keys and values of all others): as much on two devices, and P/2 times as much on more. So
+rings are only for heads that do not divide.
 """
 
 import math
@@ -122,8 +126,7 @@ def _combine(out, log_sum, more, more_log_sum):
 
 def attend(q_BNKE, k_BLKE, v_BLKE, valid_L=None, kernel: str = "auto", with_log_sum: bool = False):
     """Softmax attention on one device, by the kernel of that name; `valid_L` are the keys that count."""
-    if kernel not in (*KERNELS, "auto"):
-        raise InputError(f"attention kernel {kernel!r} does not exist; there are auto, {', '.join(KERNELS)}")
+    check_kernel(kernel)
     arrays = (q_BNKE, k_BLKE, v_BLKE) + (() if valid_L is None else (valid_L,))
 
     def run(name, *arrays):
@@ -146,6 +149,15 @@ def attend(q_BNKE, k_BLKE, v_BLKE, valid_L=None, kernel: str = "auto", with_log_
     if not choice:
         return run("xla", *arrays)
     return jax.lax.platform_dependent(*arrays, default=partial(run, "xla"), **choice)
+
+
+def check_kernel(name: str, platform: str | None = None) -> None:
+    """Raises InputError if there is no kernel of that name, or not on a platform of JAX."""
+    if name not in (*KERNELS, "auto"):
+        raise InputError(f"attention kernel {name!r} does not exist; there are auto, {', '.join(KERNELS)}")
+    only = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
+    if platform and only != platform:
+        raise InputError(f"attention kernel {name!r} is for a {only.upper()}; here is a {platform.upper()}")
 
 
 def _has_flash_attention(device) -> bool:

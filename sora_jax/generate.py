@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from sora_jax import hosts, model_folder, pipeline, sampler
+from sora_jax.attention import check_kernel
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig
 from sora_jax.models import BUNDLED, open_model
@@ -45,6 +46,7 @@ def load(
     path: str | os.PathLike | None = None,
     dtype: str | None = None,
     *,
+    kernel: str = "auto",
     lora: dict[str | os.PathLike, float] | None = None,
     lora_low: dict[str | os.PathLike, float] | None = None,
     mesh: Mesh | None = None,
@@ -60,6 +62,7 @@ def load(
         path: the folder.
         dtype: precision of the large products, "float32" or "bfloat16"; by default float32 for the bundled model and
             on CPU, where bfloat16 is slower, and bfloat16 otherwise.
+        kernel: of the transformer's attention (see `sora_jax.attention`); by default chosen by the device.
         lora: files of low-rank adaptations with the scale of each, merged into the transformer in this order.
         lora_low: the same for a second transformer for low noise levels.
         mesh: of `sora_jax.mesh`, the devices that share the parameters; by default all are on JAX's default device.
@@ -77,6 +80,7 @@ def load(
         dtype = "float32" if path is None or jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it can be {' or '.join(DTYPES)}")
+    check_kernel(kernel, mesh.devices.flat[0].platform if mesh else jax.default_backend())
     config, tensors, tokenizer = open_model(folder, dtype, mesh)
     for part, files in (("dit", lora), ("dit_low", lora_low)):
         if files and part not in tensors:
@@ -89,7 +93,7 @@ def load(
     # The host that writes the files says what they were made with.
     weights = _in_background(partial(_weights_of, folder, adapted)) if hosts.is_first() else str
     params = OnDemand(tensors) if offload else jax.tree.map(Tensor.place, tensors)
-    return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy)
+    return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy, kernel)
 
 
 def _weights_of(folder: Path, adapted: dict[str, dict[str | os.PathLike, float]]) -> str:
@@ -127,6 +131,7 @@ class Generator:
         name: of the model, for the manifests of what it makes.
         weights: gives the digest of its weights, hexadecimal, for the same.
         policy: what prompts may ask for.
+        kernel: of the transformer's attention.
     """
 
     def __init__(
@@ -139,8 +144,9 @@ class Generator:
         name: str = "",
         weights: Callable[[], str] = lambda: "",
         policy: Policy | None = None,
+        kernel: str = "auto",
     ):
-        self.config = config
+        self.config, self.kernel = config, kernel
         self.name, self.weights, self.policy = name, weights, policy or load_policy()
         self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer or ByteTokenizer()
@@ -155,8 +161,8 @@ class Generator:
         self._draw_noise = jax.jit(pipeline.draw_noise, static_argnums=1)
         self._encode_text = jax.jit(partial(pipeline.encode_text, config, dtype))
         self._denoise = jax.jit(
-            partial(pipeline.denoise, config, dtype, progress=self._step_done),
-            static_argnames=("is_guided", "kernel"),
+            partial(pipeline.denoise, config, dtype, kernel=kernel, progress=self._step_done),
+            static_argnames="is_guided",
             donate_argnums=1,
         )
         self._decode = jax.jit(partial(pipeline.decode, config), static_argnums=3, donate_argnums=1)

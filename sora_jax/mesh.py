@@ -9,7 +9,7 @@ On one device every axis has size 1 and all of this is the identity.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from sora_jax.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# Logical axis -> mesh axes. An axis that is not listed is never split.
+# Logical axis -> mesh axes. Axes without a name are never split.
 RULES = {
     "batch": ("data", "fsdp"),
     "tokens": ("context",),  # of each frame
@@ -31,6 +31,7 @@ RULES = {
     # Of parameters at rest; see `gathered`.
     "width": ("fsdp", "context"),
     "codec_channels": ("fsdp", "context", "tensor"),
+    "layers": (),  # one block after the other: see `nn.scan` in the models
 }
 _AT_REST = ("width", "codec_channels")
 _IF_THEY_DIVIDE = ("codec_channels",)  # some of the codec's layers are tiny
@@ -40,18 +41,29 @@ def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, 
     """A mesh over `devices` (default: all); `data=-1` takes what the other axes leave.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices; it names some that would.
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
     rest = fsdp * context * tensor
     if data == -1 and rest > 0 and devices.size % rest == 0:
         data = devices.size // rest
-    if data * rest != devices.size or min(data, fsdp, context, tensor) < 1:
-        sizes = ",".join(f"{name}={size}" for name, size in zip(AXES, (data, fsdp, context, tensor), strict=True))
-        raise InputError(f"mesh {sizes} does not multiply to the {devices.size} devices there are")
-    # Auto axes: the constraints below are hints to the compiler, which fills in the rest.
     shape = (data, fsdp, context, tensor)
+    check_sizes(dict(zip(AXES, shape, strict=True)), devices.size)
+    # Auto axes: the constraints below are hints to the compiler, which fills in the rest.
     return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_sizes(sizes: dict[str, int], devices: int) -> None:
+    """Raises InputError if these sizes make no mesh of so many devices; it names some that would."""
+    if min(sizes.values()) > 0 and math.prod(sizes.values()) == devices:
+        return
+    words = ",".join(f"{name}={size}" for name, size in sizes.items())
+    would = f"sizes that can be: {', '.join(str(n) for n in range(1, devices + 1) if devices % n == 0)}"
+    if min(sizes.values()) > 0:
+        others = {name: math.prod(sizes.values()) // size for name, size in sizes.items()}
+        fit = [f"{name}={devices // rest}" for name, rest in others.items() if devices % rest == 0]
+        would = f"{' or '.join(fit)} would" if fit else would
+    raise InputError(f"mesh {words} does not multiply to the {devices} devices there are; {would}")
 
 
 def parse_mesh(text: str, devices=None) -> Mesh:
@@ -60,13 +72,22 @@ def parse_mesh(text: str, devices=None) -> Mesh:
     Raises:
       InputError: an unknown axis, or sizes that do not multiply to the number of devices.
     """
+    return make_mesh(**parse_sizes(text), devices=devices)
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """The sizes of all axes from such words.
+
+    Raises:
+      InputError: an unknown axis, one that is named twice, or no number.
+    """
     sizes = {}
     for word in text.split(","):
         name, _, size = word.strip().partition("=")
         if name not in AXES or not (size.isascii() and size.isdecimal()) or name in sizes:
             raise InputError(f"mesh {text!r}: {word!r} is none of {', '.join(f'{axis}=N' for axis in AXES)}")
         sizes[name] = int(size)
-    return make_mesh(**{"data": 1, **sizes}, devices=devices)
+    return {**dict.fromkeys(AXES, 1), **sizes}
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -76,7 +97,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     parameter: those stay as they are.
 
     Raises:
-      InputError: a parameter that the mesh cannot divide.
+      InputError: a parameter that the mesh cannot divide, or whose names the table does not place.
     """
 
     def place(path, leaf):
@@ -85,6 +106,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
         if not hasattr(leaf.value, "shape"):
             return leaf.value
         names = list(leaf.names)
+        _placed(names)  # all of them are in the table
         for number, (name, size) in enumerate(zip(leaf.names, leaf.value.shape, strict=True)):
             shares = math.prod(mesh.shape[axis] for axis in RULES.get(name, ()))
             if size % shares and name in _IF_THEY_DIVIDE:
@@ -97,9 +119,26 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
                     f"mesh {axes} cannot divide the {size} ({name}) of {where} {list(leaf.value.shape)}; "
                     f"sizes below {shares} that can: {', '.join(map(str, possible))}"
                 )
-        return NamedSharding(mesh, PartitionSpec(*[RULES.get(name) for name in names]))
+        return NamedSharding(mesh, _placed(names))
 
     return jax.tree.map_with_path(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def _placed(names: Sequence[str | None]) -> PartitionSpec:
+    """Mesh axes by the names of an array's axes.
+
+    Raises:
+      InputError: a name that is not in the table, or two that share a mesh axis.
+    """
+    taken = {}
+    for name in names:
+        if name is not None and name not in RULES:
+            raise InputError(f"logical axis {name!r} is not in the table of the mesh; there are {', '.join(RULES)}")
+        for axis in RULES.get(name, ()):
+            if axis in taken:
+                raise InputError(f"{taken[axis]} and {name} of one array would both be split along {axis}")
+            taken[axis] = name
+    return PartitionSpec(*[RULES.get(name) or None for name in names])
 
 
 def check_heads(heads: int, mesh: Mesh) -> None:
@@ -124,8 +163,9 @@ def shares(axis: str) -> int:
 
 def spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
     """Where the parts of an array go, by the logical names of its axes; what does not divide stays whole."""
-    return PartitionSpec(
-        *[RULES[name] if name and size % shares(name) == 0 else None for size, name in zip(shape, axes, strict=True)]
+    _placed(axes)  # whether or not they divide
+    return _placed(
+        [name if name and size % shares(name) == 0 else None for size, name in zip(shape, axes, strict=True)]
     )
 
 

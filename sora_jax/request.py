@@ -53,7 +53,7 @@ class Request:
     @property
     def windows(self) -> int:
         """How many windows the video takes; what the last one has too many is cut off."""
-        return 1 - (self.window - self.frames) // (self.window - self.overlap)
+        return windows(self.frames, self.window, self.overlap)
 
     @property
     def is_guided(self) -> bool:
@@ -126,7 +126,7 @@ def make_request(
     frames = _whole("frames", defaults.frames if frames is None else frames, 1)
     size = tuple(_whole("size", side, 1) for side in _pair(defaults.size if size is None else size))
     check_shape(config, frames, size)
-    window, overlap = _window(config, frames, window, overlap)
+    window, overlap = check_window(config, frames, window, overlap)
     if window < frames and (noise is not None or last_image is not None):
         raise InputError("noise and a last image need all frames at once: leave out the window")
     fps = _number("fps", defaults.fps if fps is None else fps)
@@ -162,8 +162,17 @@ def check_shape(config: ModelConfig, frames: int, size: tuple[int, int]) -> None
         _check_multiple(name, side, config.codec.stride_space * patch, 0)
 
 
-def _window(config: ModelConfig, frames: int, window: Any, overlap: Any) -> tuple[int, int]:
-    """Frames that are sampled at a time, and how many of them are those of the window before."""
+def windows(frames: int, window: int, overlap: int) -> int:
+    """How many windows make so many frames; what the last one has too many is cut off."""
+    return 1 - (window - frames) // (window - overlap)
+
+
+def check_window(config: ModelConfig, frames: int, window: Any, overlap: Any) -> tuple[int, int]:
+    """Frames that are sampled at a time, and how many of them are those of the window before.
+
+    Raises:
+        InputError: windows that cannot be, or a model that cannot go on from frames.
+    """
     stride = config.codec.stride_time
     if window is None and overlap is not None:
         raise InputError("an overlap is that of windows: give the window too")

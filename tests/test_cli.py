@@ -107,6 +107,7 @@ def test_names_come_from_prompts(tmp_path):
         (["red", "--fps", "0"], "above 0"),
         (["red", "--seed", "-1"], "from 0 to 4294967295"),
         (["red", "--seed", "4294967295", "--num", "2"], "largest seed"),
+        (["red", "--kernel", "flash"], "choose from"),
         (["red", "--colour=blue"], "unrecognized arguments: --colour; see"),
         (["red", "ball", "rolls"], "2 words too many: quote the prompt"),
         (["red", "-o", "red.avi"], "must end in"),
@@ -244,16 +245,18 @@ def test_the_other_commands_pass_on_what_they_are_given(tmp_path, monkeypatch, c
     from sora_jax.training import loop
 
     calls = []
-    monkeypatch.setattr(loop, "train", lambda config, workdir: not calls.append((config.steps, workdir)))
+    monkeypatch.setattr(loop, "train", lambda config, *given: not calls.append((config.steps, *given)))
     monkeypatch.setattr(loop, "export", lambda workdir, out, codec: calls.append((workdir, out, codec)) or out)
     monkeypatch.setattr(report, "evaluate", lambda *args, **options: calls.append((args, options)))
     (tmp_path / "config.py").write_text(CONFIG)
     assert main(["train", "--config", "config.py", "--workdir", "run", "--config.steps=7"]) == 0
+    assert main(["train", "--config", "config.py", "--workdir", "run", "--mesh", "auto"]) == 0
     assert main(["export", "--workdir", "run", "model"]) == 0
     assert main(["export", "--workdir", "run", "model", "--codec", "decoder"]) == 0
     assert main(["evaluate", "--model", "model", "--out", "out", "--num", "3", "--steps", "4"]) == 0
     assert calls == [
-        (7, "run"),
+        (7, "run", None),
+        (10, "run", "auto"),
         ("run", "model", None),
         ("run", "model", "decoder"),
         (("model", "out", 3, 0), {"steps": 4, "guidance": None}),

@@ -38,6 +38,25 @@ def test_shapes_defaults_and_seeds(generator):
     assert not np.array_equal(video.frames, other.frames)
 
 
+def test_the_kernel_of_attention_can_be_chosen(tiny_folder, monkeypatch):
+    asked = []
+
+    def watched(name):
+        kernel = attention.KERNELS[name]
+        return lambda *arguments: asked.append(name) or kernel(*arguments)
+
+    monkeypatch.setattr(attention, "KERNELS", {name: watched(name) for name in attention.KERNELS})
+    frames = load(tiny_folder).generate("a red ball", progress=False).frames
+    assert set(asked) == {"xla"}  # for so few tokens; that of codec and text encoder too
+    ours = load(tiny_folder, kernel="heads").generate("a red ball", progress=False).frames
+    assert set(asked) == {"xla", "heads"}
+    assert np.abs(ours.astype(int) - frames).max() <= 1
+    with pytest.raises(InputError, match="'splash' is for a TPU; here is a CPU"):
+        load(tiny_folder, kernel="splash")
+    with pytest.raises(InputError, match="'cudnn' is for a GPU; here is a CPU"):
+        load(tiny_folder, kernel="cudnn", mesh=parse_mesh("data=1"))
+
+
 def test_a_batch_gives_each_seed_its_own_noise(generator, monkeypatch):
     pixels = 5 * 32 * 64
     monkeypatch.setattr(generate_module, "_PIXELS_PER_BATCH", 2 * pixels)

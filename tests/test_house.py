@@ -20,7 +20,7 @@ FLOORS = [
     ("text", "codec", "dit", "sampler", "vision"),
     ("data", "video"),
     ("model_folder",),
-    ("interop", "request", "pipeline"),
+    ("interop", "request", "pipeline", "mesh_choice"),
     ("models",),
     ("training", "generate"),
     ("evaluation", "plan"),

@@ -76,7 +76,22 @@ def test_a_sweep_gives_every_combination_a_folder_of_its_own(launch):
     assert run.name == "worlds_dit-config.text.heads=8-config.dit.heads=2"
 
 
-def test_a_config_can_take_an_argument(launch, tmp_path):
+def test_values_of_a_sweep_may_have_commas_in_brackets(launch):
+    assert launch._split("1e-3,2e-3") == ["1e-3", "2e-3"] and launch._split("a") == ["a"]
+    assert launch._split("(1, 2),(1,2,4)") == ["(1, 2)", "(1,2,4)"] and launch._split("[1,2],'a,b'") == [
+        "[1,2]",
+        "'a,b'",
+    ]
+    assert launch._split("1,,2") == ["1", "", "2"] and launch._split("1,") == ["1", ""] and launch._split("") == [""]
+    runs = launch.make_runs(CONFIG[1], ["config.codec.multipliers=(1, 2),(1, 2, 4)"], [], "r")
+    assert [run.arguments[-1] for run in runs] == [
+        "--config.codec.multipliers=(1, 2)",
+        "--config.codec.multipliers=(1, 2, 4)",
+    ]
+
+
+def test_a_config_can_take_an_argument(launch, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "check_config", lambda config: None)  # this one is not whole
     path = tmp_path / "sized.py"
     path.write_text("def get_config(size='s'): return dict(task='codec', size=size)\n")
     for config, name in ((f"{path}:xl", "sized-xl"), (str(path), "sized")):
@@ -108,6 +123,12 @@ def test_names_of_kubernetes_are_short_and_differ(launch):
         (["--on", "local", "--sweep", "config.seed=1,1"], "same name"),
         (["--on", "local", "--sweep", "config.sed=1"], "did you mean seed"),
         (["--on", "local", "--config.steps=many"], "must be int"),
+        (["--on", "local", "--sweep", "config.batch=8,-8"], "config.batch is -8; it must be at least 1"),
+        (["--on", "local", "--sweep", "config.optimizer.learning_rate=-1e-3"], "it must be above 0"),
+        (["--on", "local", "--config.optimizer.name=sgd"], "'adamw' or 'muon'"),
+        (["--on", "local", "--nodes", "2"], "--nodes is for --on slurm, not local"),
+        (["--on", "gke", "--gpus-per-node", "2"], "--gpus-per-node is for --on slurm, not gke"),
+        (["--on", "slurm", "--zone", "us-west4-a"], "--zone is for --on tpu-vm, not slurm"),
     ],
 )
 def test_a_mistake_is_one_line(launch, arguments, said, capsys):
@@ -186,15 +207,15 @@ def test_a_sweep_runs_here_in_one_process_and_in_two(launch, tmp_path, monkeypat
     """Both ways agree; a value that cannot be trained with is told, and does not keep the next from its run."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    overrides = [*TINY_CODEC, "--config.steps=2", "--config.log_every=1"]
-    for where, sweep in (("local", "config.batch=0,2"), ("processes=2", "config.batch=2")):
+    overrides = [*TINY_CODEC, "--config.steps=2", "--config.log_every=1", "--config.batch=2"]
+    for where, sweep in (("local", "config.mesh.fsdp=3,1"), ("processes=2", "config.mesh.fsdp=1")):
         arguments = [*CONFIG, "--on", where, "--runs", str(tmp_path / where), "--sweep", sweep]
-        assert launch.main([*arguments, *overrides]) == ("0" in sweep)
+        assert launch.main([*arguments, *overrides]) == ("3" in sweep)
         said = capfd.readouterr()
-        assert "# worlds_codec-batch=2: done" in said.out and "Traceback" not in said.err
-        if "0" in sweep:
-            assert "# worlds_codec-batch=0: exit code 2" in said.err
-            assert "sora-jax: error: config.batch is 0" in said.err
-    one, two = (losses(tmp_path / where / "worlds_codec-batch=2") for where in ("local", "processes=2"))
+        assert "# worlds_codec-fsdp=1: done" in said.out and "Traceback" not in said.err
+        if "3" in sweep:
+            assert "\n# worlds_codec-fsdp=3: exit code 2" in said.err
+            assert "sora-jax: error: mesh data=-1,fsdp=3" in said.err
+    one, two = (losses(tmp_path / where / "worlds_codec-fsdp=1") for where in ("local", "processes=2"))
     assert len(one) == 2
     assert two == pytest.approx(one, rel=1e-4)

@@ -52,6 +52,10 @@ def test_every_mesh_computes_what_one_device_does():
     assert on_eight_devices("dit").count("equal on") == 7
 
 
+def test_all_to_all_and_rings_receive_what_is_counted():
+    assert on_eight_devices("attention").count("equal on") == 3
+
+
 @pytest.mark.parametrize("words", ["data", "data=2,data=4", "rows=2", "data=x", ""])
 def test_words_that_are_no_mesh_are_refused(words):
     with pytest.raises(InputError, match="is none of data=N, fsdp=N, context=N, tensor=N"):
@@ -75,10 +79,41 @@ def test_sizes_that_do_not_multiply_are_refused(sizes):
         mesh_lib.make_mesh(**sizes, devices=jax.devices()[:1])
 
 
+@pytest.mark.parametrize(
+    "words,would",
+    [
+        ("data=2,fsdp=2", "context=2 or tensor=2 would"),
+        ("data=8,fsdp=2", "data=4 or fsdp=1 would"),
+        ("data=3", "data=8 would"),
+        ("fsdp=16", "fsdp=8 would"),
+        ("context=3,tensor=5", "sizes that can be: 1, 2, 4, 8"),
+    ],
+)
+def test_what_would_make_a_mesh_is_said(words, would):
+    with pytest.raises(InputError, match=f"does not multiply to the 8 devices there are; .*{would}"):
+        mesh_lib.check_sizes(mesh_lib.parse_sizes(words), 8)
+
+
+@pytest.mark.parametrize(
+    "names,message",
+    [
+        (("widht", None), "'widht' is not in the table of the mesh; there are batch, tokens"),
+        (("rows", "heads"), "rows and heads of one array would both be split along tensor"),
+    ],
+)
+def test_names_that_have_no_place_are_refused(names, message):
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+    boxed = nn.LogicallyPartitioned(jnp.zeros((4, 4)), names)
+    with pytest.raises(InputError, match=message):
+        mesh_lib.shardings({"kernel": boxed}, mesh)
+    with jax.set_mesh(mesh), pytest.raises(InputError, match=message):
+        mesh_lib.constrain(jnp.zeros((4, 3)), *names)  # also where it would not be split
+
+
 @pytest.mark.parametrize("module,inputs", [(m, x) for m, *x in (DIT, TEXT, CODEC)], ids=["dit", "text", "codec"])
 def test_every_parameter_names_its_axes(module, inputs):
     boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    known = set(mesh_lib.RULES) | {None, "layers"}
+    known = set(mesh_lib.RULES) | {None}
     boxes = jax.tree.leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     assert boxes
     for path, box in boxes:

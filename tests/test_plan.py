@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from sora_jax import mesh as mesh_lib
-from sora_jax import plan
+from sora_jax import mesh_choice, plan
 from sora_jax.cli import main
 from sora_jax.counting import count_collectives, count_operations
 from sora_jax.dit import DiT
@@ -127,28 +126,46 @@ def test_topologies_that_do_not_exist_are_refused(topology, capsys):
         (["--model", "bundled", "--size", "100x128"], "height must be a multiple of 32"),
         (["--model", "bundled", "--frames", "16"], "frames must be 1 + a multiple of 4"),
         (["--model", "bundled", "--train", "--batch", "3", "--mesh", "fsdp=8"], "--batch 3 must be a multiple of 8"),
+        (["--model", "bundled", "--mesh", "data=3"], "does not multiply to the 8 devices there are; data=8 would"),
+        (["--model", "bundled", "--mesh", "rows=8"], "'rows=8' is none of data=N"),
+        (["--model", "bundled", "--search", "--mesh", "data=8"], "give no --mesh with it"),
+        (["--model", "bundled", "--search", "--train", "--batch", "max"], "--batch max is for --train with one mesh"),
+        (["--model", "bundled", "--train", "--window", "9"], "are for generating"),
+        (["--model", "bundled", "--window", "10"], "window must be 1 + a multiple of 4"),
+        (["--model", "wan2.1-t2v-14b", "--window", "41"], "cannot go on from the frames of another window"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(words, message, capsys):
-    assert main(["plan", "--topology", "v6e:1x1", *words]) == 2
+    assert main(["plan", "--topology", "v6e:2x4", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_a_mesh_is_chosen_that_divides():
-    a14b, small = PRESETS["wan2.2-t2v-a14b"], PRESETS["wan2.1-t2v-1.3b"]
-    assert plan.choose_mesh(a14b, (720, 1280), 81, 8)[0] == "data=1,context=8,tensor=1"
-    # 1560 tokens a frame: 16 does not divide them, 8 does.
-    mesh, reason = plan.choose_mesh(small, (480, 832), 81, 16)
-    assert mesh == "data=1,context=8,tensor=2" and "rings of 4" in reason
-    assert "data=2,context=4,tensor=1" in plan.meshes(a14b, (720, 1280), 81, 8)
-    for config, size in ((a14b, (720, 1280)), (small, (480, 832)), (PRESETS["wan2.2-ti2v-5b"], (704, 1280))):
-        for number in (3, 6, 8, 12, 20, 40, 96):
-            words, _ = plan.choose_mesh(config, size, 81, number)
-            sizes = {name: int(size) for name, size in (word.split("=") for word in words.split(","))}
-            assert math.prod(sizes.values()) == number
-            mesh = AbstractMesh((sizes["data"], 1, sizes["context"], sizes["tensor"]), mesh_lib.AXES)
-            abstract_params(config, mesh)  # which says so where the mesh cannot divide a parameter
+def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatch):
+    tried = {}
+
+    def needs(job, parts, full):
+        sizes = mesh_lib.parse_sizes(job.mesh)
+        tried[job.mesh] = parts
+        # As if shares along the batch cost nothing to arithmetic, and everything else did.
+        operations = 1e15 if sizes["context"] == sizes["tensor"] == 1 else 2e15
+        received = {"all-gather": 1e12 * sizes["fsdp"]}
+        return {parts[0]: plan.Need(hbm=plan.GIB, operations=operations, collectives=received)}
+
+    monkeypatch.setattr(plan, "needs", needs)
+    job = plan.Job("wan2.1-t2v-1.3b", "", "v6e:2x4", "", (480, 832), 81, batch=8)
+    found = list(plan.search(job, "train"))
+    assert set(tried.values()) == {("train",)} and len(tried) == len(found) > 5
+    config = PRESETS[job.model]
+    assert set(found) == set(mesh_choice.training_meshes(config, job.size, job.frames, 8, 8))
+    for mesh in found:
+        sizes = mesh_lib.parse_sizes(mesh)
+        mesh_lib.check_sizes(sizes, 8)
+        abstract_params(config, AbstractMesh(tuple(sizes.values()), mesh_lib.AXES))
+    # The interconnect is the slowest bound of all of them.
+    received = [mesh_lib.parse_sizes(mesh)["fsdp"] for mesh in found]
+    assert received == sorted(received)
+    assert "data=2,context=4,tensor=1" in plan.search(job)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +215,33 @@ def test_the_verdict_adds_up():
     needs = dict.fromkeys(needs, dataclasses.replace(need, hbm=6 * plan.GIB))
     # One second each: the text, 10 steps, 21 latent frames.
     assert plan.verdict(job, needs, 10).endswith("the text and 10 steps and decoding take 32.0 s at least")
+    # For scripts the same in numbers.
+    said = plan.for_scripts(job, needs, 10)
+    assert said["fits"] and said["at_least"] == pytest.approx(32.0) and said["chips"] == 1
+    assert said["chip"]["hbm"] == 15.75 * plan.GIB
+    step = said["parts"]["denoise"]
+    assert step["occupied"] == 14 * plan.GIB
+    assert step["bounds"] == {"arithmetic": 1.0, "hbm": 0.0, "interconnect": 0.0} and step["at_least"] == 1.0
+    json.dumps(said, allow_nan=False)
     needs["decode"] = plan.Need(error="too large")
+    said = plan.for_scripts(job, needs, 10)
+    assert not said["fits"] and said["at_least"] is None and "bounds" not in said["parts"]["decode"]
     assert plan.verdict(job, needs, 10) == "does not fit: decode cannot be compiled"
     assert "does not compile: too large" in plan.describe(job, needs, 10)
+
+
+def test_windows_are_planned_as_often_as_they_run():
+    assert plan.parts("wan2.2-ti2v-5b", windows=3) == ("text", "encode", "denoise", "decode")
+    job = plan.Job("wan2.2-ti2v-5b", "", "v6e:1x1", "data=1", (704, 1280), 121, windows=12, overlap=5)
+    need = plan.Need(operations=918e12)  # one second
+    needs = dict.fromkeys(plan.parts(job.model, job.windows), need)
+    # The text, two latent frames encoded for each window after the first, 50 steps and 31 latent frames for each.
+    assert plan.at_least(job, needs, 50) == pytest.approx(1 + 2 * 11 + 12 * 50 + 12 * 31)
+    assert "12 times 50 steps and decoding take 995.0 s" in plan.verdict(job, needs, 50)
+    # What has a condition encodes a whole window of it, each time.
+    job = dataclasses.replace(job, model="wan2.2-i2v-a14b", frames=81, windows=3)
+    needs = dict.fromkeys(plan.parts(job.model, job.windows), need)
+    assert plan.at_least(job, needs, 40) == pytest.approx(1 + 3 * 21 + 3 * 40 + 3 * 21)
 
 
 @pytest.mark.parametrize(

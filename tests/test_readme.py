@@ -69,7 +69,7 @@ def test_commands_for_a_slice(in_new_folder, capsys):
     Path("wan-14b").symlink_to(ROOT / "tests" / "golden" / "t2v")
     messages = {
         "generate": "mesh data=1,fsdp=1,context=8,tensor=1 does not multiply to the 1 devices",
-        "train": "mesh data=-1,fsdp=4,context=1,tensor=1 does not multiply to the 1 devices",
+        "train": "mesh data=1,fsdp=4,context=1,tensor=1 does not multiply to the 1 devices",
         "plan": "pip install -e '.[tpu]'",
     }
     for command in block.split("\n"):

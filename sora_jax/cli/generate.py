@@ -59,6 +59,8 @@ def add_commands(commands: Any) -> None:
     add("--lora", action="append", type=lora, metavar="FILE[:SCALE]", help="a low-rank adaptation; can be repeated")
     add("--lora-low", action="append", type=lora, metavar="FILE[:SCALE]", help="likewise, for low noise levels")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
+    kernels = ("auto", "xla", "heads", "splash", "cudnn")
+    add("--kernel", choices=kernels, default="auto", help="that computes attention (default: auto, by the device)")
     add("--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor, or auto (default: one device)")
     add("--hosts", action="store_true", help="started on each of several hosts: they share the work, the first writes")
     add("--offload", action="store_true", help="each part of the model is on the device only while it works")
@@ -102,7 +104,7 @@ class _Task:
         """All of it that decides what is sampled."""
         request, words = self.request, vars(options)
         pictures = [hashlib.sha256(one.data).hexdigest() for one in request.ingredients]
-        sampled = ("model", "lora", "lora_low", "dtype", "offload", "negative_prompt")
+        sampled = ("model", "lora", "lora_low", "dtype", "kernel", "offload", "negative_prompt")
         shape = (request.frames, request.window, request.overlap, request.size, request.fps)
         solver = (request.steps, request.guidance, request.guidance_low)
         chosen = [words[name] for name in sampled]
@@ -146,9 +148,9 @@ def _prepare(options: argparse.Namespace) -> _Task:
     if words == "auto":
         import jax
 
-        from sora_jax.plan import choose_mesh
+        from sora_jax.mesh_choice import generating_mesh
 
-        words, reason = choose_mesh(config, request.size, request.frames, jax.device_count())
+        words, reason = generating_mesh(config, request.size, request.frames, jax.device_count())
         _say(f"mesh {words}: {reason}")
     return _Task(jobs, config, request, words, target)
 
@@ -173,6 +175,7 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
     generator = load(
         options.model,
         options.dtype,
+        kernel=options.kernel,
         lora=lora,
         lora_low=lora_low,
         mesh=mesh,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,8 @@ def add_commands(commands: Any) -> None:
     add("--mesh", default="auto", metavar="AXIS=N,...", help="chips along data, fsdp, context, tensor (default: auto)")
     add("--size", type=size, metavar="HxW", help="height and width in pixels (default: the model's)")
     add("--frames", type=whole(1), help="frames of the video (default: the model's)")
+    add("--window", type=whole(1), metavar="N", help="frames sampled at a time; longer videos go on from the last ones")
+    add("--overlap", type=whole(1), metavar="N", help="frames a window has from the one before (default: 1)")
     add("--batch", type=_batch, default=1, help="videos at a time (default: 1); with --train also max: what fits")
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="precision of the large products")
@@ -67,45 +67,60 @@ def _plan(options: argparse.Namespace) -> None:
     import dataclasses
     import json
 
-    from sora_jax import plan
-    from sora_jax.request import check_shape
+    from sora_jax import mesh as mesh_lib
+    from sora_jax import mesh_choice, plan
+    from sora_jax.request import check_shape, check_window, windows
 
-    if options.search and (options.train or options.mesh != "auto"):
-        raise InputError("--search tries the meshes for generating: give neither --train nor --mesh with it")
-    if options.batch == "max" and not options.train:
-        raise InputError("--batch max is for --train: give a number")
+    if options.search and options.mesh != "auto":
+        raise InputError("--search tries the meshes that make sense: give no --mesh with it")
+    if options.batch == "max" and (options.search or not options.train):
+        raise InputError("--batch max is for --train with one mesh: give a number")
+    if options.train and (options.window or options.overlap):
+        raise InputError("--window and --overlap are for generating: give --train the frames of a clip")
     config = plan.model_config(options.model)
     sampling = config.sampling
     size, frames = options.size or sampling.size, options.frames or sampling.frames
     check_shape(config, frames, size)
+    window, overlap = check_window(config, frames, options.window, options.overlap)
     _, number = plan.chips(options.topology)
     mesh, batch = options.mesh, number if options.batch == "max" else options.batch
-    if mesh == "auto":
+    if mesh == "auto" and not options.search:
         if options.train:
-            mesh, reason = plan.training_mesh(batch, number)
+            mesh, reason = mesh_choice.training_mesh(batch, number, config.dit)
         else:
-            mesh, reason = plan.choose_mesh(config, size, frames, number)
-        if not options.search:
-            print(f"mesh {mesh}: {reason}", file=sys.stderr)
-    shares = math.prod(int(size) for size in re.findall(r"(?:data|fsdp)=(\d+)", mesh))
-    if options.train and shares and batch % shares:
-        raise InputError(f"--batch {batch} must be a multiple of {shares}, among which mesh {mesh} shares it")
-    job = plan.Job(options.model, "", options.topology, mesh, size, frames, batch, options.dtype, options.offload)
+            mesh, reason = mesh_choice.generating_mesh(config, size, frames, number)
+        print(f"mesh {mesh}: {reason}", file=sys.stderr)
+    if mesh != "auto":
+        sizes = mesh_lib.parse_sizes(mesh)
+        mesh_lib.check_sizes(sizes, number)
+        if options.train and batch % (shares := sizes["data"] * sizes["fsdp"]):
+            raise InputError(f"--batch {batch} must be a multiple of {shares}, among which mesh {mesh} shares it")
+    job = plan.Job(
+        options.model,
+        "",
+        options.topology,
+        mesh,
+        size,
+        window,
+        batch,
+        options.dtype,
+        options.offload,
+        windows(frames, window, overlap),
+        overlap or 1,
+    )
     steps = options.steps or sampling.steps
     if options.batch == "max":
         job, need = plan.largest_batch(job, options.full)
         results = {mesh: {"train": need}}
     elif options.search:
-        results = plan.search(job, options.full)
+        results = plan.search(job, "train" if options.train else "denoise", options.full)
     else:
-        results = {mesh: plan.needs(job, ("train",) if options.train else plan.parts(options.model), options.full)}
+        which = ("train",) if options.train else plan.parts(options.model, job.windows)
+        results = {mesh: plan.needs(job, which, options.full)}
     for mesh, needs in results.items():
         here = dataclasses.replace(job, mesh=mesh)
-        if options.json:
-            parts = {part: dataclasses.asdict(need) for part, need in needs.items()}
-            print(json.dumps({**dataclasses.asdict(here), "parts": parts, "verdict": plan.verdict(here, needs, steps)}))
-        else:
-            print(plan.describe(here, needs, steps))
+        said = plan.for_scripts(here, needs, steps) if options.json else plan.describe(here, needs, steps)
+        print(json.dumps(said) if options.json else said)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -15,6 +15,9 @@ def add_commands(commands: Any) -> None:
     train.set_defaults(run=_train)
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config([ARG])")
     train.add_argument("--workdir", required=True, metavar="DIR", help="folder of checkpoints and logs")
+    train.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor, or auto (default: config.mesh)"
+    )
     train.epilog = "Any field of the config can be set: --config.steps=1000 --config.optimizer.learning_rate=1e-3"
 
     export = commands.add_parser("export", help="turn a training run into a model folder", allow_abbrev=False)
@@ -34,7 +37,7 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         # Saved by SIGTERM is not done: whoever starts runs again after a preemption goes by the exit code.
-        return 0 if loop.train(config, options.workdir) else 128 + signal.SIGTERM
+        return 0 if loop.train(config, options.workdir, options.mesh) else 128 + signal.SIGTERM
     except HostLost as lost:
         raise HostLost(f"{lost}; started again, the run goes on from its newest checkpoint") from lost
 

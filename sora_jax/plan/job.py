@@ -46,7 +46,11 @@ def peak_operations(device_kind: str) -> float | None:
 
 @dataclass(frozen=True)
 class Job:
-    """What to compile: a preset's name or a model folder, one of its `parts` or "train", and for what."""
+    """What to compile: a preset's name or a model folder, one of its `parts` or "train", and for what.
+
+    A video of several `windows` is sampled `frames` at a time, each but the first starting with `overlap` frames of
+    the one before.
+    """
 
     model: str
     part: str
@@ -58,6 +62,8 @@ class Job:
     dtype: str = "bfloat16"
     # Each part of `generate` is on the chips only while it works; training leaves what each block got with the hosts.
     offload: bool = False
+    windows: int = 1
+    overlap: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,13 @@ def model_config(model: str) -> ModelConfig:
     return read_config(None if model == "bundled" else model)
 
 
-def parts(model: str) -> tuple[str, ...]:
-    """What `generate` runs of a model, in this order; to see and to encode pictures if it always starts from one."""
+def parts(model: str, windows: int = 1) -> tuple[str, ...]:
+    """What `generate` runs of a model, in this order; to see and to encode pictures if it always starts from one.
+
+    Windows after the first encode frames of the one before.
+    """
     config = model_config(model)
-    see, encode = config.vision is not None, config.dit.condition_channels > 0
+    see, encode = config.vision is not None, config.dit.condition_channels > 0 or windows > 1
     return ("text", *["see"] * see, *["encode"] * encode, "denoise", "decode")
 
 

@@ -120,6 +120,7 @@ def _measure(gate: Gate, prompts: Sequence[tuple[str, str]]) -> dict[str, Any]:
         rows[name] = {
             "recall": _share(sum(refused[i] for i in ours), len(ours)),
             "precision": _share(sum(asked[i] != BENIGN for i in named), len(named)),
+            "over-refusal": _share(sum(asked[i] == BENIGN for i in named), asked.count(BENIGN)),
         }
     disguised = [not gate.check(obfuscated(prompts[i][1], rng)).allowed for i in harmful]
     benign = [i for i, category in enumerate(asked) if category == BENIGN]
@@ -148,19 +149,16 @@ def _markdown(name: str, found: dict[str, Any]) -> str:
         "",
         f"{found['prompts']} prompts, {found['milliseconds a prompt']:.1f} ms each; in brackets 95 % Wilson intervals.",
         "",
-        "| | recall | precision |",
-        "|---|---|---|",
+        "| | recall | precision | harmless ones refused |",
+        "|---|---|---|---|",
         *(
-            f"| {one} | {_cell(row['recall'])} | {_cell(row['precision'])} |"
+            f"| {one} | {' | '.join(_cell(row[figure]) for figure in ('recall', 'precision', 'over-refusal'))} |"
             for one, row in found["categories"].items()
         ),
-        f"| all | {_cell(found['recall'])} | {_cell(found['precision'])} |",
-        f"| all, disguised | {_cell(found['recall, disguised'])} | |",
-        f"| all, in a long prompt | {_cell(found['recall, in a long prompt'])} | |",
-        "",
-        f"Over-refusal: {_cell(found['over-refusal'])} of harmless prompts.",
-        "",
-        f"The same in long prompts: {_cell(found['over-refusal, in a long prompt'])}.",
+        f"| all | {' | '.join(_cell(found[figure]) for figure in ('recall', 'precision', 'over-refusal'))} |",
+        f"| all, disguised | {_cell(found['recall, disguised'])} | | |",
+        f"| all, in a long prompt | {_cell(found['recall, in a long prompt'])} | | "
+        f"{_cell(found['over-refusal, in a long prompt'])} |",
     ]
     return "\n".join(lines)
 

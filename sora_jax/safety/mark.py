@@ -81,10 +81,11 @@ def detect(frames_THWC: np.ndarray, key: bytes) -> Detection:
     words_2MW = np.exp(-1j * _phases(key)).swapaxes(1, 2).astype(np.complex64)
     found = []
     for scale in SCALES:
-        sides = tuple(round(side / scale) for side in plane_HW.shape)
-        if min(sides) < TILE // 4:
+        if min(round(side / scale) for side in plane_HW.shape) < TILE // 4:
             continue
-        seen_N, weight_N = _heard(plane_HW if scale == 1 else _resize(plane_HW, sides))
+        # Resized and folded by matrices: programs of JAX would be compiled for each size of frames and each scale.
+        rows_YH, columns_XW = (_folded(side, round(side / scale)) for side in plane_HW.shape)
+        seen_N, weight_N = _heard(rows_YH @ plane_HW @ columns_XW.T)
         agreement, high, low = (x.item() for x in _best(seen_N, words_2MW))
         found.append((_log10_chance(agreement, weight_N), high * _WORDS + low, scale))
     if not found:
@@ -129,7 +130,7 @@ def _embed(frames_THWC, word_N):
     waves_N2 = _waves()
     unit = math.sqrt(2 / len(waves_N2))  # so that the pattern has a mean square of one
     gain = 0.5 * unit * jnp.sum(jnp.mean(strength_THW / (spread_THW + 1), 0))
-    heard_N = _at(_spectrum(jnp.mean(detail_THW / (spread_THW + 1), 0)), waves_N2)
+    heard_N = _at(jnp.fft.fft2(_fold(jnp.mean(detail_THW / (spread_THW + 1), 0))), waves_N2)
     # Waves that the frames have themselves, as far as they disagree with the word, are taken off in part.
     against_N = heard_N / gain * jnp.conj(word_N)
     against_N = jnp.minimum(against_N.real, 0) + 1j * against_N.imag
@@ -171,33 +172,42 @@ def _blur(x_THW):
     return x_THW / _NEAR**2
 
 
-def _spectrum(plane_HW):
-    """The sum of plane * exp(-2 pi i k x / TILE) over all pixels, for k in half periods: complex [2 TILE, 2 TILE]."""
-    # Two tiles hold whole periods of them all, so that the frame can be folded first.
+def _fold(plane_HW):
+    """The sum of all pairs of tiles of a plane, [2 TILE, 2 TILE]: they hold whole periods of all waves."""
     H, W = (-(-side // (2 * TILE)) for side in plane_HW.shape)
     pads = [(0, 2 * TILE * tiles - side) for tiles, side in zip((H, W), plane_HW.shape, strict=True)]
-    return jnp.fft.fft2(jnp.pad(plane_HW, pads).reshape(H, 2 * TILE, W, 2 * TILE).sum((0, 2)))
+    return jnp.pad(plane_HW, pads).reshape(H, 2 * TILE, W, 2 * TILE).sum((0, 2))
+
+
+@functools.lru_cache(maxsize=32)
+def _folded(size: int, new: int) -> np.ndarray:
+    """The matrix that resizes `size` rows to `new` ones and folds those: float32 [2 TILE, size].
+
+    Cubic convolution (Keys, 1981; a = -1/2), widened where there are fewer rows afterwards, as in `jax.image.resize`.
+    """
+    at = (np.arange(new) + 0.5) * size / new - 0.5
+    x = np.abs(at[:, None] - np.arange(size)) / max(size / new, 1)
+    near, far = ((1.5 * x - 2.5) * x) * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    weights /= weights.sum(1, keepdims=True)
+    weights = np.pad(weights, ((0, -new % (2 * TILE)), (0, 0)))
+    return np.float32(weights.reshape(-1, 2 * TILE, size).sum(0))
 
 
 def _at(spectrum_YX, waves_N2):
-    """What a spectrum has at waves given in whole or half periods to a tile: [N]."""
+    """What a spectrum, the Fourier transform of what is folded, has at waves in whole or half periods to a tile: [N]."""
     y, x = (2 * waves_N2.T).astype(int)
     return spectrum_YX[y, x]  # negative periods count from the end, in NumPy's way and in Fourier's
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _resize(plane_HW, sides):
-    return jax.image.resize(plane_HW, sides, "cubic")
-
-
 @jax.jit
-def _heard(plane_HW):
+def _heard(folded_YX):
     """The mark's waves in a plane, with their weights: [N] complex64, [N] float32.
 
     What the frames themselves have at a wave is told by what they have half a period beside it, where no mark is.
     """
     waves_N2 = _waves()
-    spectrum_YX = _spectrum(plane_HW)
+    spectrum_YX = jnp.fft.fft2(folded_YX)
     seen_N = _at(spectrum_YX, waves_N2)
     beside = [(y, x) for y in (-0.5, 0, 0.5) for x in (-0.5, 0, 0.5) if (y, x) != (0, 0)]
     others_8N = jnp.stack([_at(spectrum_YX, waves_N2 + np.array(step)) for step in beside])
@@ -229,12 +239,9 @@ def _log10_chance(agreement: float, weight_N: np.ndarray) -> float:
 
     Chernoff: the least of exp(-l a) prod I0(l w) over l, with the Bessel function I0, the mean of exp(x cos U).
     """
-    weight_N = np.asarray(weight_N, np.float64)
-    least = 0.0
-    for scale in np.geomspace(1e-2, 1e3, 120):
-        x = scale * weight_N
-        # I0 grows like exp(x): the bounds on it beyond 50 is within a hundredth.
-        large = x - 0.5 * np.log(2 * np.pi * np.maximum(x, 1)) + 0.01
-        log_i0 = np.where(x < 50, np.log(np.i0(np.minimum(x, 50))), large)
-        least = min(least, float(log_i0.sum() - scale * agreement))
-    return least / math.log(10)
+    scale_L = np.geomspace(1e-2, 1e3, 120)
+    x_LN = scale_L[:, None] * np.asarray(weight_N, np.float64)
+    # I0 grows like exp(x): the bound on it beyond 50 is within a hundredth.
+    large_LN = x_LN - 0.5 * np.log(2 * np.pi * np.maximum(x_LN, 1)) + 0.01
+    log_i0_LN = np.where(x_LN < 50, np.log(np.i0(np.minimum(x_LN, 50))), large_LN)
+    return min(0.0, np.min(log_i0_LN.sum(1) - scale_L * agreement).item()) / math.log(10)

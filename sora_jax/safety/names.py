@@ -1,6 +1,6 @@
 """Real people by name: the format of name lists, and finding names in prompts.
 
-A list knows only the people on it. A given name with a capitalised word after it is taken for a person too, unless the
+A list knows only the people on it, also where one letter of a name is wrong, which makes no English word. A given name with a capitalised word after it is taken for a person too, unless the
 prompt introduces a made-up one ("a detective named Jack Marlow") or capitalises everything. A work in somebody's style
 shows nobody, so names after "in the style of" and the like pass.
 """
@@ -15,6 +15,9 @@ from pathlib import Path
 from sora_jax.errors import InputError, one_line
 from sora_jax.safety.normalize import Forms, lexicon, to_ascii, to_words
 from sora_jax.safety.phrases import compile_phrases
+
+# Letters that a name must have before a slip in it is looked past: of several words, and of one.
+_LONG, _LONG_ALONE = 9, 7
 
 # After a given name these make a place, a thing or an action, not a person.
 _NO_SURNAME = frozenset(
@@ -91,6 +94,13 @@ class NameFinder:
         # Written as one word, as in "#taylorswift"; short ones are too often something else.
         glued = {"".join(name) for name in self._people if len(name) > 1}
         self._glued = frozenset(name for name in glued if len(name) >= 9 and name not in lexicon())
+        self._words = {word for name in self._people for word in name}
+        # By what is left when a letter is missing.
+        self._shortened: dict[str, list[str]] = {}
+        for name in map(" ".join, self._people):
+            if len(name) >= (_LONG if " " in name else _LONG_ALONE):
+                for rest in _without_a_letter(name):
+                    self._shortened.setdefault(rest, []).append(name)
         self._false_friends = compile_phrases(names.false_friends, {}, "names: false friends")
         self._capitalised = frozenset(names.capitalised)
         self._given = frozenset(names.given_names)
@@ -105,10 +115,22 @@ class NameFinder:
             for end in range(start + 1, min(start + self._longest, len(parts)) + 1):
                 name = tuple(parts[start:end])
                 genitive = (*name[:-1], name[-1].removesuffix("s"))
-                listed = name in self._people or genitive in self._people
+                listed = name in self._people or genitive in self._people or self._is_misspelt(name)
                 glued = len(name) == 1 and (name[0] in self._glued or genitive[0] in self._glued)
                 if (listed or glued) and not _is_about_work(" ".join(parts[:start]) + " ", " ".join(parts[end:])):
                     return True
+        return False
+
+    def _is_misspelt(self, words: tuple[str, ...]) -> bool:
+        """Whether these are the words of a listed name but for a letter of one that is no English word."""
+        wrong = [word for word in words if word not in lexicon()]
+        if not wrong or (len(words) > 1 and self._words.isdisjoint(words)):
+            return False  # of several words all but one are right
+        text = " ".join(words)
+        for name in {name for rest in _without_a_letter(text) for name in self._shortened.get(rest, ())}:
+            pairs = [(one, other) for one, other in zip(words, name.split(), strict=False) if one != other]
+            if len(pairs) == 1 and pairs[0][0] in wrong and _is_one_slip(text, name):
+                return True
         return False
 
     def _is_written_as_a_name(self, text: str) -> bool:
@@ -139,6 +161,19 @@ class NameFinder:
         around = " ".join([*before.split()[-3:], to_words(match[0]), *after.split()[:3]])
         first = to_words(match[0]).split()[0]
         return around.split().count(first) == self._false_friends.removed_from(around).split().count(first)
+
+
+def _without_a_letter(text: str) -> set[str]:
+    """A text, and what it is without one of its letters: texts that are one slip apart have some in common."""
+    return {text} | {text[:i] + text[i + 1 :] for i in range(len(text))}
+
+
+def _is_one_slip(one: str, other: str) -> bool:
+    """Whether texts differ by a letter that is missing, too many or another, or by two that changed places."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    one, other = one[at:], other[at:]
+    swapped = one[:2] == other[1::-1] and one[2:] == other[2:]
+    return swapped or one[1:] == other[1:] or one[1:] == other or one == other[1:]
 
 
 def _is_about_work(before: str, after: str) -> bool:

@@ -20,6 +20,7 @@ from sora_jax.safety.normalize import to_ascii, to_words
 
 _TOKEN = re.compile(r"\.\.\.|[()|?]|\[[^\[\]]*\]|[^\s()\[\]|?]+")
 _GAP = r"(?:\w+ ){0,4}"
+_LONGEST = 100_000  # characters that a phrase may come to with its lists
 _MARK = "."  # no word, so that nothing is found across it
 
 
@@ -50,7 +51,7 @@ def compile_phrases(phrases: Iterable[str], lists: Mapping[str, Iterable[str]], 
         where: named in errors.
 
     Raises:
-        InputError: a phrase that is empty, unbalanced, or names an unknown list.
+        InputError: a phrase that is empty, unbalanced, or too long with its lists, or names an unknown list.
     """
     alone, together = [], []
     for phrase in phrases:
@@ -79,7 +80,7 @@ class _Parser:
         found = self._alternatives()
         if self.tokens:
             raise InputError(f"{self.where} has a closing bracket too many")
-        return rf"\b{found}\b"
+        return rf"\b{self._short(found)}\b"
 
     def _alternatives(self) -> str:
         sequences = [self._sequence()]
@@ -119,7 +120,13 @@ class _Parser:
             known = ", ".join(sorted(self.lists)) or "none"
             raise InputError(f"{self.where} names the list {name!r}; there are: {known}")
         others = {other: phrases for other, phrases in self.lists.items() if other != name}
-        return f"(?:{'|'.join(_Parser(phrase, others, self.where)._alternatives() for phrase in self.lists[name])})"
+        found = "|".join(_Parser(phrase, others, self.where)._alternatives() for phrase in self.lists[name])
+        return f"(?:{self._short(found)})"
+
+    def _short(self, found: str) -> str:
+        if len(found) > _LONGEST:  # lists of lists can double with each
+            raise InputError(f"{self.where} is too long with the lists it names and those that they name")
+        return found
 
     def _word(self, token: str) -> str:
         if "*" in token[:-1]:

@@ -116,8 +116,8 @@ def _of_manifest(manifest: Manifest) -> list[str]:
 
 
 def _of_generation(said: Mapping[str, Any]) -> list[str]:
-    if not said:
-        return []
+    if not said:  # by another program
+        return _of_scans(None)
     lines = [f"Model {plain(said.get('model') or 'not named')}, seed {plain(said.get('seed'))}."]
     checks = said.get("checks")
     return lines + _of_scans(checks.get("frames") if isinstance(checks, Mapping) else None)
@@ -135,8 +135,10 @@ def _of_scans(said: Any) -> list[str]:
         which = "all frames" if every == 1 else f"every {every}th frame" if type(every) is int else "frames"
         passed = "passed" if one.get("passed") is True else "did not pass"
         lines.append(f"It says that {which} {passed} a scan for {plain(', '.join(kinds))}.")
+    if not lines:
+        return ["It says nothing of a scan of its frames, and none is made here."]
     left = scan.not_scanned_for(all_kinds)
-    return [*lines, f"It was not scanned for {', '.join(left)}."] if lines and left else lines
+    return [*lines, f"It was not scanned for {', '.join(left)}."] if left else lines
 
 
 def _of_mark(words: str, bits: str, manifest: Manifest) -> list[str]:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sora_jax import flow, hosts, sampler
+from sora_jax.attention import check_kernel
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.data import clips as clips_lib
 from sora_jax.data import latents as latents_lib
@@ -148,6 +149,21 @@ def _decode(codec_config, params, latents_BFYXZ):
 _layout = jax.jit(layout, static_argnums=(2, 3, 4))
 
 
+def trained_configs(config: ConfigDict, latent_channels: int) -> tuple[TextConfig, DiTConfig]:
+    """Those of the text encoder and the transformer.
+
+    Raises:
+      InputError: the configuration describes none that are possible.
+    """
+    try:
+        return (
+            TextConfig(**fields_of(config.text)),
+            DiTConfig(latent_channels=latent_channels, text_width=config.text.width, **fields_of(config.dit)),
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config: {error}") from error
+
+
 def model_config(config: ConfigDict, codec_config: CodecConfig) -> ModelConfig:
     """The whole model that a run makes.
 
@@ -158,13 +174,12 @@ def model_config(config: ConfigDict, codec_config: CodecConfig) -> ModelConfig:
         raise InputError(
             f"config.sampling.solver is {config.sampling.solver!r}; it can be {', '.join(sampler.SOLVERS)}"
         )
+    text, dit = trained_configs(config, codec_config.latent_channels)
     try:
         model = ModelConfig(
-            text=TextConfig(**fields_of(config.text)),
+            text=text,
             codec=codec_config,
-            dit=DiTConfig(
-                latent_channels=codec_config.latent_channels, text_width=config.text.width, **fields_of(config.dit)
-            ),
+            dit=dit,
             sampling=SamplingConfig(frames=config.frames, size=(config.size, config.size), **config.sampling),
             vocabulary=tuple(sorted(vocabulary.known_words())),
             description=vocabulary.DESCRIPTION,
@@ -205,6 +220,7 @@ class DiTTask:
         self.config = config
         if config.align.weight and not 1 <= config.align.layer <= config.dit.layers:
             raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
+        check_kernel(config.kernel, jax.default_backend())
         if config.align.objects < 0:
             raise InputError(f"config.align.objects is {config.align.objects}; it must be at least 0")
         admit(config.prompts, load_policy())
@@ -214,7 +230,7 @@ class DiTTask:
         model = model_config(config, self.codec_config)
         self.text_config, self.dit_config = model.text, model.dit
         dtype = jnp.dtype(config.dtype)
-        self.text, self.dit = T5Encoder(self.text_config, dtype), DiT(self.dit_config, dtype)
+        self.text, self.dit = T5Encoder(self.text_config, dtype), DiT(self.dit_config, dtype, config.kernel)
         self.aligner = Aligner(self.dit_config.width)
         self.latent_shape = self.codec_config.latent_shape(config.frames, config.size, config.size)
         self._latents = workdir / "latents"

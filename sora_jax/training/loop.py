@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
 from sora_jax.errors import InputError, Refused
 from sora_jax.json_files import read_json
+from sora_jax.mesh_choice import training_mesh
 from sora_jax.model_folder import read_codec, write_model_folder
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
@@ -77,12 +79,15 @@ def _shapes(tree):
     return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
 
 
-def train(config: ConfigDict, workdir: str | Path) -> bool:
+def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None) -> bool:
     """Trains until `config.steps`, from the newest checkpoint in `workdir` if there is one.
 
     A run that was interrupted and started again equals one that was not: parameters, optimizer, EMA, randomness and
     data all follow from the checkpoint. SIGTERM saves and returns. A new run starts from fresh parameters, or from
     those of the model folder `config.start_from`.
+
+    Args:
+      mesh_words: such as "fsdp=4,context=2", or "auto", in place of `config.mesh`.
 
     Returns:
       whether all steps are done: not if SIGTERM came first.
@@ -92,7 +97,9 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
       HostLost: another process of the run is gone.
     """
     workdir = Path(workdir)
-    _check_fields(config)
+    check_config(config)
+    if mesh_words:
+        config.mesh = _sizes(config, mesh_words)
     mesh = mesh_lib.make_mesh(**config.mesh)
     _check(config, workdir, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -117,6 +124,19 @@ def train(config: ConfigDict, workdir: str | Path) -> bool:
                     raise
 
 
+def _sizes(config: ConfigDict, words: str) -> dict[str, int]:
+    """The sizes of a mesh in words; what "auto" chose is said."""
+    if words == "auto":
+        from sora_jax.training.dit_task import trained_configs
+
+        # Of a codec there is nothing that a mesh must divide. The latents' channels do not matter here.
+        trained = trained_configs(config, 1) if config.task == "dit" else ()
+        words, reason = training_mesh(config.batch, jax.device_count(), *trained)
+        if hosts.is_first():
+            tqdm.write(f"mesh {words}: {reason}", file=sys.stderr)
+    return mesh_lib.parse_sizes(words)
+
+
 # What every config has, and what those of a task have besides.
 _FIELDS = (
     *("task", "seed", "start_from", "steps", "batch", "frames", "size", "dtype", "data", "optimizer", "ema_decay"),
@@ -124,21 +144,17 @@ _FIELDS = (
 )
 _FIELDS_OF = {
     "codec": ("clip_frames", "crop", "on_object", "codec", "freeze_encoder", "loss"),
-    "dit": ("codec", "text", "dit", "flow", "align", "sampling", "prompts"),
+    "dit": ("codec", "text", "dit", "kernel", "flow", "align", "sampling", "prompts"),
 }
 # What a work directory's data and weights were made with, and a later start may not change.
 _LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames")}
 
 
-def _check_fields(config: ConfigDict) -> None:
-    """Raises InputError for a config that is not whole."""
+def check_config(config: ConfigDict) -> None:
+    """Raises InputError for a config that is not whole, or numbers and names in it that cannot be."""
     needed = (*_FIELDS, *_FIELDS_OF.get(config.task, ())) if "task" in config else ("task",)
     if missing := [name for name in needed if name not in config]:
         raise InputError(f"the config has no field {missing[0]}; those in configs/ of sora_jax have all")
-
-
-def _check(config: ConfigDict, workdir: Path, mesh) -> None:
-    """Raises InputError, before any work, for numbers that cannot be and for another run's work directory."""
     for name in ("steps", "batch", "frames", "size", "log_every", "preview_every", "checkpoint_every"):
         if config[name] < 1:
             raise InputError(f"config.{name} is {config[name]}; it must be at least 1")
@@ -149,6 +165,13 @@ def _check(config: ConfigDict, workdir: Path, mesh) -> None:
             raise InputError(f"config.data.{name} is {config.data[name]}; it must be at least 1")
     if config.task == "dit" and (config.data.seed < 0 or not config.prompts):
         raise InputError("config.data.seed must be at least 0, and config.prompts must hold a prompt for the previews")
+    if not config.optimizer.learning_rate > 0:
+        raise InputError(f"config.optimizer.learning_rate is {config.optimizer.learning_rate}; it must be above 0")
+    state_lib.make_optimizer(config.optimizer, config.steps)
+
+
+def _check(config: ConfigDict, workdir: Path, mesh) -> None:
+    """Raises InputError, before any work, for what the mesh cannot share and for another run's work directory."""
     if config.task == "dit":
         mesh_lib.check_heads(config.dit.heads, mesh)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]

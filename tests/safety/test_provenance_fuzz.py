@@ -1,6 +1,5 @@
 """Signed files with damage of all kinds, at random: reading them never fails, hangs, or passes with other pixels."""
 
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -8,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_jax import media
-from sora_jax.errors import InputError
 from sora_jax.safety.keys import load_signer
-from sora_jax.safety.manifest import STATES, read_manifest
+from sora_jax.safety.manifest import STATES
+from sora_jax.safety.verify import verify
 
 sys.path.append(str(Path(__file__).parents[2] / "experiments"))
 import provenance_matrix as matrix  # noqa: E402
@@ -67,10 +65,9 @@ def fuzz(folder, signer, number, seed):
         path = folder / name
         path.write_bytes(data)
         start = time.perf_counter()
-        manifest = read_manifest(path, signer.anchor)
-        with contextlib.suppress(InputError):
-            media.read(path)
-        assert time.perf_counter() - start < 2
+        manifest = verify(path).manifest
+        seconds = time.perf_counter() - start
+        assert seconds < 2, (name, seconds)
         found[manifest.state] += 1
         if manifest.state in matrix.INTACT:
             assert tampering.pixels(path, before[name]) == "same"

@@ -38,12 +38,15 @@ def test_what_was_made_here_is_known_and_marked(copy, capsys):
     assert "not that what it says is true" in text
 
 
+UNSCANNED = "It says nothing of a scan of its frames, and none is made here."
+
+
 @pytest.mark.parametrize(
     "said, words",
     [
-        (None, []),
-        ({"scans_for": 5}, []),
-        ([{"scans_for": [5]}, 7, {"scans_for": []}], []),
+        (None, [UNSCANNED]),
+        ({"scans_for": 5}, [UNSCANNED]),
+        ([{"scans_for": [5]}, 7, {"scans_for": []}], [UNSCANNED]),
         (
             {"scans_for": ["violence"], "passed": False},  # a single scan, as older files have it
             [
@@ -62,6 +65,7 @@ def test_what_was_made_here_is_known_and_marked(copy, capsys):
 )
 def test_what_a_manifest_says_of_scans_is_quoted_and_not_believed(said, words):
     assert _of_generation({"checks": {"frames": said}})[1:] == words
+    assert _of_generation({}) == [UNSCANNED]  # a manifest of others
 
 
 def test_anchors_must_be_certificates(copy, tmp_path, capsys):

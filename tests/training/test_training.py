@@ -204,6 +204,24 @@ def test_sigterm_saves_and_returns(tmp_path, monkeypatch, toy):
     assert Checkpoints(tmp_path).latest() == 3
 
 
+@pytest.mark.parametrize("words", ["auto", "fsdp=1,tensor=1"])
+def test_a_mesh_in_words_takes_the_place_of_that_of_the_config(tmp_path, monkeypatch, toy, capsys, words):
+    config = codec_config("--config.steps=1", "--config.mesh.data=3")
+    with pytest.raises(InputError, match="does not multiply to the 1 devices"):
+        loop.train(config, tmp_path)
+    loop.train(config, tmp_path, words)
+    kept = json.loads((tmp_path / "config.json").read_text())["mesh"]
+    assert kept == dict.fromkeys(("data", "fsdp", "context", "tensor"), 1)
+    said = "mesh data=1,fsdp=1,context=1,tensor=1: fsdp=1 divides the batch"
+    assert (said in capsys.readouterr().err) == (words == "auto")
+    with pytest.raises(InputError, match="'rows=1' is none of data=N"):
+        loop.train(config, tmp_path, "rows=1")
+    # Of a transformer the sizes are asked, before anything else is.
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with pytest.raises(InputError, match="data=1,fsdp=2,context=4,tensor=1 does not multiply to the 1 devices"):
+        loop.train(dit_config("none", "--config.batch=2"), tmp_path, "auto")
+
+
 def test_who_starts_it_again_is_told_by_the_exit_code(tmp_path, monkeypatch):
     arguments = ["train", "--config", "configs/worlds_codec.py", "--workdir", str(tmp_path)]
     for done, code in ((True, 0), (False, 143)):

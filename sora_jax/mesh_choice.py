@@ -1,0 +1,99 @@
+"""Which meshes make sense for a model on so many devices."""
+
+import math
+from collections.abc import Iterator
+
+from sora_jax.dit import DiTConfig
+from sora_jax.errors import InputError
+from sora_jax.model_folder import ModelConfig
+from sora_jax.text import TextConfig
+
+
+def generating_mesh(config: ModelConfig, size: tuple[int, int], frames: int, number: int) -> tuple[str, str]:
+    """A mesh for generating one video on `number` chips, and why this one."""
+    tokens = _tokens(config, size, frames)
+    context = max(n for n in _divisors(number) if _divides(config, n, tokens))
+    tensor = max(n for n in _divisors(number // context) if _splits(config, n))
+    data = number // context // tensor
+    reason = f"context={context} divides the {tokens} tokens of a frame and every width"
+    if context > 1:
+        group = math.gcd(context, config.dit.heads // tensor)
+        reason += f", all-to-all among {group}" + (f", rings of {context // group}" if group < context else "")
+    if tensor > 1:
+        reason += f"; tensor={tensor} takes what is left, dividing heads and feed-forward widths"
+    if data > 1:
+        reason += f"; data={data} is of use to the branches of guidance and to several videos"
+    return f"data={data},context={context},tensor={tensor}", reason
+
+
+def generating_meshes(config: ModelConfig, size: tuple[int, int], frames: int, number: int) -> list[str]:
+    """Meshes that make sense for one video with guidance: its two branches along `data`, the rest shared."""
+    tokens = _tokens(config, size, frames)
+    return [
+        f"data={data},context={context},tensor={tensor}"
+        for data, tensor, context in _factors(number)
+        if data <= 2 and _splits(config, tensor) and _divides(config, context, tokens)
+    ]
+
+
+def training_mesh(batch: int, number: int, *trained: DiTConfig | TextConfig) -> tuple[str, str]:
+    """A mesh for training these parts of a model, or whatever has no width, on `number` chips, and why this one.
+
+    Raises:
+        InputError: no mesh divides them and the batch.
+    """
+    widths = [part.width for part in trained]
+    split = [size for part in trained for size in (part.heads, part.feed_forward)]
+    fsdp = max(n for n in _divisors(math.gcd(batch, number)) if not any(width % n for width in widths))
+    context = max(n for n in _divisors(number // fsdp) if not any(width % (fsdp * n) for width in widths))
+    tensor = max(n for n in _divisors(number // fsdp // context) if not any(size % n for size in split))
+    data = number // fsdp // context // tensor
+    if batch % (data * fsdp):
+        raise InputError(
+            f"no mesh of {number} chips divides a batch of {batch} with widths of {', '.join(map(str, widths))}; "
+            f"a batch of {data * fsdp} would do"
+        )
+    reason = f"fsdp={fsdp} divides the batch of {batch} and the parameters"
+    if context > 1:
+        reason += f", context={context} the patches of each video"
+    if tensor > 1:
+        reason += f", tensor={tensor} heads and feed-forward widths"
+    if data > 1:
+        reason += f"; data={data} takes what is left, with copies of the parameters"
+    return f"data={data},fsdp={fsdp},context={context},tensor={tensor}", reason
+
+
+def training_meshes(config: ModelConfig, size: tuple[int, int], frames: int, batch: int, number: int) -> list[str]:
+    """Meshes that make sense for training the transformer: all parameters are split among all chips."""
+    dit, tokens = config.dit, _tokens(config, size, frames)
+    return [
+        f"data=1,fsdp={fsdp},context={context},tensor={tensor}"
+        for fsdp, tensor, context in _factors(number)
+        if not (batch % fsdp or tokens % context or dit.width % (fsdp * context))
+        and not (dit.heads % tensor or dit.feed_forward % tensor)
+    ]
+
+
+def _tokens(config: ModelConfig, size: tuple[int, int], frames: int) -> int:
+    """Tokens of a latent frame."""
+    _, Y, X, _ = config.codec.latent_shape(frames, *size)
+    return Y * X // math.prod(config.dit.patch)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _factors(number: int) -> Iterator[tuple[int, int, int]]:
+    """All ways to write a number as a product of three."""
+    for first in _divisors(number):
+        for second in _divisors(number // first):
+            yield first, second, number // first // second
+
+
+def _divides(config: ModelConfig, shares: int, tokens: int) -> bool:
+    return not (tokens % shares or config.dit.width % shares or config.text.width % shares)
+
+
+def _splits(config: ModelConfig, shares: int) -> bool:
+    return not any(part.heads % shares or part.feed_forward % shares for part in (config.dit, config.text))

@@ -1,0 +1,109 @@
+"""A plan in words, and the same for scripts."""
+
+import dataclasses
+from typing import Any
+
+from sora_jax.plan.job import GIB, Job, Need, chips, model_config
+
+
+def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
+    """The plan in words, one row to a part."""
+    chip, _ = chips(job.topology)
+    frames = f"{job.frames} frames" if job.windows == 1 else f"{job.windows} windows of {job.frames} frames"
+    rows = [
+        f"{job.model} on {job.topology} (chips of {chip.hbm / GIB:.1f} GiB), mesh {job.mesh}: "
+        f"{frames} of {job.size[0]}x{job.size[1]}, batch {job.batch}, {job.dtype}",
+        "per chip      arguments     heap      HBM  of all  operations  interconnect  at least  compiled",
+    ]
+    names = {"text": "text", "see": "pictures", "encode": "to 1 latent", "denoise": "one step", "decode": "1 latent"}
+    names["train"] = "one step"
+    for part, need in needs.items():
+        if need.error:
+            rows.append(f"  {names[part]:<11} does not compile: {need.error}")
+            continue
+        received = sum(need.collectives.values())
+        rows.append(
+            f"  {names[part]:<11} {need.arguments / GIB:6.2f} GiB {need.heap / GIB:5.2f} GiB {need.hbm / GIB:5.2f} GiB "
+            f"{need.hbm / chip.hbm:6.0%} {need.operations / 1e12:8.2f} T {received / GIB:10.2f} GiB "
+            f"{max(need.bounds(chip).values()):8.3f} s {need.seconds:7.0f} s"
+        )
+        if need.collectives:
+            parts = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in need.collectives.items())
+            rows.append(f"  {'':<11} {parts}")
+    rows.append(verdict(job, needs, steps))
+    return "\n".join(rows)
+
+
+def occupied(job: Job, need: Need) -> int:
+    """Bytes on a chip while a part works: its own, and the parameters of the others unless they are taken off."""
+    return need.hbm + (0 if job.offload else need.others)
+
+
+def fits(job: Job, needs: dict[str, Need]) -> bool:
+    """Whether every part compiles, and within the chip's memory."""
+    chip, _ = chips(job.topology)
+    return not any(need.error or occupied(job, need) > chip.hbm for need in needs.values())
+
+
+def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
+    """Whether it fits, and how long a video takes at least."""
+    chip, _ = chips(job.topology)
+    if failed := [part for part, need in needs.items() if need.error]:
+        return f"does not fit: {', '.join(failed)} cannot be compiled"
+    if "train" in needs:
+        need = needs["train"]
+        words = "fits" if fits(job, needs) else "does not fit"
+        seconds = at_least(job, needs, steps)
+        return (
+            f"{words}: {need.hbm / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; a step takes {seconds:.2f} s at least"
+        )
+    # The parts run one after the other.
+    most = {part: occupied(job, need) for part, need in needs.items()}
+    if over := [part for part, size in most.items() if size > chip.hbm]:
+        others = "" if job.offload else " with the parameters of the others"
+        sizes = ", ".join(f"{part} needs {most[part] / GIB:.1f} GiB{others}" for part in over)
+        enough = not job.offload and all(need.hbm <= chip.hbm for need in needs.values())
+        return f"does not fit in {chip.hbm / GIB:.1f} GiB: {sizes}{'; with --offload it fits' if enough else ''}"
+    words = {"text": "the text", "see": "the pictures", "encode": "encoding", "decode": "decoding"}
+    words["denoise"] = f"{steps} steps" if job.windows == 1 else f"{job.windows} times {steps} steps"
+    return (
+        f"fits: at most {max(most.values()) / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; "
+        f"{' and '.join(words[part] for part in needs)} take {at_least(job, needs, steps):.1f} s at least"
+    )
+
+
+def at_least(job: Job, needs: dict[str, Need], steps: int) -> float:
+    """Seconds that the parts take at least, each as often as it runs: for the videos, or for a step of training."""
+    chip, _ = chips(job.topology)
+    config = model_config(job.model)
+
+    def latents(frames):
+        return config.codec.latent_shape(frames, *job.size)[0]
+
+    F = latents(job.frames)
+    # What goes on from another window encodes the frames they share; what has a condition, a whole window of it.
+    encoded = job.windows * F if config.dit.condition_channels else (job.windows - 1) * latents(job.overlap)
+    times = {"text": 1, "see": 1, "encode": encoded, "denoise": job.windows * steps, "train": 1}
+    times["decode"] = job.windows * F * job.batch
+    return sum(times[part] * max(need.bounds(chip).values()) for part, need in needs.items())
+
+
+def for_scripts(job: Job, needs: dict[str, Need], steps: int) -> dict[str, Any]:
+    """All of a plan, for JSON: bytes and seconds."""
+    chip, number = chips(job.topology)
+    parts = {}
+    for part, need in needs.items():
+        parts[part] = dataclasses.asdict(need)
+        if not need.error:
+            bounds = need.bounds(chip)
+            parts[part] |= {"occupied": occupied(job, need), "bounds": bounds, "at_least": max(bounds.values())}
+    works = not any(need.error for need in needs.values())
+    return {
+        **dataclasses.asdict(job),
+        "chips": number,
+        "chip": dataclasses.asdict(chip),
+        "parts": parts,
+        "fits": fits(job, needs),
+        "at_least": at_least(job, needs, steps) if works else None,
+        "verdict": verdict(job, needs, steps),
+    }

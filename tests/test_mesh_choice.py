@@ -1,0 +1,48 @@
+"""The meshes that are chosen divide what they share."""
+
+import math
+
+import pytest
+from jax.sharding import AbstractMesh
+
+from sora_jax import mesh as mesh_lib
+from sora_jax.errors import InputError
+from sora_jax.interop.presets import PRESETS
+from sora_jax.mesh_choice import generating_mesh, generating_meshes, training_mesh
+from sora_jax.model_folder import abstract_params
+from sora_jax.models import read_config
+
+
+def test_a_mesh_is_chosen_that_divides():
+    a14b, small = PRESETS["wan2.2-t2v-a14b"], PRESETS["wan2.1-t2v-1.3b"]
+    assert generating_mesh(a14b, (720, 1280), 81, 8)[0] == "data=1,context=8,tensor=1"
+    # 1560 tokens a frame: 16 does not divide them, 8 does.
+    mesh, reason = generating_mesh(small, (480, 832), 81, 16)
+    assert mesh == "data=1,context=8,tensor=2" and "rings of 4" in reason
+    assert "data=2,context=4,tensor=1" in generating_meshes(a14b, (720, 1280), 81, 8)
+    for config, size in ((a14b, (720, 1280)), (small, (480, 832)), (PRESETS["wan2.2-ti2v-5b"], (704, 1280))):
+        for number in (3, 6, 8, 12, 20, 40, 96):
+            words, _ = generating_mesh(config, size, 81, number)
+            sizes = {name: int(size) for name, size in (word.split("=") for word in words.split(","))}
+            assert math.prod(sizes.values()) == number
+            mesh = AbstractMesh((sizes["data"], 1, sizes["context"], sizes["tensor"]), mesh_lib.AXES)
+            abstract_params(config, mesh)  # which says so where the mesh cannot divide a parameter
+
+
+def test_a_mesh_for_training_divides_the_batch_and_what_is_trained():
+    small, bundled = PRESETS["wan2.1-t2v-1.3b"], read_config(None)
+    assert training_mesh(16, 16, small.dit)[0] == "data=1,fsdp=16,context=1,tensor=1"
+    mesh, reason = training_mesh(4, 16, small.dit)
+    assert mesh == "data=1,fsdp=4,context=4,tensor=1" and "context=4 the patches of each video" in reason
+    # 12 heads and a width of 1536 = 3 * 512: nothing takes the fives.
+    assert training_mesh(40, 40, small.dit)[0] == "data=5,fsdp=8,context=1,tensor=1"
+    with pytest.raises(InputError, match="divides a batch of 8 with widths of 1536; a batch of 40 would do"):
+        training_mesh(8, 40, small.dit)
+    assert training_mesh(6, 4)[0] == "data=1,fsdp=2,context=2,tensor=1"  # of a codec
+    for number in (1, 3, 4, 6, 8, 12, 16):
+        for batch in (number, 4 * number):
+            words, _ = training_mesh(batch, number, bundled.text, bundled.dit)
+            sizes = mesh_lib.parse_sizes(words)
+            mesh_lib.check_sizes(sizes, number)
+            assert batch % (sizes["data"] * sizes["fsdp"]) == 0
+            abstract_params(bundled, AbstractMesh(tuple(sizes.values()), mesh_lib.AXES))
