@@ -195,7 +195,7 @@ def _folded(size: int, new: int) -> np.ndarray:
 
 
 def _at(spectrum_YX, waves_N2):
-    """What a spectrum, the Fourier transform of what is folded, has at waves in whole or half periods to a tile: [N]."""
+    """What the spectrum of a folded plane has at waves given in whole or half periods to a tile: [N]."""
     y, x = (2 * waves_N2.T).astype(int)
     return spectrum_YX[y, x]  # negative periods count from the end, in NumPy's way and in Fourier's
 

@@ -1,8 +1,9 @@
 """Real people by name: the format of name lists, and finding names in prompts.
 
-A list knows only the people on it, also where one letter of a name is wrong, which makes no English word. A given name with a capitalised word after it is taken for a person too, unless the
-prompt introduces a made-up one ("a detective named Jack Marlow") or capitalises everything. A work in somebody's style
-shows nobody, so names after "in the style of" and the like pass.
+A list knows only the people on it, also where one letter of a name is wrong, which makes no English word. A given name
+with a capitalised word after it is taken for a person too, unless the prompt introduces a made-up one ("a detective
+named Jack Marlow") or capitalises everything. A work in somebody's style shows nobody, so names after "in the style of"
+and the like pass.
 """
 
 from __future__ import annotations
