@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import re
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -29,6 +30,8 @@ from sora_jax.safety.semantic import BENIGN, BUCKETS, CLASSIFIER, WIDTH, buckets
 
 PER_LINE = 40  # examples drawn from one line
 CAPTIONS = 3000  # of the worlds: what the bundled model was made for is harmless, in all the words that it knows
+LONG = 10_000  # prompts made of two to four examples, each of
+SHORT = 160  # characters at most, so that all of them fit into what is read at a time
 PENALTY = 1e-4
 WORDS = 2.0  # how much words count beside the embedding, before the penalty
 # Words about the picture say nothing about what it shows: half of the examples get some, harmful and benign alike.
@@ -58,6 +61,7 @@ def read_examples() -> list[tuple[str, int, str]]:
             texts = ["".join(choice) for choice in itertools.product(*parts)]
             chosen = random.permutation(len(texts))[:PER_LINE]
             examples += [(category, number, _dressed(texts[i], random)) for i in chosen]
+    examples += list(_long(examples, random))
     # Every kind of scene counts as a line.
     return examples + [(BENIGN, number + 1 + kind, text) for kind, text in _captions(random)]
 
@@ -68,6 +72,21 @@ def _captions(random: np.random.Generator) -> list[tuple[int, str]]:
     scenes = jax.tree.map(np.asarray, scenes)
     each = (jax.tree.map(lambda part, i=i: part[i], scenes) for i in range(CAPTIONS))
     return [(int(scene.kind), caption(scene, random)) for scene in each]
+
+
+def _long(examples: list[tuple[str, int, str]], random: np.random.Generator) -> Iterator[tuple[str, int, str]]:
+    """Prompts of several examples, as long ones are: harmless ones, or one that is not among them."""
+    by_harm = {
+        harm: [example for example in examples if (example[0] != BENIGN) == harm and len(example[2]) < SHORT]
+        for harm in (True, False)
+    }
+    for i in range(LONG):
+        kinds = [False] * random.integers(2, 5)
+        kinds[random.integers(len(kinds))] = i % 2 == 0
+        chosen = [by_harm[harm][random.integers(len(by_harm[harm]))] for harm in kinds]
+        category, number, _ = next((example for example in chosen if example[0] != BENIGN), chosen[0])
+        between = (". ", ", ")[random.integers(2)]
+        yield category, number, between.join(text.rstrip(".") for _, _, text in chosen)
 
 
 def _dressed(text: str, random: np.random.Generator) -> str:
@@ -131,11 +150,17 @@ def main() -> None:
     names = sorted({category for category, _, _ in examples} - {BENIGN})
     classes = [*names, BENIGN]
     encode = encoder()
-    windows = [encode.windows(forms(text).text)[0] for _, _, text in examples]
+    # All that is harmless is so in each of its windows; what is harmful in a long one, mostly stands in the first.
+    read = [
+        (classes.index(category), number, window)
+        for category, number, text in examples
+        for window in encode.windows(forms(text).text)[: None if category == BENIGN else 1]
+    ]
+    windows = [window for _, _, window in read]
     vectors = encode(windows)
-    labels = np.array([classes.index(category) for category, _, _ in examples])
+    labels = np.array([label for label, _, _ in read])
     # Every line counts as much as the root of how many examples it gave, harmful and benign ones the same in all.
-    lines = np.array([number for _, number, _ in examples])
+    lines = np.array([number for _, number, _ in read])
     weights = 1 / np.sqrt(np.bincount(lines)[lines])
     is_benign = labels == len(names)
     weights[is_benign] *= weights[~is_benign].sum() / weights[is_benign].sum()

@@ -4,8 +4,10 @@ The prompts stand in data/prompts, one round to a file, each line a category (or
 was written with the gate, the second after its first version, for the thresholds. The third (by somebody who had seen
 neither gate nor examples) and the fourth (by the author of the examples, to be hard) were read for the first time when
 all else was frozen; then examples like theirs were added, and the fifth and, after more examples, the sixth (by others
-who had seen nothing, half of them roundabout or disguised) were read for the first time. The seventh, by somebody who
-had seen nothing either, is the one that counts: it was read once, when all else was frozen.
+who had seen nothing, half of them roundabout or disguised) were read for the first time. The seventh and the eighth,
+by two more who had seen nothing, were read in the same way; then came examples of long prompts, by people who had seen
+neither of them. The ninth, by somebody who had seen nothing either, is the one that counts: it was read once, when all
+else was frozen.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ ZOOM_RANGE = 1.6
 _MARGIN = 0.02  # free space kept between an object and the frame's edge
 _LEAST_TRAVEL = 0.45
 _DWELL = 0.4
+_HOPS = 2.0  # of what bounces: half a hop to a latent frame, which is what a small model can draw
 _KIND_ODDS = (0.14, 0.36, 0.08, 0.08, 0.06, 0.28)  # two objects and moving cameras are the hardest to learn
 _SHAPE_ODDS = (1, 1, 1, 3)  # and so are stars: for the codec, and more so for the transformer
 _MOTION_ODDS = (0.12, 0.12, 0.12, 0.12, 0.12, 0.06, 0.06, 0.06, 0.06, 0.16)
@@ -172,12 +173,11 @@ def sample_scene(key: jax.Array, *, held_out: bool = False, **fixed) -> Scene:
         grounded = (uniform(0, 1) < 0.7) | bounces | is_screen | is_truck
         y_start = jnp.where((y_way == 0) & grounded, ground, y_start)
         y_end = jnp.where(y_way == 0, y_start, y_end)
-        height = jnp.where(bounces, jnp.minimum(uniform(0.28, 0.45), y_start - low_y[i]), 0.0)
-        count = jnp.round(uniform(1.5, 3.5))
+        height = jnp.where(bounces, jnp.minimum(uniform(0.2, 0.34), y_start - low_y[i]), 0.0)
 
         lowest = jnp.maximum(y_start, y_end) + below[i]
         paths.append(jnp.stack([jnp.stack([x_start, y_start]), jnp.stack([x_end, y_end])]))
-        hops.append(jnp.stack([height, count]))
+        hops.append(jnp.stack([height, _HOPS]))
         floors.append(jnp.where(lowest > 0.66, lowest, 0.9))
 
     return Scene(
