@@ -49,10 +49,10 @@ runs 20,000 steps, seven to eleven hours on two CPU cores. The bundled model was
    the first object moves more often, as it does now: as part 13, but `--config.data.seed=17 --config.seed=17
    --config.steps=1250`, the first 320 of them with `--config.steps=1600`, which changes nothing before the rate falls
    (52 minutes, beside other work, after half an hour for the latents);
-15. from that model, on 7,680 new clips, drawn as those of part 14, in which whatever bounces does so twice and not so
-   high, as it does now (before, it hopped two or three times, faster than latent frames of four frames could follow): as
-   part 14, but `--config.data.seed=20 --config.data.clips=7680 --config.seed=20 --config.steps=1400` (77 minutes, beside
-   other work). Of pairs that bounce, 14 of 25 came out right afterwards, and 7 before.
+15. from that model, on 7,680 new clips, drawn as those of part 14, in which whatever bounces does so twice and not
+   so high, as it does now (before, it hopped two or three times, faster than latent frames of four frames could
+   follow): as part 14, but `--config.data.seed=20 --config.data.clips=7680 --config.seed=20 --config.steps=1400` (77
+   minutes, beside other work). Of pairs that bounce, 14 of 25 came out right afterwards, and 7 before.
 
 Result: see the evaluation in the README. The velocity loss was 0.312 on 16 held-out clips after part 9, 0.241 on 16
 others after part 11, 0.210 on those of the new nights after part 13, 0.237 after part 15; losses of the parts do not
