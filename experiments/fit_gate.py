@@ -5,7 +5,7 @@
 
 A softmax regression from sentence embeddings and word pieces to the categories and "benign", with a penalty on the
 squared weights, by L-BFGS. It writes sora_jax/safety/data/classifier.safetensors, and its digest beside those of the
-gate's other files; with `--sums` the digests only. It takes six minutes on one CPU core.
+gate's other files; with `--sums` the digests only. It takes some ten minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sora_jax.safety.semantic import BENIGN, BUCKETS, CLASSIFIER, WIDTH, buckets
 PER_LINE = 40  # examples drawn from one line
 CAPTIONS = 3000  # of the worlds: what the bundled model was made for is harmless, in all the words that it knows
 LONG = 10_000  # prompts made of two to four examples, each of
-SHORT = 160  # characters at most, so that all of them fit into what is read at a time
+SHORT = 160  # fewer characters than these, so that all of them fit into what is read at a time
 PENALTY = 1e-4
 WORDS = 2.0  # how much words count beside the embedding, before the penalty
 # Words about the picture say nothing about what it shows: half of the examples get some, harmful and benign alike.
@@ -150,17 +150,11 @@ def main() -> None:
     names = sorted({category for category, _, _ in examples} - {BENIGN})
     classes = [*names, BENIGN]
     encode = encoder()
-    # All that is harmless is so in each of its windows; what is harmful in a long one, mostly stands in the first.
-    read = [
-        (classes.index(category), number, window)
-        for category, number, text in examples
-        for window in encode.windows(forms(text).text)[: None if category == BENIGN else 1]
-    ]
-    windows = [window for _, _, window in read]
+    windows = [encode.windows(forms(text).text)[0] for _, _, text in examples]
     vectors = encode(windows)
-    labels = np.array([label for label, _, _ in read])
+    labels = np.array([classes.index(category) for category, _, _ in examples])
     # Every line counts as much as the root of how many examples it gave, harmful and benign ones the same in all.
-    lines = np.array([number for _, number, _ in read])
+    lines = np.array([number for _, number, _ in examples])
     weights = 1 / np.sqrt(np.bincount(lines)[lines])
     is_benign = labels == len(names)
     weights[is_benign] *= weights[~is_benign].sum() / weights[is_benign].sum()

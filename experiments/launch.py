@@ -106,7 +106,10 @@ def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folde
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that are in no brackets or quotes: of 8,16 two values, of (8,8),(16,16) two tuples."""
+    """At the commas that are in no brackets or quotes: of 8,16 two values, of (8,8),(16,16) two tuples.
+
+    Brackets in brackets are not looked into.
+    """
     return re.findall(r"""(?:^|(?<=,))((?:\([^()]*\)|\[[^][]*\]|"[^"]*"|'[^']*'|[^,])*)""", text)
 
 

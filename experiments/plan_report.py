@@ -38,8 +38,8 @@ HEAD = """# What models need on TPU slices
 Written by `python experiments/plan_report.py`, from the TPU compiler's own memory report; no TPU was used. GiB per
 chip; the step is one of the sampler, bfloat16, both branches of guidance as one batch on several chips and one after
 the other on a single one. "At least" is the largest of arithmetic at the chip's peak, weights once from HBM, and
-bytes over the interconnect: no measurement of time. With libtpu {version}. (JAX 0.10 asks for 0.0.42; 0.0.52 takes up
-to two fifths more heap for a step: A14B on v6e:2x4 2.41.) The last column but one: seconds from the start of a process
+bytes over the interconnect: no measurement of time. With libtpu {version}, which JAX 0.10 asks
+for; others pack the heap in another way. The last column but one: seconds from the start of a process
 until the compiler's report on the step is there, of tracing and compiling, on two CPU cores.
 
 """

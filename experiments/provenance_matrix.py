@@ -54,8 +54,8 @@ def make_signed(folder: Path, format: str, signer: Signer, seed: int = 0) -> Pat
     return target
 
 
-def with_certificate(folder: Path, format: str, problem: str) -> tuple[Path, str]:
-    """A signed file whose signature is right but whose certificate is not, and the root certificate it names.
+def with_certificate(folder: Path, format: str, problem: str) -> tuple[Path, str, str]:
+    """A signed file whose signature is right but whose certificate is not, the root certificate it names, and `pixels`.
 
     Nobody signs with such a certificate: both it and a new signature take the place of good ones of the same length.
 
@@ -90,8 +90,9 @@ def with_certificate(folder: Path, format: str, problem: str) -> tuple[Path, str
         assert signatures[-1] in store and old in store
         return store.replace(signatures[-1], _ecdsa(key, signed[-1].replace(old, new))).replace(old, new)
 
+    before = tampering.look(path)
     path.write_bytes(tampering.with_store(path.read_bytes(), format, exchange))
-    return path, certificates.pem([anchor])
+    return path, certificates.pem([anchor]), tampering.pixels(path, before)
 
 
 def _ecdsa(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
@@ -156,9 +157,9 @@ def _certificate_rows(folder: Path, format: str) -> Iterator[Row]:
         "purpose": "certificate: for web servers",
         "chain": "certificate: not issued by the root it names",
     }.items():
-        path, anchor = with_certificate(folder, format, problem)
+        path, anchor, seen = with_certificate(folder, format, problem)
         manifest = read_manifest(path, anchor)
-        yield Row(format, change, Counter([manifest.state]), Counter(["same"]), "; ".join(manifest.problems))
+        yield Row(format, change, Counter([manifest.state]), Counter([seen]), "; ".join(manifest.problems))
 
 
 HEAD = """# What reading a signed file says after a change

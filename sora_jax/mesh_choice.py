@@ -44,18 +44,22 @@ def training_mesh(batch: int, number: int, *trained: DiTConfig | TextConfig) -> 
     """
     widths = [part.width for part in trained]
     split = [size for part in trained for size in (part.heads, part.feed_forward)]
-    fsdp = max(n for n in _divisors(math.gcd(batch, number)) if not any(width % n for width in widths))
-    context = max(n for n in _divisors(number // fsdp) if not any(width % (fsdp * n) for width in widths))
-    tensor = max(n for n in _divisors(number // fsdp // context) if not any(size % n for size in split))
-    data = number // fsdp // context // tensor
-    if batch % (data * fsdp):
+    found = [
+        (fsdp, context, tensor, data)
+        for data in _divisors(number)
+        for fsdp, context, tensor in _factors(number // data)
+        if not any(width % (fsdp * context) for width in widths) and not any(size % tensor for size in split)
+    ]
+    fit = [sizes for sizes in found if batch % (sizes[3] * sizes[0]) == 0]
+    if not fit:
         raise InputError(
             f"no mesh of {number} chips divides a batch of {batch} with widths of {', '.join(map(str, widths))}; "
-            f"a batch of {data * fsdp} would do"
+            f"a batch of {min(data * fsdp for fsdp, _, _, data in found)} would do"
         )
+    fsdp, context, tensor, data = max(fit)
     reason = f"fsdp={fsdp} divides the batch of {batch} and the parameters"
     if context > 1:
-        reason += f", context={context} the patches of each video"
+        reason += f", context={context} the patches or rows of each video"
     if tensor > 1:
         reason += f", tensor={tensor} heads and feed-forward widths"
     if data > 1:

@@ -125,6 +125,14 @@ def test_mistakes_end_in_one_line_before_loading(generate, capsys, monkeypatch, 
     assert not os.listdir(tmp_path)
 
 
+def test_the_kernels_that_can_be_chosen_are_those_there_are(capsys):
+    from sora_jax.attention import KERNELS
+
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert f"--kernel {{auto,{','.join(KERNELS)}}}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["train"], ["generate", "red", "--model"]])
 def test_wrong_use_ends_in_one_line(capsys, arguments):
     assert main(arguments) == 2

@@ -33,10 +33,10 @@ def test_a_mesh_for_training_divides_the_batch_and_what_is_trained():
     small, bundled = PRESETS["wan2.1-t2v-1.3b"], read_config(None)
     assert training_mesh(16, 16, small.dit)[0] == "data=1,fsdp=16,context=1,tensor=1"
     mesh, reason = training_mesh(4, 16, small.dit)
-    assert mesh == "data=1,fsdp=4,context=4,tensor=1" and "context=4 the patches of each video" in reason
+    assert mesh == "data=1,fsdp=4,context=4,tensor=1" and "context=4 the patches or rows of each video" in reason
     # 12 heads and a width of 1536 = 3 * 512: nothing takes the fives.
     assert training_mesh(40, 40, small.dit)[0] == "data=5,fsdp=8,context=1,tensor=1"
-    with pytest.raises(InputError, match="divides a batch of 8 with widths of 1536; a batch of 40 would do"):
+    with pytest.raises(InputError, match="divides a batch of 8 with widths of 1536; a batch of 5 would do"):
         training_mesh(8, 40, small.dit)
     assert training_mesh(6, 4)[0] == "data=1,fsdp=2,context=2,tensor=1"  # of a codec
     for number in (1, 3, 4, 6, 8, 12, 16):

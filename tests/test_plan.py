@@ -147,10 +147,10 @@ def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatc
     def needs(job, parts, full):
         sizes = mesh_lib.parse_sizes(job.mesh)
         tried[job.mesh] = parts
-        # As if shares along the batch cost nothing to arithmetic, and everything else did.
-        operations = 1e15 if sizes["context"] == sizes["tensor"] == 1 else 2e15
-        received = {"all-gather": 1e12 * sizes["fsdp"]}
-        return {parts[0]: plan.Need(hbm=plan.GIB, operations=operations, collectives=received)}
+        # Seconds of arithmetic and interconnect: 2 and 2 along the batch alone, 3 and hardly any elsewhere.
+        seconds = (2, 2) if sizes["context"] == sizes["tensor"] == 1 else (3, 0.1 * sizes["tensor"])
+        received = {"all-gather": 400e9 * seconds[1]}
+        return {parts[0]: plan.Need(hbm=plan.GIB, operations=918e12 * seconds[0], collectives=received)}
 
     monkeypatch.setattr(plan, "needs", needs)
     job = plan.Job("wan2.1-t2v-1.3b", "", "v6e:2x4", "", (480, 832), 81, batch=8)
@@ -162,8 +162,9 @@ def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatc
         sizes = mesh_lib.parse_sizes(mesh)
         mesh_lib.check_sizes(sizes, 8)
         abstract_params(config, AbstractMesh(tuple(sizes.values()), mesh_lib.AXES))
-    # The interconnect is the slowest bound of all of them.
-    received = [mesh_lib.parse_sizes(mesh)["fsdp"] for mesh in found]
+    # The slowest bound counts, not the sum of them, which only decides between equals.
+    assert found[0] == "data=1,fsdp=8,context=1,tensor=1"
+    received = [mesh_lib.parse_sizes(mesh)["tensor"] for mesh in found[1:]]
     assert received == sorted(received)
     assert "data=2,context=4,tensor=1" in plan.search(job)
 
@@ -242,6 +243,10 @@ def test_windows_are_planned_as_often_as_they_run():
     job = dataclasses.replace(job, model="wan2.2-i2v-a14b", frames=81, windows=3)
     needs = dict.fromkeys(plan.parts(job.model, job.windows), need)
     assert plan.at_least(job, needs, 40) == pytest.approx(1 + 3 * 21 + 3 * 40 + 3 * 21)
+    # Of two videos each goes on from frames of its own, and what sees pictures sees them.
+    job = dataclasses.replace(job, model="wan2.1-i2v-14b", batch=2)
+    needs = dict.fromkeys(plan.parts(job.model, job.windows), need)
+    assert plan.at_least(job, needs, 40) == pytest.approx(1 + 5 + 5 * 21 + 3 * 40 + 2 * 3 * 21)
 
 
 @pytest.mark.parametrize(

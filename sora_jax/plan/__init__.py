@@ -56,7 +56,8 @@ def search(job: Job, part: str = "denoise", full: bool = False) -> dict[str, dic
     else:
         tried = generating_meshes(config, job.size, job.frames, number)
     if not tried:
-        raise InputError(f"no mesh of {number} chips divides {job.model} at {job.size[0]}x{job.size[1]}")
+        asked = f"{job.model} at {job.size[0]}x{job.size[1]}" + f", batch {job.batch}" * (part == "train")
+        raise InputError(f"no mesh that makes sense of {number} chips divides {asked}")
     found = {}
     for mesh in tqdm(tried, desc="searching", unit="mesh"):
         found[mesh] = needs(dataclasses.replace(job, mesh=mesh), (part,), full)

@@ -81,9 +81,11 @@ def at_least(job: Job, needs: dict[str, Need], steps: int) -> float:
         return config.codec.latent_shape(frames, *job.size)[0]
 
     F = latents(job.frames)
-    # What goes on from another window encodes the frames they share; what has a condition, a whole window of it.
-    encoded = job.windows * F if config.dit.condition_channels else (job.windows - 1) * latents(job.overlap)
-    times = {"text": 1, "see": 1, "encode": encoded, "denoise": job.windows * steps, "train": 1}
+    # The first picture is that of all videos; later windows go on from frames of each. What has a condition encodes a
+    # whole window of it, everything else the frames that windows share.
+    later = (job.windows - 1) * job.batch
+    encoded = (1 + later) * F if config.dit.condition_channels else later * latents(job.overlap)
+    times = {"text": 1, "see": 1 + later, "encode": encoded, "denoise": job.windows * steps, "train": 1}
     times["decode"] = job.windows * F * job.batch
     return sum(times[part] * max(need.bounds(chip).values()) for part, need in needs.items())
 
@@ -103,6 +105,7 @@ def for_scripts(job: Job, needs: dict[str, Need], steps: int) -> dict[str, Any]:
         "chips": number,
         "chip": dataclasses.asdict(chip),
         "parts": parts,
+        "steps": steps,
         "fits": fits(job, needs),
         "at_least": at_least(job, needs, steps) if works else None,
         "verdict": verdict(job, needs, steps),

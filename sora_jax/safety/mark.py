@@ -84,7 +84,7 @@ def detect(frames_THWC: np.ndarray, key: bytes) -> Detection:
         if min(round(side / scale) for side in plane_HW.shape) < TILE // 4:
             continue
         # Resized and folded by matrices: programs of JAX would be compiled for each size of frames and each scale.
-        rows_YH, columns_XW = (_folded(side, round(side / scale)) for side in plane_HW.shape)
+        rows_YH, columns_XW = (_resized_and_folded(side, round(side / scale)) for side in plane_HW.shape)
         seen_N, weight_N = _heard(rows_YH @ plane_HW @ columns_XW.T)
         agreement, high, low = (x.item() for x in _best(seen_N, words_2MW))
         found.append((_log10_chance(agreement, weight_N), high * _WORDS + low, scale))
@@ -173,14 +173,14 @@ def _blur(x_THW):
 
 
 def _fold(plane_HW):
-    """The sum of all pairs of tiles of a plane, [2 TILE, 2 TILE]: they hold whole periods of all waves."""
+    """The sum of all blocks of two by two tiles of a plane, [2 TILE, 2 TILE]: they hold whole periods of all waves."""
     H, W = (-(-side // (2 * TILE)) for side in plane_HW.shape)
     pads = [(0, 2 * TILE * tiles - side) for tiles, side in zip((H, W), plane_HW.shape, strict=True)]
     return jnp.pad(plane_HW, pads).reshape(H, 2 * TILE, W, 2 * TILE).sum((0, 2))
 
 
 @functools.lru_cache(maxsize=32)
-def _folded(size: int, new: int) -> np.ndarray:
+def _resized_and_folded(size: int, new: int) -> np.ndarray:
     """The matrix that resizes `size` rows to `new` ones and folds those: float32 [2 TILE, size].
 
     Cubic convolution (Keys, 1981; a = -1/2), widened where there are fewer rows afterwards, as in `jax.image.resize`.

@@ -17,8 +17,9 @@ from sora_jax.errors import InputError, one_line
 from sora_jax.safety.normalize import Forms, lexicon, to_ascii, to_words
 from sora_jax.safety.phrases import compile_phrases
 
-# Letters that a name must have before a slip in it is looked past: of several words, and of one.
-_LONG, _LONG_ALONE = 9, 7
+# Letters that a name must have before a slip in it is looked past: of several words, and of one, which is more often
+# another word.
+_LONG, _LONG_ALONE = 8, 9
 
 # After a given name these make a place, a thing or an action, not a person.
 _NO_SURNAME = frozenset(
@@ -99,7 +100,7 @@ class NameFinder:
         # By what is left when a letter is missing.
         self._shortened: dict[str, list[str]] = {}
         for name in map(" ".join, self._people):
-            if len(name) >= (_LONG if " " in name else _LONG_ALONE):
+            if len(name.replace(" ", "")) >= (_LONG if " " in name else _LONG_ALONE):
                 for rest in _without_a_letter(name):
                     self._shortened.setdefault(rest, []).append(name)
         self._false_friends = compile_phrases(names.false_friends, {}, "names: false friends")
@@ -129,9 +130,11 @@ class NameFinder:
             return False  # of several words all but one are right
         text = " ".join(words)
         for name in {name for rest in _without_a_letter(text) for name in self._shortened.get(rest, ())}:
-            pairs = [(one, other) for one, other in zip(words, name.split(), strict=False) if one != other]
-            if len(pairs) == 1 and pairs[0][0] in wrong and _is_one_slip(text, name):
-                return True
+            listed = name.split()
+            if len(listed) == len(words):
+                pairs = [(one, other) for one, other in zip(words, listed, strict=True) if one != other]
+                if len(pairs) == 1 and pairs[0][0] in wrong and _is_one_slip(*pairs[0]):
+                    return True
         return False
 
     def _is_written_as_a_name(self, text: str) -> bool:

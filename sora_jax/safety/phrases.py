@@ -55,11 +55,11 @@ def compile_phrases(phrases: Iterable[str], lists: Mapping[str, Iterable[str]], 
     """
     alone, together = [], []
     for phrase in phrases:
-        here = f"{where}: phrase {phrase!r}"
+        here = f"{where}: phrase {phrase!r}"[:200]
         try:
             parts = [_Parser(part, lists, here).pattern() for part in phrase.split("&")]
         except RecursionError:
-            raise InputError(f"{here[:200]} has brackets in brackets too often") from None
+            raise InputError(f"{here} has brackets in brackets too often") from None
         if len(parts) == 1:
             alone.append(parts[0])
         else:
@@ -80,7 +80,7 @@ class _Parser:
         found = self._alternatives()
         if self.tokens:
             raise InputError(f"{self.where} has a closing bracket too many")
-        return rf"\b{self._short(found)}\b"
+        return rf"\b{found}\b"
 
     def _alternatives(self) -> str:
         sequences = [self._sequence()]
@@ -93,6 +93,7 @@ class _Parser:
         items = []
         while self.tokens and self.tokens[-1] not in "|)":
             items.append(self._item())
+            self._short("".join(items))
         if not items or items[0] == _GAP or items[-1][-1] in "}?":
             raise InputError(f"{self.where} has an empty part, or one that begins or ends with a gap, or ends with ?")
         return "".join(item if item[-1] in "}?" else item + " " for item in items[:-1]) + items[-1]

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
-from sora_jax.errors import InputError, Refused
+from sora_jax.attention import check_kernel
+from sora_jax.errors import InputError, Refused, one_line
 from sora_jax.json_files import read_json
 from sora_jax.mesh_choice import training_mesh
 from sora_jax.model_folder import read_codec, write_model_folder
@@ -98,7 +99,7 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
     """
     workdir = Path(workdir)
     check_config(config)
-    if mesh_words:
+    if mesh_words is not None:
         config.mesh = _sizes(config, mesh_words)
     mesh = mesh_lib.make_mesh(**config.mesh)
     _check(config, workdir, mesh)
@@ -155,6 +156,15 @@ def check_config(config: ConfigDict) -> None:
     needed = (*_FIELDS, *_FIELDS_OF.get(config.task, ())) if "task" in config else ("task",)
     if missing := [name for name in needed if name not in config]:
         raise InputError(f"the config has no field {missing[0]}; those in configs/ of sora_jax have all")
+    if config.task not in _FIELDS_OF:
+        raise InputError(f"config.task is {config.task!r}; it can be 'codec' or 'dit'")
+    try:
+        _check_values(config)
+    except (AttributeError, KeyError) as error:
+        raise InputError(f"the config is not whole; those in configs/ of sora_jax are: {one_line(error)}") from error
+
+
+def _check_values(config: ConfigDict) -> None:
     for name in ("steps", "batch", "frames", "size", "log_every", "preview_every", "checkpoint_every"):
         if config[name] < 1:
             raise InputError(f"config.{name} is {config[name]}; it must be at least 1")
@@ -165,6 +175,8 @@ def check_config(config: ConfigDict) -> None:
             raise InputError(f"config.data.{name} is {config.data[name]}; it must be at least 1")
     if config.task == "dit" and (config.data.seed < 0 or not config.prompts):
         raise InputError("config.data.seed must be at least 0, and config.prompts must hold a prompt for the previews")
+    if config.task == "dit":
+        check_kernel(config.kernel)
     if not config.optimizer.learning_rate > 0:
         raise InputError(f"config.optimizer.learning_rate is {config.optimizer.learning_rate}; it must be above 0")
     state_lib.make_optimizer(config.optimizer, config.steps)

@@ -138,13 +138,15 @@ def test_names_written_as_one_word(gate, name):
 @pytest.mark.parametrize(
     "prompt,refused",
     [
-        ("make beyonse sing happy birthday", True),  # another letter
+        ("angela merkol sings happy birthday", True),  # another letter
         ("chancellor Freidrich Merz on a log flume", True),  # two that changed places
         ("leonardo dicapro eats soup", True),  # one that is missing
         ("E1on Mu5k eating a cheeseburger", True),  # and a disguise
         ("tom thanks the crowd on a stage", False),  # an English word is no slip
         ("leonardo dicapo eats soup", False),  # two letters
-        ("a merzz on the shelf", False),  # too short
+        ("a roof of obamma on the shelf", False),  # too short
+        ("a thatched cottage on snowdon, a sand mandala", False),  # words that are near to a name
+        ("tomhanks", False),  # short, and in one word
     ],
 )
 def test_names_are_known_with_a_slip_in_them(gate, prompt, refused):
