@@ -1,7 +1,5 @@
 """The meshes that are chosen divide what they share."""
 
-import math
-
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -23,9 +21,9 @@ def test_a_mesh_is_chosen_that_divides():
     for config, size in ((a14b, (720, 1280)), (small, (480, 832)), (PRESETS["wan2.2-ti2v-5b"], (704, 1280))):
         for number in (3, 6, 8, 12, 20, 40, 96):
             words, _ = generating_mesh(config, size, 81, number)
-            sizes = {name: int(size) for name, size in (word.split("=") for word in words.split(","))}
-            assert math.prod(sizes.values()) == number
-            mesh = AbstractMesh((sizes["data"], 1, sizes["context"], sizes["tensor"]), mesh_lib.AXES)
+            sizes = mesh_lib.parse_sizes(words)
+            mesh_lib.check_sizes(sizes, number)
+            mesh = AbstractMesh(tuple(sizes.values()), mesh_lib.AXES)
             abstract_params(config, mesh)  # which says so where the mesh cannot divide a parameter
 
 

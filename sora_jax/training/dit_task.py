@@ -220,9 +220,9 @@ class DiTTask:
         self.config = config
         if config.align.weight and not 1 <= config.align.layer <= config.dit.layers:
             raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
-        check_kernel(config.kernel, jax.default_backend())
         if config.align.objects < 0:
             raise InputError(f"config.align.objects is {config.align.objects}; it must be at least 0")
+        check_kernel(config.kernel, jax.default_backend())
         admit(config.prompts, load_policy())
         if config.data.dir:
             _clips(config, held_out=True)  # better now than at the first preview

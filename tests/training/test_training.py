@@ -286,6 +286,16 @@ def test_a_config_that_is_not_whole_is_one_line(tmp_path, codec_run):
     del config.ema_decay
     with pytest.raises(InputError, match="the config has no field ema_decay"):
         loop.train(config, tmp_path / "run")
+    for field, message in (
+        ("clip", "the config is not whole; .*clip"),
+        ("learning_rate", "not whole; .*learning_rate"),
+    ):
+        config = ConfigDict(codec_config().to_dict())
+        del config.optimizer[field]
+        with pytest.raises(InputError, match=message):
+            loop.train(config, tmp_path / "run")
+    with pytest.raises(InputError, match="config.task is 'vae'; it can be 'codec' or 'dit'"):
+        loop.train(codec_config("--config.task=vae"), tmp_path / "run")
     shutil.copytree(codec_run, tmp_path / "copy")
     (tmp_path / "copy" / "config.json").write_text("")
     for use in (lambda path: loop.train(codec_config(), path), lambda path: loop.export(path, tmp_path / "model")):
