@@ -106,11 +106,15 @@ def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folde
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that are in no brackets or quotes: of 8,16 two values, of (8,8),(16,16) two tuples.
-
-    Brackets in brackets are not looked into.
-    """
-    return re.findall(r"""(?:^|(?<=,))((?:\([^()]*\)|\[[^][]*\]|"[^"]*"|'[^']*'|[^,])*)""", text)
+    """At the commas that are in no brackets or quotes: of 8,16 two values, of (8,8),((1,2),3) two tuples."""
+    values, depth = [""], 0
+    for part in re.findall(r"""'[^']*'|"[^"]*"|.""", text):
+        depth += (part in "([{") - (part in ")]}")
+        if part == "," and depth <= 0:
+            values.append("")
+        else:
+            values[-1] += part
+    return values
 
 
 def on_this_machine(run: Run, processes: int) -> list[Command]:

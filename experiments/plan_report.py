@@ -4,13 +4,11 @@ Needs `sora-jax[tpu]` for the TPU's compiler, and no TPU. Each row takes half a 
 """
 
 import argparse
-import dataclasses
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sora_jax import mesh_choice, plan
-from sora_jax.request import check_window, windows
 
 CASES = (
     # model, topology, size, frames; perhaps that each part is on the chips only while it works, or frames of a window
@@ -77,9 +75,8 @@ def row(model: str, topology: str, size: tuple[int, int], frames: int, options: 
     config = plan.model_config(model)
     chip, number = plan.chips(topology)
     mesh, _ = mesh_choice.generating_mesh(config, size, frames, number)
-    window, overlap = check_window(config, frames, options.get("window"), None)
-    job = plan.Job(model, "", topology, mesh, size, window, offload="offload" in options)
-    job = dataclasses.replace(job, windows=windows(frames, window, overlap))
+    job = plan.Job(model, "", topology, mesh, size, frames, offload="offload" in options)
+    job = plan.in_windows(job, options.get("window"), None)
     needs = plan.needs(job, plan.parts(model, job.windows))
     words = " ".join([model, *[f"--{name}" + f" {value}" * (value is not True) for name, value in options.items()]])
     step, cells = needs["denoise"], [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh]

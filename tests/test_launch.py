@@ -82,6 +82,7 @@ def test_values_of_a_sweep_may_have_commas_in_brackets(launch):
         "[1,2]",
         "'a,b'",
     ]
+    assert launch._split("((1,2),(3,4)),{'a': [1,2]}") == ["((1,2),(3,4))", "{'a': [1,2]}"]
     assert launch._split("1,,2") == ["1", "", "2"] and launch._split("1,") == ["1", ""] and launch._split("") == [""]
     runs = launch.make_runs(CONFIG[1], ["config.codec.multipliers=(1, 2),(1, 2, 4)"], [], "r")
     assert [run.arguments[-1] for run in runs] == [

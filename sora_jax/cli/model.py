@@ -69,7 +69,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     from sora_jax import mesh as mesh_lib
     from sora_jax import mesh_choice, plan
-    from sora_jax.request import check_shape, check_window, windows
+    from sora_jax.request import check_shape
 
     if options.search and options.mesh != "auto":
         raise InputError("--search tries the meshes that make sense: give no --mesh with it")
@@ -81,9 +81,10 @@ def _plan(options: argparse.Namespace) -> None:
     sampling = config.sampling
     size, frames = options.size or sampling.size, options.frames or sampling.frames
     check_shape(config, frames, size)
-    window, overlap = check_window(config, frames, options.window, options.overlap)
     _, number = plan.chips(options.topology)
     mesh, batch = options.mesh, number if options.batch == "max" else options.batch
+    job = plan.Job(options.model, "", options.topology, mesh, size, frames, batch, options.dtype, options.offload)
+    job = plan.in_windows(job, options.window, options.overlap)
     if mesh == "auto" and not options.search:
         if options.train:
             mesh, reason = mesh_choice.training_mesh(batch, number, config.dit)
@@ -95,19 +96,7 @@ def _plan(options: argparse.Namespace) -> None:
         mesh_lib.check_sizes(sizes, number)
         if options.train and batch % (shares := sizes["data"] * sizes["fsdp"]):
             raise InputError(f"--batch {batch} must be a multiple of {shares}, among which mesh {mesh} shares it")
-    job = plan.Job(
-        options.model,
-        "",
-        options.topology,
-        mesh,
-        size,
-        window,
-        batch,
-        options.dtype,
-        options.offload,
-        windows(frames, window, overlap),
-        overlap or 1,
-    )
+    job = dataclasses.replace(job, mesh=mesh)
     steps = options.steps or sampling.steps
     if options.batch == "max":
         job, need = plan.largest_batch(job, options.full)

@@ -24,13 +24,13 @@ from tqdm import tqdm
 from sora_jax.errors import InputError
 from sora_jax.mesh_choice import generating_meshes, training_meshes
 from sora_jax.plan.compile import compile_part
-from sora_jax.plan.job import GIB, Job, Need, chips, model_config, parts
+from sora_jax.plan.job import GIB, Job, Need, chips, in_windows, model_config, parts
 from sora_jax.plan.programs import program
 from sora_jax.plan.words import at_least, describe, fits, for_scripts, verdict
 
 __all__ = [
     "GIB", "Job", "Need", "at_least", "chips", "compile_part", "describe", "fits", "for_scripts",
-    "largest_batch", "model_config", "needs", "parts", "program", "search", "verdict",
+    "in_windows", "largest_batch", "model_config", "needs", "parts", "program", "search", "verdict",
 ]  # fmt: skip
 
 

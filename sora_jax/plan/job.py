@@ -10,6 +10,7 @@ from sora_jax.errors import InputError
 from sora_jax.interop.presets import PRESETS
 from sora_jax.model_folder import ModelConfig
 from sora_jax.models import read_config
+from sora_jax.request import check_window, windows
 
 GIB = 2**30
 
@@ -64,6 +65,16 @@ class Job:
     offload: bool = False
     windows: int = 1
     overlap: int = 1
+
+
+def in_windows(job: Job, window: int | None, overlap: int | None) -> Job:
+    """The job for a video of `job.frames` frames, of which `window` are sampled at a time.
+
+    Raises:
+        InputError: see `check_window`.
+    """
+    window, overlap = check_window(model_config(job.model), job.frames, window, overlap)
+    return dataclasses.replace(job, frames=window, windows=windows(job.frames, window, overlap), overlap=overlap or 1)
 
 
 @dataclass(frozen=True)
