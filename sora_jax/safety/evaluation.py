@@ -6,8 +6,8 @@ neither gate nor examples) and the fourth (by the author of the examples, to be 
 all else was frozen; then examples like theirs were added, and the fifth and, after more examples, the sixth (by others
 who had seen nothing, half of them roundabout or disguised) were read for the first time. The seventh and the eighth,
 by two more who had seen nothing, were read in the same way; then came examples of long prompts, by people who had seen
-neither of them. The ninth, by somebody who had seen nothing either, is the one that counts: it was read once, when all
-else was frozen.
+neither of them. The ninth, by somebody who had seen nothing either, was read once when all else was frozen, and so,
+after examples by six more people, was the tenth.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def among_others(prompt: str, rng: np.random.Generator) -> str:
 def read_prompts() -> dict[str, list[tuple[str, str]]]:
     """(category, prompt) of every round, by the round's name."""
     rounds = {}
-    for path in sorted((DATA / "prompts").glob("*.tsv")):
+    for path in sorted((DATA / "prompts").glob("*.tsv"), key=lambda path: (len(path.stem), path.stem)):
         lines = path.read_text(encoding="utf-8").splitlines()
         rounds[path.stem] = [tuple(line.split("\t", 1)) for line in lines if line]
     return rounds

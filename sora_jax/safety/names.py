@@ -32,7 +32,15 @@ _NAME = re.compile(
     r"\b([A-Z][a-z]+(?:-[A-Za-z]+)?)(?: [A-Z]\.?)? ((?:van|von|de|da|del|der|bin|al|la|le|el|di)[ -])*"
     r"([A-Z][a-z]*'?[A-Z]?[a-z]+)"
 )
-_MADE_UP = re.compile(r"\b(named|called|nicknamed|fictional|character|restaurant|ship|boat|hotel|brand)\W+$", re.I)
+# Right before a name: what only an invented person is, in prompts for videos, or what is no person.
+_MADE_UP = re.compile(
+    r"\b(named|called|nicknamed|fictional|fictitious|imaginary|invented|made[ -]up|character|heroine|hero|superhero|"
+    r"superheroine|villain|villainess|wizard|witch|sorcerer|sorceress|mage|necromancer|elf|dwarf|hobbit|knight|paladin|"
+    r"rogue|thief|burglar|assassin|bounty hunter|smuggler|pirate|starship captain|pilot|detective|inspector|sheriff|"
+    r"vampire|werewolf|android|robot|duelist|duellist|gunslinger|restaurant|ship|boat|hotel|brand)\W+$",
+    re.I,
+)
+_INVENTED = re.compile(r"\b(fictional|fictitious|imaginary|invented|made[ -]up)(\W+\w+){1,3}\W+$", re.I)
 _WORK = re.compile(
     r"\b(style of|styled like|inspired by|directed by|painted by|painting by|paintings by|filmed by|film by|movie by|"
     r"music by|song by|composed by|homage to|reminiscent of|novel by|book by|poem by|scored by|score by|"
@@ -154,6 +162,7 @@ class NameFinder:
             given.partition("-")[0] in self._given
             and surname not in _NO_SURNAME
             and not _MADE_UP.search(text[: match.start()])
+            and not _INVENTED.search(text[: match.start()])
             and self._is_nothing_else(text, match)
         )
 

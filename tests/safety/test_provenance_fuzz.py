@@ -91,8 +91,8 @@ def test_damaged_files(tmp_path, signer):
     assert found["tampered"] > 100 and found["unreadable"] > 100, found
 
 
-@pytest.mark.slow
-def test_ten_thousand_damaged_files(tmp_path, signer):
-    found = fuzz(tmp_path, signer, 10_000, seed=1)
-    print(found)
-    assert found["tampered"] > 1000 and found["unreadable"] > 1000, found
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_ten_thousand_damaged_files(tmp_path, signer, seed):
+    found = fuzz(tmp_path, signer, 2500, seed)
+    assert found["tampered"] > 250 and found["unreadable"] > 250, found
