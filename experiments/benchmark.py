@@ -241,7 +241,7 @@ def measure_training(bench: Bench, config: ModelConfig, training: ConfigDict) ->
         "layout": random.normal(size=(training.batch, F, Y // rows, X // columns, CHANNELS)).astype(np.float16),
         "ids": tokenize([PROMPT] * training.batch, config.text.length),
     }
-    step = state_lib.make_step(task.loss, optimizer, training.seed, training.ema_decay)
+    step = state_lib.make_step(task.loss, optimizer, training.seed, training.ema_decay, state)
     compiled, times = compile_twice(step, state, batch)
     count = operations(step, state, batch)
 

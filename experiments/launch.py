@@ -13,7 +13,8 @@ another; the exit code is 1 if one of them failed.
 A run that was started before goes on from its newest checkpoint. With several hosts the folder of the runs must be
 one that all of them share (Filestore, NFS, a mounted bucket), and `sora-jax` must be installed on each. Paths in a
 config, such as `config.codec`, are those on the hosts; the batch is a multiple of data x fsdp. A run that was
-preempted ends with exit code 143, so that GKE starts it again.
+preempted ends with exit code 143, so that GKE starts it again; SLURM needs `sbatch` once more where its time was up.
+To stop one on a TPU VM, end it there: `gcloud` passes no signal on.
 """
 
 import argparse
@@ -35,12 +36,11 @@ from pathlib import Path
 
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
-from sora_jax.training.loop import check_config
+from sora_jax.training.loop import check_config, check_local
 
-GRACE = 60  # seconds that a process has for saving, once it is to stop
 # Options that only one of the launchers reads.
 OWN = {
-    "tpu-vm": ("zone", "folder"),
+    "tpu-vm": ("zone", "folder", "python"),
     "slurm": ("nodes", "gpus_per_node", "sbatch"),
     "gke": ("image", "claim", "tpu", "topology", "chips_per_host", "restarts"),
 }
@@ -78,6 +78,7 @@ def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folde
     Raises:
         InputError: the config does not take these values, or two runs would have the same name.
     """
+    check_local(folder, "--runs")
     fields, values = [], []
     for word in sweep:
         name, equals, text = word.removeprefix("--").partition("=")
@@ -136,7 +137,7 @@ def on_tpu_vm(run: Run, options: argparse.Namespace, name: str) -> Command:
     where = [f"--zone={options.zone}"] if options.zone else []
     train = (f"cd {shlex.quote(options.folder)} && " if options.folder else "") + shlex.join(
         # The shell of such a command has not read the profile that knows where pip puts scripts.
-        ["python3", "-m", "sora_jax", *run.arguments]
+        [options.python, "-m", "sora_jax", *run.arguments]
     )
     return Command(["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *where, "--worker=all", f"--command={train}"])
 
@@ -155,7 +156,7 @@ def on_slurm(run: Run, options: argparse.Namespace) -> Command:
         f"--output={options.runs}/{run.name}-%j.out",
         "--open-mode=append",
         "--requeue",
-        f"--signal=TERM@{2 * GRACE}",
+        f"--signal=TERM@{2 * options.grace}",
         *[f"--{setting}" for setting in options.sbatch],
     ]
     lines = ["#SBATCH " + re.sub("=(.* .*)", r'="\1"', setting) + "\n" for setting in settings]
@@ -189,7 +190,7 @@ def on_gke(run: Run, options: argparse.Namespace) -> Command:
     }
     pod = {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE,
+        "terminationGracePeriodSeconds": options.grace,
         "nodeSelector": {
             "cloud.google.com/gke-tpu-accelerator": options.tpu,
             "cloud.google.com/gke-tpu-topology": options.topology,
@@ -202,6 +203,9 @@ def on_gke(run: Run, options: argparse.Namespace) -> Command:
         "parallelism": hosts,
         "completions": hosts,
         "backoffLimit": 0,  # one pod that fails ends all; the set starts them again
+        "podFailurePolicy": {  # but not after a mistake, which is there again
+            "rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]
+        },
         "template": {"spec": pod},
     }
     manifest = {
@@ -212,7 +216,11 @@ def on_gke(run: Run, options: argparse.Namespace) -> Command:
             "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
         },
         "spec": {
-            "failurePolicy": {"maxRestarts": options.restarts},
+            "failurePolicy": {
+                "maxRestarts": options.restarts,
+                "rules": [{"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "ttlSecondsAfterFinished": options.grace,  # it makes place for the same run, started again
             "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job}}],
         },
     }
@@ -232,14 +240,17 @@ class Stopped(Exception):
     """SIGINT or SIGTERM."""
 
 
-def start(commands: Sequence[Command]) -> str | None:
+def start(commands: Sequence[Command], grace: int) -> str | None:
     """Runs the commands side by side until all have ended; if one fails, the others are stopped.
+
+    Args:
+        grace: seconds that they have for saving, once they are to stop.
 
     Returns:
         What went wrong, or None.
 
     Raises:
-        Stopped: a signal came; it has been passed on, and nothing runs any more.
+        Stopped: a signal came; it has been passed on, and nothing runs here any more.
     """
     children = []
     try:
@@ -263,12 +274,12 @@ def start(commands: Sequence[Command]) -> str | None:
             return None
         code, which = codes[failed], f"process {failed}: " if len(children) > 1 else ""
         # The others notice by themselves that one is gone, and say so.
-        _end(children, None)
+        _end(children, None, grace)
         return f"{which}exit code {code}" if code > 0 else f"{which}killed by {signal.Signals(-code).name}"
     except FileNotFoundError as error:
         raise InputError(f"there is no command {error.filename} here") from error
     except Stopped as stopped:
-        _end(children, stopped.args[0])
+        _end(children, stopped.args[0], grace)
         raise
     finally:
         for child in children:
@@ -276,9 +287,9 @@ def start(commands: Sequence[Command]) -> str | None:
                 child.kill()
 
 
-def _end(children: Sequence[subprocess.Popen], number: int | None) -> None:
+def _end(children: Sequence[subprocess.Popen], number: int | None, grace: int) -> None:
     """Waits until the children have ended, after a signal if one is given."""
-    deadline = time.monotonic() + GRACE
+    deadline = time.monotonic() + grace
     for child in children:
         if number and child.poll() is None:
             child.send_signal(number)
@@ -331,8 +342,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep", action="append", default=[], metavar="config.FIELD=A,B", help="a run for each; can be repeated")
     add("--runs", default="runs", metavar="DIR", help="where the work folders are (default: runs)")
     add("--dry-run", action="store_true", help="print the commands and manifests")
+    add("--grace", type=_at_least(1), default=60, metavar="S", help="seconds for saving before the end (default: 60)")
     add("--zone", help="tpu-vm: the zone (default: gcloud's)")
     add("--folder", metavar="DIR", help="tpu-vm: the folder on the hosts that the config's path starts from")
+    add("--python", default="python3", metavar="PATH", help="tpu-vm: Python on the hosts (default: python3)")
     add("--nodes", type=_at_least(1), default=1, help="slurm: nodes (default: 1)")
     add("--gpus-per-node", type=_at_least(0), default=0, help="slurm: GPUs on each, a process for each (default: none)")
     add(
@@ -365,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             if options.on == "slurm":  # which cannot write its output into a folder that is not there
                 Path(options.runs).mkdir(parents=True, exist_ok=True)
-            problem = start(commands)
+            problem = start(commands, options.grace)
             failures += problem is not None
             if problem:  # what ended in the middle of its progress bar has left the line unfinished
                 print(f"\n# {run.name}: {problem}", file=sys.stderr, flush=True)

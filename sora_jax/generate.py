@@ -242,10 +242,8 @@ class Generator:
         Where the mesh is that of several processes, all of them run this and have the videos.
         """
         pixels = request.window * math.prod(request.size)
-        copies = self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
-        if request.is_guided and copies % 2 == 0:
-            copies //= 2  # the two branches of guidance are as good as two videos
-        batch = max(1, min(-(-len(request.prompts) // copies), _PIXELS_PER_BATCH // pixels)) * copies
+        least = pipeline.least_batch(self.mesh, request.is_guided) if self.mesh else 1
+        batch = max(1, min(-(-len(request.prompts) // least), _PIXELS_PER_BATCH // pixels)) * least
         starts = range(0, len(request.prompts), batch)
         with self._on_mesh():
             first = self._known(_pictures(request), request)

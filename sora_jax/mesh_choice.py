@@ -13,16 +13,19 @@ def generating_mesh(config: ModelConfig, size: tuple[int, int], frames: int, num
     """A mesh for generating one video on `number` chips, and why this one."""
     tokens = _tokens(config, size, frames)
     context = max(n for n in _divisors(number) if _divides(config, n, tokens))
-    tensor = max(n for n in _divisors(number // context) if _splits(config, n))
+    branches = 2 if config.sampling.guidance != 1 and number // context % 2 == 0 else 1
+    tensor = max(n for n in _divisors(number // context // branches) if _splits(config, n))
     data = number // context // tensor
     reason = f"context={context} divides the {tokens} tokens of a frame and every width"
     if context > 1:
         group = math.gcd(context, config.dit.heads // tensor)
         reason += f", all-to-all among {group}" + (f", rings of {context // group}" if group < context else "")
+    if branches > 1:
+        reason += "; data has a branch of guidance on each half"
     if tensor > 1:
         reason += f"; tensor={tensor} takes what is left, dividing heads and feed-forward widths"
-    if data > 1:
-        reason += f"; data={data} is of use to the branches of guidance and to several videos"
+    if data > branches:
+        reason += f"; data={data} makes {data // branches} videos in the time of one"
     return f"data={data},context={context},tensor={tensor}", reason
 
 

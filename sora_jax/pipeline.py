@@ -16,7 +16,7 @@ from sora_jax import sampler
 from sora_jax.codec import Codec
 from sora_jax.codec import vae as codec_lib
 from sora_jax.dit import DiT
-from sora_jax.mesh import constrain
+from sora_jax.mesh import RULES, constrain
 from sora_jax.model_folder import ModelConfig
 from sora_jax.text import T5Encoder
 from sora_jax.vision import VisionEncoder
@@ -48,6 +48,15 @@ def encode_text(config: ModelConfig, dtype: Any, params: Any, ids_BL: jax.Array)
 def see(config: ModelConfig, dtype: Any, params: Any, image_BHWC: jax.Array) -> jax.Array:
     """Preprocessed pictures to features (B, L, D) float32."""
     return VisionEncoder(config.vision).apply({"params": params}, image_BHWC)
+
+
+def least_batch(mesh: jax.sharding.Mesh, is_guided: bool) -> int:
+    """Videos that a mesh samples at a time: a multiple of so many. Fewer are filled up, since all copies work anyway.
+
+    The two branches of guidance are as good as two videos.
+    """
+    copies = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return copies // 2 if is_guided and copies % 2 == 0 else copies
 
 
 def draw_noise(seeds_B: jax.Array, shape: tuple[int, ...], window: int | jax.Array | None = None) -> jax.Array:

@@ -1,8 +1,10 @@
 """The launcher: what it would run, word by word, and what it runs here."""
 
+import functools
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -41,6 +43,28 @@ def test_what_would_run_elsewhere(launch, name, arguments, capsys):
     overrides = ["--config.steps=10", "--config.codec.multipliers=(1, 2)"]
     assert launch.main([*CONFIG, "--runs", "/runs", "--dry-run", *arguments, *overrides]) == 0
     assert capsys.readouterr().out == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_the_manifest_has_the_fields_that_kubernetes_publishes(launch, capsys):
+    """Names and kinds of the fields of JobSet v1alpha2 (its jobset_types.go) and of Kubernetes 1.37 (its OpenAPI)."""
+    known = json.loads((GOLDEN / "kubernetes.json").read_text())
+
+    def check(value, kind):
+        if kind.startswith("list["):
+            assert isinstance(value, list)
+            for one in value:
+                check(one, kind.removeprefix("list[").removesuffix("]"))
+        elif kind in known:
+            assert value.keys() <= known[kind].keys()
+            for name, part in value.items():
+                check(part, known[kind][name])
+        else:
+            assert type(value) is {"str": str, "int": int, "bool": bool}.get(kind, dict), (value, kind)
+
+    options = ["--image", "a", "--claim", "b", "--runs", "/runs", "--dry-run"]
+    assert launch.main([*CONFIG, "--on", "gke", *options]) == 0
+    manifest = json.loads(re.search(r"<<'EOF'\n(.*)EOF", capsys.readouterr().out, re.DOTALL)[1])
+    check(manifest, "JobSet")
 
 
 def test_what_would_run_here(launch, capsys):
@@ -120,6 +144,7 @@ def test_names_of_kubernetes_are_short_and_differ(launch):
             "1 chips; 4 are on a host",
         ),
         (["--on", "local", "--sweep", "config.data.dir=a_b,a-b"], "same name in Kubernetes"),
+        (["--on", "slurm", "--runs", "gs://bucket/runs"], "--runs gs://bucket/runs is no path: mount the bucket"),
         (["--on", "local", "--sweep", "seed=1"], "must look like"),
         (["--on", "local", "--sweep", "config.seed=1,1"], "same name"),
         (["--on", "local", "--sweep", "config.sed=1"], "did you mean seed"),
@@ -157,20 +182,20 @@ def python(launch, script):
     return launch.Command([sys.executable, "-c", script])
 
 
-def test_how_processes_end_is_told(launch, monkeypatch):
-    monkeypatch.setattr(launch, "GRACE", 0.5)
+def test_how_processes_end_is_told(launch):
+    start = functools.partial(launch.start, grace=0.5)
     good, bad = python(launch, ""), python(launch, "raise SystemExit(3)")
     killed = python(launch, "import os; os.kill(os.getpid(), 9)")
     endless = python(launch, "while True: pass")
-    assert launch.start([good]) is None and launch.start([good, good]) is None
-    assert launch.start([bad]) == "exit code 3"
+    assert start([good]) is None and start([good, good]) is None
+    assert start([bad]) == "exit code 3"
     begin = time.monotonic()
-    assert launch.start([endless, killed]) == "process 1: killed by SIGKILL"
+    assert start([endless, killed]) == "process 1: killed by SIGKILL"
     assert time.monotonic() - begin < 20
     with pytest.raises(InputError, match="there is no command no-such-tool"):
-        launch.start([launch.Command(["no-such-tool"])])
+        start([launch.Command(["no-such-tool"])])
     reading = python(launch, "import sys; sys.exit(sys.stdin.read() != 'text')")
-    assert launch.start([launch.Command(reading.words, "text")]) is None
+    assert start([launch.Command(reading.words, "text")]) is None
 
 
 def test_ctrl_c_stops_what_was_started(launch, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,9 @@ def test_a_mesh_is_chosen_that_divides():
     assert generating_mesh(a14b, (720, 1280), 81, 8)[0] == "data=1,context=8,tensor=1"
     # 1560 tokens a frame: 16 does not divide them, 8 does.
     mesh, reason = generating_mesh(small, (480, 832), 81, 16)
-    assert mesh == "data=1,context=8,tensor=2" and "rings of 4" in reason
+    assert mesh == "data=2,context=8,tensor=1" and "rings of 2" in reason and "a branch of guidance on each" in reason
+    mesh, reason = generating_mesh(small, (480, 832), 81, 128)
+    assert mesh == "data=4,context=8,tensor=4" and reason.endswith("data=4 makes 2 videos in the time of one")
     assert "data=2,context=4,tensor=1" in generating_meshes(a14b, (720, 1280), 81, 8)
     for config, size in ((a14b, (720, 1280)), (small, (480, 832)), (PRESETS["wan2.2-ti2v-5b"], (704, 1280))):
         for number in (3, 6, 8, 12, 20, 40, 96):

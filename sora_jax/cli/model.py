@@ -77,6 +77,8 @@ def _plan(options: argparse.Namespace) -> None:
         raise InputError("--batch max is for --train with one mesh: give a number")
     if options.train and (options.window or options.overlap):
         raise InputError("--window and --overlap are for generating: give --train the frames of a clip")
+    if options.train and options.steps:
+        raise InputError("--steps are those of the sampler: with --train one step is planned")
     config = plan.model_config(options.model)
     sampling = config.sampling
     size, frames = options.size or sampling.size, options.frames or sampling.frames

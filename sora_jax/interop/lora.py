@@ -8,17 +8,20 @@ Two layouts of safetensors are common, and both are read:
     diffusion_model.blocks.0.self_attn.q.lora_down.weight   by Wan's own names, with .alpha beside it; also written
     lora_unet_blocks_0_self_attn_q.lora_down.weight         with underscores
 
-Beside the matrices, files may hold whole differences of weights (.diff), of biases (.diff_b) and of the tables of
-modulation (.diff_m), and all of them are added. diffusers (as of 0.42) leaves some out: those of norms, as the files
-that have any have zeros there; those of tables; those of whole weights other than the last layer's; and those of the
-modulation's bias in files that do not change its weight.
+Other trainers put other prefixes before these names, or several. Beside the matrices, files may hold what is added to
+the bias with the same scale (.lora_B.bias), and whole differences of weights (.diff), of biases (.diff_b) and of the
+tables of modulation (.diff_m, or .modulation.diff), and all of them are added. diffusers (as of 0.42) leaves some out:
+those of norms, as the files that have any have zeros there; those of tables; those of whole weights other than the last
+layer's; and those of the modulation's bias in files that do not change its weight.
 """
 
 import dataclasses
 import json
+import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,40 +34,41 @@ from sora_jax.interop import names
 from sora_jax.tensors import FORMATS, Tensor, TensorFile
 
 
-class _Change(NamedTuple):
-    """What is added to one layer: `scale` times up @ down to its kernel, and the rest as it is; names of tensors."""
+class _Term(NamedTuple):
+    """Added to a published tensor: `scale` times a tensor of the file, or times the product of an upper and a lower."""
 
     file: TensorFile
-    down: str | None = None  # (rank, in)
-    up: str | None = None  # (out, rank)
-    scale: float = 1.0
-    diff: str | None = None  # to the whole weight
-    diff_b: str | None = None  # to the bias
-    diff_m: str | None = None  # to the table of modulation
+    scale: float
+    names: tuple[str, ...]
 
-    def shape(self, leaf: str) -> tuple[int, ...] | None:
-        """Of what is added to a weight, such as (out, in), to a bias or a table; None if nothing is."""
-        shapes = self.file.shapes
-        if leaf == "weight" and self.down is not None:
-            return shapes[self.up][0], shapes[self.down][1]
-        name = self._whole(leaf)
-        return None if name is None else shapes[name]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [self.file.shapes[name] for name in self.names]
+        return shapes[0][:1] + shapes[-1][1:]
 
-    def _whole(self, leaf: str) -> str | None:
-        return {"weight": self.diff, "bias": self.diff_b, "scale_shift_table": self.diff_m}.get(leaf)
-
-    def read(self, leaf: str) -> np.ndarray:
+    def read(self, shape: tuple[int, ...]) -> np.ndarray:
         """What is added, in double precision: it is rounded once."""
-        name = self._whole(leaf)
-        diff = 0.0 if name is None else self.file.read(name).astype(np.float64)
-        if leaf != "weight" or self.down is None:
-            return diff
-        down, up = (self.file.read(name).astype(np.float64) for name in (self.down, self.up))
-        return self.scale * up @ down + diff
+        arrays = (self.file.read(name).astype(np.float64) for name in self.names)
+        # Those of a convolution have more axes than two.
+        return self.scale * reduce(np.matmul, (array.reshape(len(array), -1) for array in arrays)).reshape(shape)
 
 
-_SUFFIX = re.compile(r"\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight$|\.(alpha|diff|diff_b|diff_m)$")
+_ROLES = {
+    "lora_A.weight": "down",
+    "lora_down.weight": "down",
+    "lora_B.weight": "up",
+    "lora_up.weight": "up",
+    "lora_B.bias": "bias",
+    "lora_up.bias": "bias",
+    "alpha": "alpha",
+    "diff": "diff",
+    "diff_b": "diff_b",
+}
+_ALPHA_FORMATS = re.compile(r"BF16|F(16|32|64)|[IU]\d+")
 _PARTS = ("transformer.", "transformer_2.")  # prefixes in files for pipelines with two transformers
+_PREFIX = re.compile(r"(?:base_model\.model\.|diffusion_model\.|pipe\.dit\.|(transformer\.|transformer_2\.))*")
+_TABLES = ("scale_shift_table", "pos_embed")  # parameters without a module
+_IMAGE = re.compile(r"image_embedder|add_[kv]_proj|norm_added_k")  # only in models that see an image
 _WAN_NAMES = (
     (r"\.self_attn\.", ".attn1."),
     (r"\.cross_attn\.", ".attn2."),
@@ -85,7 +89,9 @@ _WAN_NAMES = (
     (r"attn(\d)\.norm_k_img$", r"attn\1.norm_added_k"),
     (r"\.norm3$", ".norm2"),  # of the cross-attention, the only one with weights
     (r"^head\.head$", "proj_out"),
-    (r"^head$", ""),  # its table of modulation stands at the top
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"\.modulation$", ".scale_shift_table"),
+    (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
 )
 
 
@@ -101,40 +107,36 @@ def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, 
     path = Path(path)
     changes = _read(TensorFile(path), low)
     flat = traverse_util.flatten_dict(params, sep=".")
-    used = set()
     for ours, tensor in flat.items():
         source = names.dit(config, ours)
-        here = tensor.shape[1:] if source.stacked else tensor.shape
         added = {}
         for layer, theirs in enumerate(source.names):
-            module, _, leaf = theirs.rpartition(".")
-            change = changes.get(module)
-            shape = change.shape(leaf) if change else None
-            if change and leaf in ("weight", "bias", "scale_shift_table"):
-                used.add(module)
-            if shape is None:
-                continue
-            if not _fits(shape, source.convert, here):
-                raise InputError(f"{path}: it changes {theirs} as {list(shape)}; here it is {list(here[::-1])}")
-            added[layer] = partial(_added, change, leaf, source.convert, scale)
+            shape = _published(config, theirs, tensor.shape[1:] if source.stacked else tensor.shape)
+            terms = changes.pop(theirs, [])
+            for term in terms:
+                if term.shape not in (shape, (shape[0], math.prod(shape[1:]))):
+                    raise InputError(f"{path}: it changes {theirs} as {list(term.shape)}; here it is {list(shape)}")
+            if terms:
+                added[layer] = partial(_added, terms, shape, source.convert, scale)
         if added:
             flat[ours] = dataclasses.replace(tensor, pieces=partial(_pieces, tensor, added, source.stacked))
-    if left := changes.keys() - used:
-        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise InputError(f"{path}: it changes {min(left)}{more}, which this transformer does not have")
+    if changes:
+        more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+        blind = not config.image_width and any(map(_IMAGE.search, changes))
+        why = ": it is made for a model that sees an image (Wan 2.1 I2V)" if blind else ""
+        raise InputError(f"{path}: it changes {min(changes)}{more}, which this transformer does not have{why}")
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
-def _fits(shape: tuple[int, ...], convert: Callable, here: tuple[int, ...]) -> bool:
-    """Whether what has this shape in a file is, converted, of the shape that the parameter has here."""
-    try:
-        return convert(np.broadcast_to(np.int8(0), shape)).shape == here
-    except (ValueError, IndexError):
-        return False
+def _published(config: DiTConfig, theirs: str, here: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a published tensor, from that of the parameter here."""
+    if theirs == "patch_embedding.weight":
+        return config.width, config.latent_channels + config.condition_channels, *config.patch
+    return (1, *here) if theirs.endswith(_TABLES) else here[::-1]
 
 
-def _added(change: _Change, leaf: str, convert: Callable, scale: float) -> np.ndarray:
-    return convert(scale * change.read(leaf))
+def _added(terms: list[_Term], shape: tuple[int, ...], convert: Callable, scale: float) -> np.ndarray:
+    return convert(scale * sum(term.read(shape) for term in terms))
 
 
 def _pieces(tensor: Tensor, added: dict[int, Callable], stacked: bool) -> Iterator[np.ndarray]:
@@ -152,41 +154,53 @@ def _pieces(tensor: Tensor, added: dict[int, Callable], stacked: bool) -> Iterat
         yield piece
 
 
-def _read(file: TensorFile, low: bool) -> dict[str, _Change]:
-    """Changes by the published name of the layer."""
-    path, tensors = file.path, list(file.shapes)
-    for name, format in file.formats.items():
-        if format not in FORMATS:
-            raise InputError(f"{path}: {name} is {format}, which cannot be read")
-    if all(any(name.startswith(part) for name in tensors) for part in _PARTS):
-        tensors = [name for name in tensors if name.startswith(_PARTS[low])]
+def _read(file: TensorFile, low: bool) -> dict[str, list[_Term]]:
+    """What is added, by the published name of the tensor."""
+    path, mine, other = file.path, _PARTS[low], _PARTS[not low]
+    parts = {name: _PREFIX.match(name)[1] for name in file.shapes}
+    if mine in parts.values():
+        parts = {name: part for name, part in parts.items() if part != other}
+    elif other in parts.values() and not low:
+        raise InputError(f"{path} is for the transformer for low noise levels: give it as --lora-low")
     found: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        suffix = _SUFFIX.search(name)
-        if not suffix:
-            raise InputError(f"{path}: {name} is no part of a low-rank adaptation that can be read")
-        role = "down" if suffix[1] else "up" if suffix[2] else suffix[3]
-        parts = found.setdefault(_module(name[: suffix.start()]), {})
-        if role in parts:
+    for name in parts:
+        module, role = _split(path, name)
+        roles, format = found.setdefault(module, {}), file.formats[name]
+        if format not in FORMATS and not (role == "alpha" and _ALPHA_FORMATS.fullmatch(format)):
+            raise InputError(f"{path}: {name} is {format}, which cannot be read")
+        if role in roles:
             raise InputError(f"{path}: {name} is there twice, under two names")
-        parts[role] = name
+        roles[role] = name
     if not found:
         raise InputError(f"{path} holds no low-rank adaptation")
-    alpha, by_root = _scaling(path, file.metadata, _PARTS[low])
-    changes = {}
-    for module, parts in found.items():
-        scale, down, up = 1.0, *(file.shapes.get(parts.get(role)) for role in ("down", "up"))
-        if down is not None or up is not None:
-            if down is None or up is None or len(down) != 2 or len(up) != 2 or up[1] != down[0]:
-                raise InputError(f"{path}: {module} needs a lower and an upper matrix of one rank")
-            rank = down[0]
-            own = float(file.read(parts["alpha"]).reshape(-1)[0]) if "alpha" in parts else None
-            top = own if own is not None else rank if alpha is None else alpha
-            scale = top / (rank**0.5 if by_root else rank)
-        changes[module] = _Change(
-            file, parts.get("down"), parts.get("up"), scale, *(parts.get(role) for role in ("diff", "diff_b", "diff_m"))
-        )
+    alpha, by_root = _scaling(path, file.metadata, mine)
+    changes = defaultdict(list)
+    for module, roles in found.items():
+        weight = module if module.endswith(_TABLES) else f"{module}.weight"
+        bias = f"{module}.bias"
+        if roles.keys() & {"down", "up", "bias", "alpha"}:
+            scale = _scale(file, module, roles, alpha, by_root)
+            changes[weight].append(_Term(file, scale, (roles["up"], roles["down"])))
+            if "bias" in roles:
+                changes[bias].append(_Term(file, scale, (roles["bias"],)))
+        for role, theirs in (("diff", weight), ("diff_b", bias)):
+            if role in roles:
+                changes[theirs].append(_Term(file, 1.0, (roles[role],)))
     return changes
+
+
+def _scale(file: TensorFile, module: str, roles: dict[str, str], alpha: float | None, by_root: bool) -> float:
+    """Of the product of a layer's matrices; `alpha` counts where the layer has none of its own."""
+    down, up = (file.shapes.get(roles.get(role), ()) for role in ("down", "up"))
+    if len(down) < 2 or len(up) < 2 or not down[0] == math.prod(up[1:]) > 0:
+        has = ", ".join(f"{role} {list(file.shapes[name])}" for role, name in roles.items())
+        raise InputError(f"{file.path}: {module} needs a lower and an upper matrix of one rank above 0; it has {has}")
+    if name := roles.get("alpha"):
+        if math.prod(file.shapes[name]) != 1:
+            raise InputError(f"{file.path}: {name} has the shape {list(file.shapes[name])}; it must be one number")
+        alpha = float(file.read(name).item())
+    rank = down[0]
+    return (rank if alpha is None else alpha) / (rank**0.5 if by_root else rank)
 
 
 def _scaling(path: Path, metadata: dict[str, str], part: str) -> tuple[float | None, bool]:
@@ -209,12 +223,18 @@ def _scaling(path: Path, metadata: dict[str, str], part: str) -> tuple[float | N
     return alpha, bool(values.get("use_rslora"))
 
 
-def _module(name: str) -> str:
-    name = re.sub(r"^(transformer|transformer_2|diffusion_model|base_model\.model)\.", "", name)
-    if name.startswith("lora_unet_"):
-        name = name.removeprefix("lora_unet_")
-        name = re.sub(r"^blocks_(\d+)_", r"blocks.\1.", name)
-        name = re.sub(r"(self_attn|cross_attn|ffn|text_embedding|time_embedding|time_projection|head)_", r"\1.", name)
+def _split(path: Path, name: str) -> tuple[str, str]:
+    """The published name of the layer, or of the table, that a tensor of the file belongs to, and its role there."""
+    plain = _PREFIX.sub("", name, count=1).replace(".default.", ".").replace(".diff_m", ".modulation.diff")
+    suffix = next((suffix for suffix in _ROLES if plain.endswith(f".{suffix}")), None)
+    if suffix is None:
+        raise InputError(f"{path}: {name} is no part of a low-rank adaptation that can be read")
+    module = plain.removesuffix(f".{suffix}")
+    if module.startswith("lora_unet_"):
+        module = re.sub(r"^lora_unet_+", "", module)
+        module = re.sub(r"^blocks_(\d+)_", r"blocks.\1.", module)
+        dotted = "self_attn|cross_attn|ffn|text_embedding|time_embedding|time_projection|head|img_emb|proj"
+        module = re.sub(f"({dotted})_", r"\1.", module)
     for pattern, ours in _WAN_NAMES:
-        name = re.sub(pattern, ours, name)
-    return name
+        module = re.sub(pattern, ours, module)
+    return module, _ROLES[suffix]

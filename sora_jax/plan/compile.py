@@ -5,6 +5,7 @@ An impossible program can end the process that compiles it.
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -120,15 +121,26 @@ def work(job: Job) -> None:
     local = jax.tree.map(_on_one_device, arguments)
     with jax.set_mesh(mesh):
         lowered = jax.jit(function, donate_argnums=donated, keep_unused=True).lower(*arguments)
-    weights = arguments[0].params if job.part == "train" else arguments[0]
+    params = arguments[0].params if job.part == "train" else arguments[0]
     values = {
         "arguments": sum(bytes_here(leaf) for leaf in jax.tree.leaves(arguments)),
         "others": 0 if job.part == "train" else at_rest(job, mesh),
-        "operations": count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps(job)) / mesh.size,
-        "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)) // mesh.shape["tensor"],
+        "operations": count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps(job)) / _shares(job, mesh),
+        # Of two transformers a step reads one.
+        "weights": (max(map(_size, params)) if job.part == "denoise" else _size(params)) // mesh.shape["tensor"],
     }
     print(json.dumps(values), flush=True)
     lowered.compile()
+
+
+def _shares(job: Job, mesh: jax.sharding.Mesh) -> int:
+    """Chips among which the operations of a part are split: pictures are not, along the axes of a batch."""
+    axes = mesh_lib.RULES["rows"] if job.part in ("see", "encode", "decode") else mesh_lib.AXES
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _size(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _on_one_device(leaf):

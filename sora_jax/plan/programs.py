@@ -63,7 +63,9 @@ def program(job: Job, mesh: jax.sharding.Mesh):
     if job.part == "train":
         return _training(config, dtype, mesh, job.batch, (F, Y, X, Z), "offload" if job.offload else "full")
     guided = config.sampling.guidance != 1
-    texts = job.batch * (2 if guided else 1)
+    least = pipeline.least_batch(mesh, guided)
+    batch = -(-job.batch // least) * least
+    texts = batch * (2 if guided else 1)
     if job.part == "text":
 
         def planned(params, ids_BL):
@@ -107,7 +109,7 @@ def program(job: Job, mesh: jax.sharding.Mesh):
         )
 
     text = array((texts, config.text.length, config.text.width))
-    return planned, (dits, array((job.batch, F, Y, X, Z)), text, schedule, array((2,)), given), 1
+    return planned, (dits, array((batch, F, Y, X, Z)), text, schedule, array((2,)), given), 1
 
 
 def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: int, shape: tuple[int, ...], remat: str):
@@ -138,7 +140,7 @@ def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: i
     clips = tuple(
         jax.ShapeDtypeStruct((batch, *x.shape[1:]), jnp.float32, sharding=place) for x in (x0_BFYXZ, text_BLD)
     )
-    step = state_lib.make_step(loss, optimizer, seed=0, ema_decay=0.999)
+    step = state_lib.make_step(loss, optimizer, seed=0, ema_decay=0.999, state=state)
 
     def planned(state, clips):
         return step(state, clips)

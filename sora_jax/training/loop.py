@@ -6,6 +6,7 @@ With several processes (see `hosts.py`) each runs all of this, and the first alo
 import contextlib
 import json
 import math
+import re
 import signal
 import sys
 import tempfile
@@ -95,6 +96,7 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
       InputError: the configuration does not fit the work directory, or the loss is no longer finite.
       HostLost: another process of the run is gone.
     """
+    check_local(workdir, "the work directory")
     workdir = Path(workdir)
     check_config(config)
     if mesh_words is not None:
@@ -147,6 +149,12 @@ _FIELDS_OF = {
 }
 # What a work directory's data and weights were made with, and a later start may not change.
 _LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames")}
+
+
+def check_local(folder: str | Path, name: str) -> None:
+    """Raises InputError if a folder is named as only buckets are, which each host would take for a path of its own."""
+    if re.match(r"\w\w+:/", str(folder)):
+        raise InputError(f"{name} {folder} is no path: mount the bucket (gcsfuse for gs://) and give the folder")
 
 
 def check_config(config: ConfigDict) -> None:
@@ -294,7 +302,7 @@ def _sigterm() -> Iterator[list[str]]:
 
 
 def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -> bool:
-    step = state_lib.make_step(task.loss, optimizer, config.seed, config.ema_decay)
+    step = state_lib.make_step(task.loss, optimizer, config.seed, config.ema_decay, state)
     start = int(state.step)
     if hosts.is_first():
         _write_config(config, workdir)
@@ -313,6 +321,10 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
 
     with contextlib.closing(_Log(config, workdir, start)) as log, _sigterm() as sigterm:
         for number, batch in zip(range(start, config.steps), task.batches(start, batch_sharding), strict=False):
+            if number == start and jax.process_count() > 1:
+                # Each compiles at its own pace; then all exchange something for the first time, which cannot wait long.
+                step = step.lower(state, batch).compile()
+                hosts.wait("compiled")
             state, metrics = step(state, batch)
             if pending:
                 check(*pending)

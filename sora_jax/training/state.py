@@ -91,8 +91,11 @@ def create(params: Params, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, seed: int, ema_decay: float):
-    """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused."""
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, seed: int, ema_decay: float, state: TrainState):
+    """The jitted step: (state, batch) -> (state, metrics), with the old state's memory reused.
+
+    The new state lies where `state` does: a compiler that chose would choose otherwise, and compile the next step anew.
+    """
 
     def step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -105,4 +108,4 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, seed: int, em
         metrics = {"loss": value, "gradient_norm": optax.global_norm(gradients), **metrics}
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))

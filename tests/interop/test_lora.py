@@ -11,7 +11,9 @@ import safetensors.numpy
 import sora_jax
 from sora_jax.cli import main
 from sora_jax.errors import InputError
+from sora_jax.safety.manifest import read_manifest
 from sora_jax.tensors import Tensor
+from sora_jax.video import read_video
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -104,7 +106,38 @@ def test_a_file_for_both_transformers_goes_to_each(matrices, tmp_path):
         np.testing.assert_allclose(added, factor * (up @ down).T, atol=1e-5)
 
 
-def test_differences_of_biases_and_norms_and_the_alpha_of_the_metadata(tensors, tmp_path):
+def test_the_command_merges_a_file_into_each_transformer(matrices, tmp_path):
+    high, low = (write(tmp_path / f"{layout}.safetensors", layout, matrices, 1.0) for layout in ("peft", "wan"))
+    words = ["--lora", f"{high}:0.3", "--lora-low", f"{low}:0.2", "--size=32x32", "--frames=5", "--steps=2"]
+    path = tmp_path / "ball.mp4"
+    assert main(["generate", "a red ball", "--model", str(GOLDEN / "a14b"), *words, "-o", str(path)]) == 0
+    merged = sora_jax.load(GOLDEN / "a14b", lora={high: 0.3}, lora_low={low: 0.2})
+    merged.generate("a red ball", size=(32, 32), frames=5, steps=2, progress=False).save(tmp_path / "again.mp4")
+    np.testing.assert_array_equal(*(read_video(one).frames for one in (path, tmp_path / "again.mp4")))
+    digests = {read_manifest(one).generation["weights_sha256"] for one in (path, tmp_path / "again.mp4")}
+    other = sora_jax.load(GOLDEN / "a14b", lora={high: 0.3}, lora_low={low: 0.3}).weights()
+    assert len(digests) == 1 and other not in digests
+
+
+def merges(path, model, tensors, added, tmp_path, **written):
+    """That a file with these tensors, half of it, adds what is `added` to the published tensors."""
+    safetensors.numpy.save_file(tensors, path, **written)
+    source = model / "transformer" / WEIGHTS
+    changed = safetensors.numpy.load_file(source)
+    for name, change in added.items():
+        changed[name] = changed[name] + 0.5 * change
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    safetensors.numpy.save_file(changed, folder / "transformer" / WEIGHTS)
+    merged, by_hand = sora_jax.load(model, lora={path: 0.5}).params, sora_jax.load(folder).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), merged, by_hand)
+
+
+def normal(*shapes):
+    random = np.random.default_rng(0)
+    return [random.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def test_differences_of_biases_and_norms_and_the_alpha_of_the_metadata(tmp_path):
     random = np.random.default_rng(0)
     bias, scale = (random.normal(size=32).astype(np.float32) for _ in range(2))
     attention = "diffusion_model.blocks.0.self_attn"
@@ -113,24 +146,16 @@ def test_differences_of_biases_and_norms_and_the_alpha_of_the_metadata(tensors, 
     name = "transformer.blocks.0.ffn.net.0.proj"
     found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     metadata = {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 8}'}
-    safetensors.numpy.save_file(found, path := tmp_path / "style.safetensors", metadata=metadata)
-    changed = dict(tensors)
-    changed["blocks.0.attn1.to_k.bias"] = tensors["blocks.0.attn1.to_k.bias"] + 0.5 * bias
-    changed["blocks.0.attn1.norm_k.weight"] = tensors["blocks.0.attn1.norm_k.weight"] + 0.5 * scale
-    changed["blocks.0.ffn.net.0.proj.weight"] = tensors["blocks.0.ffn.net.0.proj.weight"] + 0.5 * 8 / 4 * up @ down
-    folder = Path(shutil.copytree(GOLDEN / "t2v", tmp_path / "model"))
-    safetensors.numpy.save_file(changed, folder / "transformer" / WEIGHTS)
-    merged, by_hand = sora_jax.load(GOLDEN / "t2v", lora={path: 0.5}).params, sora_jax.load(folder).params
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), merged, by_hand)
+    added = {"blocks.0.attn1.to_k.bias": bias, "blocks.0.attn1.norm_k.weight": scale}
+    added["blocks.0.ffn.net.0.proj.weight"] = 8 / 4 * up @ down
+    merges(tmp_path / "style.safetensors", GOLDEN / "t2v", found, added, tmp_path, metadata=metadata)
 
 
 def test_differences_of_everything_that_is_small(tmp_path):
     """What extractors write of one- and five-dimensional tensors and of tables, such as LightX2V's `.diff_m`."""
-    source = GOLDEN / "i2v" / "transformer" / WEIGHTS
-    tensors, random = safetensors.numpy.load_file(source), np.random.default_rng(0)
+    published = safetensors.numpy.load_file(GOLDEN / "i2v" / "transformer" / WEIGHTS)
     image = "condition_embedder.image_embedder"
-    found, changed = {}, dict(tensors)
-    for name, theirs in {
+    names = {
         "blocks.1.self_attn.q.diff_b": "blocks.1.attn1.to_q.bias",
         "blocks.2.diff_m": "blocks.2.scale_shift_table",
         "head.diff_m": "scale_shift_table",
@@ -138,14 +163,86 @@ def test_differences_of_everything_that_is_small(tmp_path):
         "img_emb.proj.0.diff": f"{image}.norm1.weight",
         "img_emb.proj.0.diff_b": f"{image}.norm1.bias",
         "img_emb.proj.4.diff": f"{image}.norm2.weight",
-    }.items():
-        found[f"diffusion_model.{name}"] = random.normal(size=tensors[theirs].shape).astype(np.float32)
-        changed[theirs] = tensors[theirs] + 0.5 * found[f"diffusion_model.{name}"]
-    safetensors.numpy.save_file(found, path := tmp_path / "style.safetensors")
-    folder = Path(shutil.copytree(GOLDEN / "i2v", tmp_path / "model"))
-    safetensors.numpy.save_file(changed, folder / "transformer" / WEIGHTS)
-    merged, by_hand = sora_jax.load(GOLDEN / "i2v", lora={path: 0.5}).params, sora_jax.load(folder).params
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), merged, by_hand)
+    }
+    added = dict(zip(names.values(), normal(*(published[theirs].shape for theirs in names.values())), strict=True))
+    found = {f"diffusion_model.{name}": added[theirs] for name, theirs in names.items()}
+    merges(tmp_path / "style.safetensors", GOLDEN / "i2v", found, added, tmp_path)
+
+
+def test_prefixes_of_other_trainers_and_of_prefixes(tmp_path):
+    tensors, added = {}, {}
+    image = "condition_embedder.image_embedder"
+    for name, theirs, rows, columns in (
+        ("lora_unet__blocks_0_self_attn_q", "blocks.0.attn1.to_q", 32, 32),
+        ("lora_unet__blocks_0_cross_attn_k_img", "blocks.0.attn2.add_k_proj", 32, 32),
+        ("pipe.dit.blocks.1.ffn.0", "blocks.1.ffn.net.0.proj", 48, 32),
+        ("base_model.model.diffusion_model.blocks.2.cross_attn.o", "blocks.2.attn2.to_out.0", 32, 32),
+        ("base_model.model.transformer.blocks.2.attn1.to_v", "blocks.2.attn1.to_v", 32, 32),
+        ("lora_unet_img_emb_proj_1", f"{image}.ff.net.0.proj", 20, 20),
+        ("lora_unet_time_projection_1", "condition_embedder.time_proj", 192, 32),
+        ("lora_unet__head_head", "proj_out", 16, 32),
+    ):
+        down, up = normal((RANK, columns), (rows, RANK))
+        tensors |= {f"{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": up}
+        added[f"{theirs}.weight"] = up @ down
+    merges(tmp_path / "style.safetensors", GOLDEN / "i2v", tensors, added, tmp_path)
+
+
+def test_a_bias_has_the_scale_of_its_matrices(tmp_path):
+    """As peft merges those of `lora_bias`; a whole difference beside it has none."""
+    down, up, bias, diff, other = normal((RANK, 32), (32, RANK), 32, 32, 32)
+    one, two = "diffusion_model.blocks.0.self_attn.q", "diffusion_model.blocks.1.self_attn.v"
+    tensors = {f"{one}.lora_down.weight": down, f"{one}.lora_up.weight": up, f"{one}.lora_up.bias": bias}
+    tensors |= {f"{one}.diff_b": diff, f"{one}.alpha": np.array(ALPHA, np.float32)}
+    tensors |= {f"{two}.lora_A.weight": down, f"{two}.lora_B.weight": up, f"{two}.lora_B.bias": other}
+    added = {"blocks.0.attn1.to_q.weight": ALPHA / RANK * up @ down}
+    added |= {"blocks.0.attn1.to_q.bias": ALPHA / RANK * bias + diff}
+    added |= {"blocks.1.attn1.to_v.weight": up @ down, "blocks.1.attn1.to_v.bias": other}
+    merges(tmp_path / "style.safetensors", GOLDEN / "t2v", tensors, added, tmp_path)
+
+
+def test_differences_of_tables_by_their_own_names(tmp_path):
+    published = safetensors.numpy.load_file(GOLDEN / "flf" / "transformer" / WEIGHTS)
+    names = {
+        "blocks.1.modulation": "blocks.1.scale_shift_table",
+        "head.modulation": "scale_shift_table",
+        "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    }
+    added = dict(zip(names.values(), normal(*(published[theirs].shape for theirs in names.values())), strict=True))
+    found = {f"diffusion_model.{name}.diff": added[theirs] for name, theirs in names.items()}
+    merges(tmp_path / "style.safetensors", GOLDEN / "flf", found, added, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "float64", "float16"])
+def test_alpha_is_a_number_of_any_format(dtype, tmp_path):
+    down, up = normal((RANK, 32), (32, RANK))
+    name = "lora_unet_blocks_0_self_attn_q"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": np.array([8], dtype)}
+    added = {"blocks.0.attn1.to_q.weight": 8 / RANK * up @ down}
+    merges(tmp_path / "style.safetensors", GOLDEN / "t2v", tensors, added, tmp_path)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_matrices_of_a_convolution(flat, tmp_path):
+    down, up = normal((RANK, 12, 1, 2, 2), (32, RANK, 1, 1, 1))
+    added = {"patch_embedding.weight": np.einsum("or,rcthw->octhw", up[:, :, 0, 0, 0], down)}
+    if flat:
+        down, up = down.reshape(RANK, -1), up.reshape(32, RANK)
+    tensors = {"patch_embedding.lora_down.weight": down, "patch_embedding.lora_up.weight": up}
+    merges(tmp_path / "style.safetensors", GOLDEN / "i2v", tensors, added, tmp_path)
+
+
+def test_a_file_for_low_noise_levels_is_not_for_others(matrices, tmp_path):
+    path = write(tmp_path / "style.safetensors", "peft", matrices, None)
+    tensors = {
+        name.replace("transformer.", "transformer_2."): x for name, x in safetensors.numpy.load_file(path).items()
+    }
+    safetensors.numpy.save_file(tensors, path)
+    for model in ("a14b", "t2v"):
+        with pytest.raises(InputError, match="is for the transformer for low noise levels: give it as --lora-low"):
+            sora_jax.load(GOLDEN / model, lora={path: 1.0})
+    plain, low = (sora_jax.load(GOLDEN / "a14b", lora_low=files) for files in (None, {path: 1.0}))
+    assert not np.array_equal(*(g.params["dit_low"]["blocks"]["up"]["kernel"] for g in (plain, low)))
 
 
 def test_what_does_not_fit_is_named_before_a_model_is_read(matrices, tmp_path, capsys, monkeypatch):
@@ -163,10 +260,27 @@ def test_what_does_not_fit_is_named_before_a_model_is_read(matrices, tmp_path, c
     refused({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up[:, :2]}, "matrix of one rank")
     refused({f"{name}.lora_A.weight": down[:, :7], f"{name}.lora_B.weight": up}, r"as \[32, 7\]; here it is \[32, 32\]")
     other = name.replace("0", "9")
-    refused({f"{other}.lora_A.weight": down, f"{other}.lora_B.weight": up}, "blocks.9.attn1.to_q, which this")
+    refused({f"{other}.lora_A.weight": down, f"{other}.lora_B.weight": up}, "blocks.9.attn1.to_q.weight, which this")
     refused({f"{name}.dora_scale": down}, "attn1.to_q.dora_scale is no part of a low-rank adaptation")
     refused({f"{name}.diff_b": down}, "it changes blocks.0.attn1.to_q.bias as")
     refused({"diffusion_model.blocks.0.diff_m": down}, "it changes blocks.0.scale_shift_table as")
+    pair = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    refused({f"{name}.alpha": np.array(1.0, np.float32)}, r"attn1.to_q needs a lower and .* it has alpha \[\]")
+    refused({f"{name}.lora_B.bias": up[:, 0]}, r"attn1.to_q needs a lower and .* it has bias \[32\]")
+    refused({f"{name}.lora_A.weight": down[:0], f"{name}.lora_B.weight": up[:, :0]}, "of one rank above 0")
+    refused(pair | {f"{name}.alpha": np.ones(0, np.float32)}, r"to_q.alpha has the shape \[0\]; it must be one number")
+    refused(pair | {f"{name}.alpha": np.array(True)}, "to_q.alpha is BOOL, which cannot be read")
+    refused({f"{name}.diff": down.astype(np.float64)}, "to_q.diff is F64, which cannot be read")
+    norm = "transformer.blocks.0.attn1.norm_k"
+    refused({f"{norm}.diff_b": down[0]}, "it changes blocks.0.attn1.norm_k.bias, which this transformer does not have")
+    refused(pair | {f"{name}.diff_m": down}, "it changes blocks.0.attn1.to_q.scale_shift_table, which this")
+    table = np.zeros((1, 6, 32), np.float32)
+    refused({"blocks.0.diff_m": table, "blocks.0.modulation.diff": table}, "is there twice, under two names")
+    patches = {"patch_embedding.lora_down.weight": down[:, :16], "patch_embedding.lora_up.weight": up[:16]}
+    refused(patches, r"patch_embedding.weight as \[16, 16\]; here it is \[32, 4, 1, 2, 2\]")
+    image = "blocks.0.cross_attn.k_img"
+    seen = {f"{image}.lora_A.weight": down, f"{image}.lora_B.weight": up, f"{image}.diff_b": up[:, 0]}
+    refused(seen, r"add_k_proj.bias \(and 1 more\).* made for a model that sees an image \(Wan 2.1 I2V\)")
     both = {f"{prefix}.{part}": x for prefix in (name, name[12:]) for part, x in (("lora_A.weight", down),)}
     refused(both, "is there twice, under two names")
     path.write_bytes(path.read_bytes()[:50])
