@@ -82,9 +82,14 @@ def dit():
             batch = jax.device_put(inputs, mesh_lib.batch_sharding(mesh))
             for tree in (state.params, state.ema):
                 check_placement(mesh, tree, batch)
+            check_optimizer(mesh, state)
             compiled = step_from(state).lower(state, batch).compile()
-            check_collectives(mesh, compiled.as_text())
-            video = jax.jit(denoise)(state.params, inputs[0][:4], inputs[2][:4])
+            check_exchanges(mesh, compiled.as_text())
+            check_gathers(mesh, compiled.as_text())
+            given = state.params, inputs[0][:4], inputs[2][:4]
+            sampling = jax.jit(denoise).lower(*given).compile()
+            check_gathers(mesh, sampling.as_text())
+            video = sampling(*given)
             ours, params_after = curve(state, batch, compiled)
         assert np.linalg.norm(video - expected_video) < 1e-4 * np.linalg.norm(expected_video), axes
         np.testing.assert_allclose(ours, expected_curve, rtol=1e-5, err_msg=str(axes))
@@ -104,8 +109,20 @@ def check_placement(mesh, params, batch):
     assert batch[0].sharding.shard_shape(batch[0].shape)[0] == 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
 
 
-def check_collectives(mesh, text):
-    """Attention shares its tokens as it should, and no all-gather yields the tokens of other devices."""
+def check_optimizer(mesh, state):
+    """What an optimizer keeps for a kernel is split as the kernel is."""
+
+    def kernels(tree):
+        return sorted(
+            (leaf.shape, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree) if leaf.ndim == 3
+        )
+
+    # Two averages of AdamW.
+    assert kernels(state.optimizer) == sorted(2 * kernels(state.params)), dict(mesh.shape)
+
+
+def check_exchanges(mesh, text):
+    """Attention shares its tokens as it should. (In sampling, latents move to the halves of guidance besides.)"""
     context, heads = mesh.shape["context"], HEADS // mesh.shape["tensor"]
     found = {kind for kind in ("all-to-all", "collective-permute") if re.search(rf" {kind}(-start)?\(", text)}
     if np.gcd(context, heads) > 1:
@@ -114,6 +131,11 @@ def check_collectives(mesh, text):
         assert "collective-permute" in found, dict(mesh.shape)
     if context == 1:
         assert "all-to-all" not in found, dict(mesh.shape)
+
+
+def check_gathers(mesh, text):
+    """No all-gather yields the tokens of other devices."""
+    context = mesh.shape["context"]
     whole = -(-FRAME // context) * context
     gathers = re.findall(r"= (.*) all-gather(?:-start)?\(", text)
     shapes = re.findall(r"\w+\[([\d,]+)\]", " ".join(gathers))

@@ -188,6 +188,16 @@ def test_every_published_model_has_programs(name, part):
     assert out and donated in ((), 0, 1)
 
 
+@pytest.mark.parametrize("copies,videos", [(1, 1), (2, 1), (3, 3), (4, 2)])
+def test_a_video_is_filled_up_to_what_copies_of_a_model_make(copies, videos):
+    """With guidance, whose branches are as good as two videos."""
+    mesh = AbstractMesh((copies, 1, 1, 1), mesh_lib.AXES)
+    for part, shape in (("denoise", (videos, 2, 4, 4, 16)), ("text", (2 * videos, 512))):
+        job = plan.Job("wan2.1-t2v-1.3b", part, f"v6e:1x{copies}", f"data={copies}", (32, 32), 5)
+        _, arguments, _ = plan.program(job, mesh)
+        assert arguments[1].shape == shape
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_offloaded_training_leaves_tokens_with_the_host(offload):
     job = plan.Job("wan2.1-t2v-1.3b", "train", "v6e:1x1", "data=1", (16, 16), 5, offload=offload)
