@@ -58,6 +58,7 @@ setup(
             "matplotlib",
             "nbclient",
             "nbformat",
+            "pillow>=13",
             "pytest>=8",
             "pytest-xdist",
             "ruff",

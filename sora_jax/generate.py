@@ -35,7 +35,7 @@ from sora_jax.safety.provenance import Claim
 from sora_jax.tensors import OnDemand, Tensor, files_sha256, weight_files
 from sora_jax.text import ByteTokenizer, FileTokenizer
 from sora_jax.video import Video
-from sora_jax.vision import preprocess
+from sora_jax.vision import preprocess, resize
 
 DTYPES = ("float32", "bfloat16")
 _PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
@@ -421,11 +421,8 @@ def _pictures(request: Request) -> dict[int, np.ndarray]:
 
 
 def _stretch(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """To another size, as published pipelines do it (Lanczos); uint8 to float32 in [-1, 1]."""
-    if picture_HWC.shape[:2] != tuple(size):
-        resized = jax.image.resize(picture_HWC.astype(np.float32), (*size, 3), "lanczos3")
-        picture_HWC = np.clip(np.round(resized), 0, 255)
-    return np.float32(picture_HWC) / 127.5 - 1
+    """To another size, as published pipelines do it; uint8 to float32 in [-1, 1]."""
+    return resize(picture_HWC, size, "lanczos3") / 127.5 - 1
 
 
 def _sha256(text: str) -> str:

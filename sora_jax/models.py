@@ -9,7 +9,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from sora_jax import model_folder
+from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, write_model_folder
+from sora_jax.tensors import PICKLES
 from sora_jax.text import ByteTokenizer, FileTokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -33,18 +35,31 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str | N
 def read_config(path: str | os.PathLike | None = None) -> ModelConfig:
     """The config of the model that `load` would load, at once; raises InputError."""
     path = Path(BUNDLED if path is None else path)
-    if (path / "model_index.json").is_file():
+    if _is_published(path):
         from sora_jax.interop.diffusers import pipeline_config
 
         return pipeline_config(path)
     return model_folder.read_config(path)
 
 
+def _is_published(path: Path) -> bool:
+    """Whether a folder has the layout of diffusers; raises InputError if there are only pickles."""
+    if (path / "model_index.json").is_file():
+        return True
+    pickles = [one for one in (path, *sorted(path.glob("*"))) if one.suffix in PICKLES]
+    if pickles and not (path / "model.json").is_file():
+        raise InputError(
+            f"{pickles[0]} is a pickle, which is never read; of Wan's published models those can be read whose names "
+            "end in -Diffusers"
+        )
+    return False
+
+
 def open_model(
     path: Path, dtype: str, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, dict[str, Any], ByteTokenizer | FileTokenizer]:
     """Config, parameters that are yet to be read, and tokenizer of a folder of either layout."""
-    if (path / "model_index.json").is_file():
+    if _is_published(path):
         from sora_jax.interop.diffusers import open_pipeline_folder
 
         return open_pipeline_folder(path, dtype, mesh)

@@ -50,12 +50,29 @@ class VisionConfig:
         return 1 + (self.image_size // self.patch) ** 2
 
 
+def resize(image_HWC: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), at another size, in whole numbers from 0 to 255; float32.
+
+    As PIL (13.0) does it, which published pipelines use: columns first and then rows, each rounded to 8 bits; the other
+    way round where only rows become fewer.
+
+    Args:
+      method: "cubic" or "lanczos3", as `jax.image.resize` has it.
+    """
+    image_HWC = np.float32(image_HWC)
+    H, W, _ = image_HWC.shape
+    for axis in (0, 1) if size[0] < H and size[1] > W else (1, 0):
+        if image_HWC.shape[axis] != size[axis]:
+            shape = (*image_HWC.shape[:axis], size[axis], *image_HWC.shape[axis + 1 :])
+            image_HWC = np.clip(np.round(jax.image.resize(image_HWC, shape, method)), 0, 255)
+    return image_HWC
+
+
 def preprocess(image_HWC: np.ndarray, size: int) -> np.ndarray:
     """A picture, uint8 (H, W, 3), as CLIP sees it: shorter side `size`, the middle square, normalised; float32."""
     H, W, _ = image_HWC.shape
     rows, columns = (size, int(size * W / H)) if H <= W else (int(size * H / W), size)
-    resized = jax.image.resize(image_HWC.astype(np.float32), (rows, columns, 3), "cubic")
-    resized = jnp.clip(jnp.round(resized), 0, 255)  # the published resizing gives whole numbers again
+    resized = resize(image_HWC, (rows, columns), "cubic")
     top, left = (rows - size) // 2, (columns - size) // 2
     middle = resized[top : top + size, left : left + size] / 255
     return np.asarray((middle - jnp.array(_MEAN)) / jnp.array(_STD), np.float32)

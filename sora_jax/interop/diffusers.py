@@ -4,6 +4,7 @@ Configs become a `ModelConfig`, tensors our parameters (`names.py`), one at a ti
 imported from diffusers, and only safetensors are read.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -89,9 +90,9 @@ def pipeline_config(path: Path) -> ModelConfig:
         index = read_json(path / "model_index.json")
         _one_of(path / "model_index.json", index, "_class_name", "WanPipeline", "WanImageToVideoPipeline")
         low = (index.get("transformer_2") or [None])[0] is not None
-        boundary = index.get("boundary_ratio")
-        if low and boundary is None:
-            raise InputError(f"{path / 'model_index.json'} names a transformer_2 but no boundary_ratio")
+        boundary = _positive(path / "model_index.json", index, "boundary_ratio") if low else None
+        if low and boundary > 1:
+            raise InputError(f"{path / 'model_index.json'}: boundary_ratio is {boundary}; it must be at most 1")
         dit = dit_config(path / "transformer" / "config.json")
         if low and dit_config(path / "transformer_2" / "config.json") != dit:
             raise InputError(f"{path}: transformer and transformer_2 have different sizes")
@@ -102,7 +103,7 @@ def pipeline_config(path: Path) -> ModelConfig:
             sampling=sampling_config(
                 path / "scheduler" / "scheduler_config.json", dit, low, index.get("expand_timesteps")
             ),
-            boundary=boundary if low else None,
+            boundary=boundary,
             known_frames=bool(index.get("expand_timesteps")),
             vision=vision_config(path / "image_encoder" / "config.json") if dit.image_width else None,
         )
@@ -116,12 +117,12 @@ def text_config(path: Path) -> TextConfig:
     _one_of(path, values, "layer_norm_epsilon", 1e-6)
     _one_of(path, values, "pad_token_id", 0)
     return TextConfig(
-        vocabulary_size=_get(path, values, "vocab_size"),
-        width=_get(path, values, "d_model"),
-        heads=_get(path, values, "num_heads"),
-        head_width=_get(path, values, "d_kv"),
-        feed_forward=_get(path, values, "d_ff"),
-        layers=_get(path, values, "num_layers"),
+        vocabulary_size=_whole(path, values, "vocab_size"),
+        width=_whole(path, values, "d_model"),
+        heads=_whole(path, values, "num_heads"),
+        head_width=_whole(path, values, "d_kv"),
+        feed_forward=_whole(path, values, "d_ff"),
+        layers=_whole(path, values, "num_layers"),
         length=_TEXT_LENGTH,
         buckets=values.get("relative_attention_num_buckets", 32),
         max_distance=values.get("relative_attention_max_distance", 128),
@@ -138,22 +139,20 @@ def codec_config(path: Path) -> CodecConfig:
         raise InputError(f"{path}: attn_scales is {values['attn_scales']}; no published codec has any, nor has ours")
     patch = values.get("patch_size") or 1
     _one_of(path, {"in_channels": 3, **values}, "in_channels", 3 * patch**2)
-    width = _get(path, values, "base_dim")
-    try:
+    width = _whole(path, values, "base_dim")
+    with _named(path):
         return CodecConfig(
-            latent_channels=_get(path, values, "z_dim"),
+            latent_channels=_whole(path, values, "z_dim"),
             width=width,
             decoder_width=values.get("decoder_base_dim") or width,
-            multipliers=tuple(_get(path, values, "dim_mult")),
-            downsample_time=tuple(_get(path, values, "temperal_downsample")),
-            blocks=_get(path, values, "num_res_blocks"),
+            multipliers=_each(path, values, "dim_mult", _whole),
+            downsample_time=_each(path, values, "temperal_downsample", _get),
+            blocks=_whole(path, values, "num_res_blocks"),
             patch=patch,
             residual=values.get("is_residual", False),
-            latents_mean=tuple(_get(path, values, "latents_mean")),
-            latents_std=tuple(_get(path, values, "latents_std")),
+            latents_mean=_each(path, values, "latents_mean", _number),
+            latents_std=_each(path, values, "latents_std", _positive),
         )
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def dit_config(path: Path) -> DiTConfig:
@@ -162,46 +161,42 @@ def dit_config(path: Path) -> DiTConfig:
     _one_of(path, values, "_class_name", "WanTransformer3DModel")
     _one_of(path, values, "qk_norm", "rms_norm_across_heads")
     _one_of(path, values, "cross_attn_norm", True)
-    channels = values.get("out_channels") or _get(path, values, "in_channels")
+    channels = values.get("out_channels") or _whole(path, values, "in_channels")
     if values.get("image_dim"):
-        heads, head_width = _get(path, values, "num_attention_heads"), _get(path, values, "attention_head_dim")
+        heads, head_width = _whole(path, values, "num_attention_heads"), _whole(path, values, "attention_head_dim")
         _one_of(path, values, "added_kv_proj_dim", heads * head_width)
-    try:
+    with _named(path):
         return DiTConfig(
             latent_channels=channels,
-            condition_channels=_get(path, values, "in_channels") - channels,
+            condition_channels=_whole(path, values, "in_channels") - channels,
             image_width=values.get("image_dim") or 0,
             image_positions=values.get("pos_embed_seq_len") or 0,
-            heads=_get(path, values, "num_attention_heads"),
-            head_width=_get(path, values, "attention_head_dim"),
-            feed_forward=_get(path, values, "ffn_dim"),
-            layers=_get(path, values, "num_layers"),
-            text_width=_get(path, values, "text_dim"),
-            patch=tuple(_get(path, values, "patch_size")),
-            frequency_width=_get(path, values, "freq_dim"),
-            epsilon=_get(path, values, "eps"),
+            heads=_whole(path, values, "num_attention_heads"),
+            head_width=_whole(path, values, "attention_head_dim"),
+            feed_forward=_whole(path, values, "ffn_dim"),
+            layers=_whole(path, values, "num_layers"),
+            text_width=_whole(path, values, "text_dim"),
+            patch=_each(path, values, "patch_size", _whole),
+            frequency_width=_whole(path, values, "freq_dim"),
+            epsilon=_positive(path, values, "eps"),
         )
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def vision_config(path: Path) -> VisionConfig:
     """Of a `CLIPVisionModel`, without its last block."""
     values = read_json(path)
     _one_of(path, values, "model_type", "clip_vision_model")
-    try:
+    with _named(path):
         return VisionConfig(
-            width=_get(path, values, "hidden_size"),
-            heads=_get(path, values, "num_attention_heads"),
-            feed_forward=_get(path, values, "intermediate_size"),
-            layers=_get(path, values, "num_hidden_layers") - 1,
-            image_size=_get(path, values, "image_size"),
-            patch=_get(path, values, "patch_size"),
+            width=_whole(path, values, "hidden_size"),
+            heads=_whole(path, values, "num_attention_heads"),
+            feed_forward=_whole(path, values, "intermediate_size"),
+            layers=_whole(path, values, "num_hidden_layers") - 1,
+            image_size=_whole(path, values, "image_size"),
+            patch=_whole(path, values, "patch_size"),
             activation=_get(path, values, "hidden_act"),
             epsilon=values.get("layer_norm_eps", 1e-5),
         )
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_per_frame: bool) -> SamplingConfig:
@@ -223,9 +218,9 @@ def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_pe
             "final_sigmas_type": "zero",
         }.items():
             _one_of(path, values, name, value)
-        solver, schedule, shift = "unipc", "wan-unipc", _get(path, values, "flow_shift")
+        solver, schedule, shift = "unipc", "wan-unipc", _positive(path, values, "flow_shift")
     else:
-        solver, schedule, shift = "euler", "wan-euler", _get(path, values, "shift")
+        solver, schedule, shift = "euler", "wan-euler", _positive(path, values, "shift")
     # As the model cards of Wan 2.1 and 2.2 have it.
     usual = {"steps": 50, "guidance": 5.0, "frames": 81, "size": (480, 832), "fps": 16.0}
     if level_per_frame:
@@ -238,10 +233,50 @@ def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_pe
     return SamplingConfig(solver=solver, schedule=schedule, shift=float(shift), **usual)
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names the file in what configs object to, which do not know of files."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def _get(path: Path, values: dict, name: str) -> Any:
     if values.get(name) is None:
         raise InputError(f"{path}: the field {name} is missing")
     return values[name]
+
+
+def _number(path: Path, values: dict, name: str) -> float:
+    value = _get(path, values, name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{path}: {name} is {value!r}; it must be a number")
+    return value
+
+
+def _positive(path: Path, values: dict, name: str) -> float:
+    value = _number(path, values, name)
+    if value <= 0:
+        raise InputError(f"{path}: {name} is {value}; it must be above 0")
+    return value
+
+
+def _whole(path: Path, values: dict, name: str) -> int:
+    value = _positive(path, values, name)
+    if not isinstance(value, int):
+        raise InputError(f"{path}: {name} is {value}; it must be a whole number")
+    return value
+
+
+def _each(path: Path, values: dict, name: str, get: Callable) -> tuple:
+    """A field that is a list, whose entries `get` reads."""
+    found = _get(path, values, name)
+    if not isinstance(found, list) or not found:
+        raise InputError(f"{path}: {name} is {found!r}; it must be a list of values")
+    return tuple(get(path, {f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(found))
 
 
 def _one_of(path: Path, values: dict, name: str, *possible: Any) -> Any:
@@ -261,12 +296,12 @@ class _Files:
         self.folder = folder
         stems = ("diffusion_pytorch_model", "model")
         indices = [folder / f"{stem}.safetensors.index.json" for stem in stems]
-        index = next((path for path in indices if path.is_file()), None)
+        index, weight_map = next((path for path in indices if path.is_file()), None), {}
         if index is not None:
             weight_map = _get(index, read_json(index), "weight_map")
-            if not isinstance(weight_map, dict):
-                raise InputError(f"{index} is damaged: its weight_map is no object")
-            paths = [folder / str(name) for name in sorted(set(weight_map.values()))]
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise InputError(f"{index} is damaged: its weight_map does not give the name of a file for each tensor")
+            paths = [folder / name for name in sorted(set(weight_map.values()))]
         else:
             paths = [path for path in (folder / f"{stem}.safetensors" for stem in stems) if path.is_file()]
         if not paths:
@@ -278,6 +313,7 @@ class _Files:
         self._place_of: dict[str, tuple[TensorFile, str]] = {}
         for path in paths:
             file = TensorFile(path)
+            weight_map = {name: shard for name, shard in weight_map.items() if name not in file.shapes}
             for stored, shape in file.shapes.items():
                 name = stored.removeprefix("vision_model.")  # as older versions of the image encoder are saved
                 kind = file.formats[stored]
@@ -285,8 +321,14 @@ class _Files:
                     continue
                 if kind not in FORMATS:
                     raise InputError(f"{path}: the tensor {name} is {kind}; only {', '.join(FORMATS)} can be read")
+                if name in self.shapes:
+                    raise InputError(
+                        f"{path}: the tensor {stored} is there twice, also in {self._place_of[name][0].path}"
+                    )
                 self.shapes[name], self.dtypes[name] = shape, FORMATS[kind]
                 self._place_of[name] = file, stored
+        if weight_map:
+            raise InputError(f"{index} names the tensor {min(weight_map)}, which none of its files holds")
 
     def read(self, name: str) -> np.ndarray:
         file, stored = self._place_of[name]

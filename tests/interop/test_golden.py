@@ -231,7 +231,7 @@ def test_second_transformer_and_its_guidance_count(expected, kind, generator):
     assert not np.array_equal(plain, generator.generate("a red ball", guidance_low=9.0, **options).frames)
 
 
-@pytest.mark.parametrize("kind", ["i2v"], indirect=True)  # it has every kind of part but a second transformer
+@pytest.mark.parametrize("kind", ["i2v", "a14b", "ti2v"], indirect=True)  # every kind of part that there is
 def test_converting_writes_the_same_model(generator, kind, tmp_path, capsys):
     assert main(["convert", str(GOLDEN / kind), str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "model")
@@ -239,8 +239,11 @@ def test_converting_writes_the_same_model(generator, kind, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, again.params, generator.params)
     assert again.config == generator.config
     np.testing.assert_array_equal(again.tokenizer(["a red ball"], 512), generator.tokenizer(["a red ball"], 512))
+
+
+@pytest.mark.parametrize("kind", ["i2v"], indirect=True)
+def test_converting_rounds_what_bfloat16_rounds(kind, tmp_path):
     assert main(["convert", str(GOLDEN / kind), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
-    # Rounded is only what computing in bfloat16 rounds.
     half, source = (sora_jax.load(path, dtype="bfloat16").params for path in (tmp_path / "half", GOLDEN / kind))
     jax.tree.map(np.testing.assert_array_equal, half, source)
     assert sum(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half)) > 10
@@ -311,6 +314,14 @@ def test_shards_load_as_one_file_does(folder, generator, kind):
     index = path.parent / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     jax.tree.map(np.testing.assert_array_equal, sora_jax.load(folder).params, generator.params)
+    index.write_text(json.dumps({"weight_map": {**weight_map, "extra": min(shards)}}))
+    refused(folder, "index.json names the tensor extra, which none of its files holds")
+    index.write_text(json.dumps({"weight_map": {"one": ["a", "b"]}}))
+    refused(folder, "its weight_map does not give the name of a file for each tensor")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    twice = {name: tensors[name] for name in names[::2] + names[1:2]}
+    (path.parent / min(shards)).write_bytes(safetensors.numpy.save(twice))
+    refused(folder, f"the tensor {names[1]} is there twice")
     (path.parent / min(shards)).unlink()
     refused(folder, "cannot read .*00001-of-00002.safetensors")
 
@@ -325,11 +336,16 @@ def test_pickles_and_unknown_classes_are_refused(folder):
         ("transformer/config.json", "_class_name", "FluxTransformer", "_class_name is 'FluxTransformer'"),
         ("transformer/config.json", "image_dim", 1280, "the field added_kv_proj_dim is missing"),
         ("transformer/config.json", "text_dim", 32, "describes no possible model: dit expects 32 channels from text"),
-        ("transformer/config.json", "patch_size", 2, "describes no possible model"),
+        ("transformer/config.json", "patch_size", 2, "^[^:]*config.json: patch_size is 2; it must be a list of values"),
         ("scheduler/scheduler_config.json", "use_karras_sigmas", True, "use_karras_sigmas is True, which is not"),
         ("transformer/config.json", "num_layers", 4, r"the tensor blocks\.3\..* is missing"),
         ("scheduler/scheduler_config.json", "prediction_type", "epsilon", "prediction_type is 'epsilon'"),
         ("text_encoder/config.json", "d_model", None, "the field d_model is missing"),
+        ("transformer/config.json", "num_layers", 3.0, "num_layers is 3.0; it must be a whole number"),
+        ("transformer/config.json", "ffn_dim", "64", "ffn_dim is '64'; it must be a number"),
+        ("scheduler/scheduler_config.json", "flow_shift", 0, "flow_shift is 0; it must be above 0"),
+        ("vae/config.json", "latents_std", [0.0] * 16, r"latents_std\[0\] is 0.0; it must be above 0"),
+        ("vae/config.json", "latents_mean", [], r"latents_mean is \[\]; it must be a list of values"),
     ):
         path = folder / part
         before = path.read_text()
@@ -338,6 +354,24 @@ def test_pickles_and_unknown_classes_are_refused(folder):
         path.write_text(before)
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     refused(folder, "tokenizer.json is damaged")
+
+
+@pytest.mark.parametrize("value,said", [("x", "it must be a number"), (1.5, "it must be at most 1"), (None, "missing")])
+def test_a_boundary_between_two_transformers_is_checked(tmp_path, value, said):
+    folder = Path(shutil.copytree(GOLDEN / "a14b", tmp_path / "model"))
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "boundary_ratio": value}))
+    refused(folder, f"boundary_ratio .*{said}")
+
+
+def test_original_files_are_pickles(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"")
+    for named in (tmp_path, tmp_path / "Wan2.1_VAE.pth"):
+        for command in (["generate", "a ball", "--model", str(named)], ["convert", str(named), str(tmp_path / "to")]):
+            assert main(command) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and "Wan2.1_VAE.pth is a pickle, which is never read" in said
 
 
 def test_a_precision_that_cannot_be_read_is_named(folder):
