@@ -212,6 +212,8 @@ def _head(q_NE, k_LE, v_LE, valid_L, block: int):
 def _cudnn(q, k, v, valid_L, with_log_sum):
     if valid_L is not None or with_log_sum:
         raise InputError("the cudnn kernel serves no ring, and needs tokens that the mesh divides")
+    if q.dtype == jnp.float32:
+        raise InputError("the cudnn kernel takes no float32: compute in bfloat16, or with another kernel")
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 

@@ -22,6 +22,9 @@ from sora_jax.errors import HostLost, InputError, Refused
 _HEARTBEAT, _SHUTDOWN = 40, 60
 _LONGEST = 1024  # bytes of a message that goes from one process to the others
 
+# In errors of JAX that would come without any other process.
+_OF_ITS_OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "Mosaic")
+
 Result = TypeVar("Result")
 
 
@@ -175,7 +178,8 @@ def watched() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         # The CPU's collectives raise a ValueError.
         from_jax = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-        if jax.process_count() == 1 or not from_jax or "RESOURCE_EXHAUSTED" in str(error):
+        of_its_own = any(word in str(error) for word in _OF_ITS_OWN)
+        if jax.process_count() == 1 or not from_jax or of_its_own:
             raise
         raise HostLost(
             f"process {jax.process_index()} of {jax.process_count()} has lost another one ({_line(error)})"

@@ -110,3 +110,6 @@ def test_the_kernel_follows_the_platform():
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(InputError, match="there are auto, xla, heads, splash, cudnn"):
         attention.attend(*arrays(4, 4, 1, 8), kernel="flash")
+    x_BNKE = jnp.ones((1, 8, 1, 8))
+    with pytest.raises(InputError, match="the cudnn kernel takes no float32: compute in bfloat16"):
+        attention.attend(x_BNKE, x_BNKE, x_BNKE, kernel="cudnn")

@@ -22,7 +22,7 @@ import sora_jax
 from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
 from sora_jax.cli.config_file import load_config
-from sora_jax.errors import InputError
+from sora_jax.errors import HostLost, InputError
 from sora_jax.interop.presets import PRESETS
 from sora_jax.model_folder import abstract_params
 from sora_jax.training import loop
@@ -239,6 +239,20 @@ def test_sizes_of_the_mesh_that_do_not_divide_the_parameters_are_one_line(tiny_f
     with pytest.raises(InputError, match=r"fsdp=5 cannot divide the \d+ \(width\) of") as caught:
         loop.initial_state(task, optimizer, config, mesh)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "said,kind",
+    [
+        ("UNAVAILABLE: connection reset by peer", HostLost),
+        ("INTERNAL: Mosaic failed to compile TPU kernel", jax.errors.JaxRuntimeError),
+        ("RESOURCE_EXHAUSTED: out of memory", jax.errors.JaxRuntimeError),
+    ],
+)
+def test_what_would_fail_alone_is_no_loss_of_a_host(said, kind, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(kind), hosts.watched():
+        raise jax.errors.JaxRuntimeError(said)
 
 
 def test_who_was_told_of_others_does_not_train_alone(tmp_path):
