@@ -16,8 +16,8 @@ import numpy as np
 from sora_jax.layers import Dense, LayerNorm
 
 # Of the pictures CLIP was trained on, in [0, 1].
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ def resize(image_HWC: np.ndarray, size: tuple[int, int], method: str) -> np.ndar
     """A picture, uint8 (H, W, 3), at another size, in whole numbers from 0 to 255; float32.
 
     As PIL (13.0) does it, which published pipelines use: columns first and then rows, each rounded to 8 bits; the other
-    way round where only rows become fewer.
+    way round where more than twice as many rows as columns are lost.
 
     Args:
       method: "cubic" or "lanczos3", as `jax.image.resize` has it.
     """
     image_HWC = np.float32(image_HWC)
     H, W, _ = image_HWC.shape
-    for axis in (0, 1) if size[0] < H and size[1] > W else (1, 0):
+    for axis in (0, 1) if H - size[0] > max(0, 2 * (W - size[1])) else (1, 0):
         if image_HWC.shape[axis] != size[axis]:
             shape = (*image_HWC.shape[:axis], size[axis], *image_HWC.shape[axis + 1 :])
             image_HWC = np.clip(np.round(jax.image.resize(image_HWC, shape, method)), 0, 255)
@@ -75,7 +75,7 @@ def preprocess(image_HWC: np.ndarray, size: int) -> np.ndarray:
     resized = resize(image_HWC, (rows, columns), "cubic")
     top, left = (rows - size) // 2, (columns - size) // 2
     middle = resized[top : top + size, left : left + size] / 255
-    return np.asarray((middle - jnp.array(_MEAN)) / jnp.array(_STD), np.float32)
+    return np.asarray((middle - jnp.array(MEAN)) / jnp.array(STD), np.float32)
 
 
 class VisionBlock(nn.Module):

@@ -8,7 +8,7 @@ from sora_jax.vision import resize
 
 
 @pytest.mark.parametrize("method,filter", [("cubic", Image.BICUBIC), ("lanczos3", Image.LANCZOS)])
-@pytest.mark.parametrize("size", [(64, 64), (20, 30), (64, 30), (20, 90), (7, 48), (32, 48)])
+@pytest.mark.parametrize("size", [(64, 64), (20, 30), (64, 30), (20, 90), (5, 40), (7, 48), (32, 48)])
 def test_a_picture_is_resized_as_pil_does_it(size, method, filter):
     """One of noise: what is smooth would not tell."""
     image_HWC = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)

@@ -25,7 +25,7 @@ from sora_jax.json_files import read_json
 from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, described_by, memory_dtype
 from sora_jax.tensors import FORMATS, PICKLES, Tensor, TensorFile, spans
 from sora_jax.text import FileTokenizer, TextConfig
-from sora_jax.vision import VisionConfig
+from sora_jax.vision import MEAN, STD, VisionConfig
 
 _TEXT_LENGTH = 512  # the pipelines pad and cut prompts to this
 _STRIP = 128  # numbers that are copied at a time along the last axis
@@ -96,16 +96,18 @@ def pipeline_config(path: Path) -> ModelConfig:
         dit = dit_config(path / "transformer" / "config.json")
         if low and dit_config(path / "transformer_2" / "config.json") != dit:
             raise InputError(f"{path}: transformer and transformer_2 have different sizes")
+        level_per_frame = _optional(path / "model_index.json", index, "expand_timesteps", _flag, False)
+        vision = vision_config(path / "image_encoder" / "config.json") if dit.image_width else None
+        if vision is not None:
+            _check_processor(path / "image_processor" / "preprocessor_config.json", vision.image_size)
         return ModelConfig(
             text=text_config(path / "text_encoder" / "config.json"),
             codec=codec_config(path / "vae" / "config.json"),
             dit=dit,
-            sampling=sampling_config(
-                path / "scheduler" / "scheduler_config.json", dit, low, index.get("expand_timesteps")
-            ),
+            sampling=sampling_config(path / "scheduler" / "scheduler_config.json", dit, low, level_per_frame),
             boundary=boundary,
-            known_frames=bool(index.get("expand_timesteps")),
-            vision=vision_config(path / "image_encoder" / "config.json") if dit.image_width else None,
+            known_frames=level_per_frame,
+            vision=vision,
         )
 
 
@@ -124,8 +126,8 @@ def text_config(path: Path) -> TextConfig:
         feed_forward=_whole(path, values, "d_ff"),
         layers=_whole(path, values, "num_layers"),
         length=_TEXT_LENGTH,
-        buckets=values.get("relative_attention_num_buckets", 32),
-        max_distance=values.get("relative_attention_max_distance", 128),
+        buckets=_optional(path, values, "relative_attention_num_buckets", _whole, 32),
+        max_distance=_optional(path, values, "relative_attention_max_distance", _whole, 128),
         shared_positions=shared,
         tokenizer="file",
     )
@@ -137,21 +139,21 @@ def codec_config(path: Path) -> CodecConfig:
     _one_of(path, values, "_class_name", "AutoencoderKLWan")
     if values.get("attn_scales"):
         raise InputError(f"{path}: attn_scales is {values['attn_scales']}; no published codec has any, nor has ours")
-    patch = values.get("patch_size") or 1
+    patch = _optional(path, values, "patch_size", _whole, 1)
     _one_of(path, {"in_channels": 3, **values}, "in_channels", 3 * patch**2)
-    width = _whole(path, values, "base_dim")
+    width, channels = _whole(path, values, "base_dim"), _whole(path, values, "z_dim")
     with _named(path):
         return CodecConfig(
-            latent_channels=_whole(path, values, "z_dim"),
+            latent_channels=channels,
             width=width,
-            decoder_width=values.get("decoder_base_dim") or width,
+            decoder_width=_optional(path, values, "decoder_base_dim", _whole, width),
             multipliers=_each(path, values, "dim_mult", _whole),
-            downsample_time=_each(path, values, "temperal_downsample", _get),
+            downsample_time=_each(path, values, "temperal_downsample", _flag),
             blocks=_whole(path, values, "num_res_blocks"),
             patch=patch,
-            residual=values.get("is_residual", False),
-            latents_mean=_each(path, values, "latents_mean", _number),
-            latents_std=_each(path, values, "latents_std", _positive),
+            residual=_optional(path, values, "is_residual", _flag, False),
+            latents_mean=_each(path, values, "latents_mean", _number, channels),
+            latents_std=_each(path, values, "latents_std", _positive, channels),
         )
 
 
@@ -161,22 +163,24 @@ def dit_config(path: Path) -> DiTConfig:
     _one_of(path, values, "_class_name", "WanTransformer3DModel")
     _one_of(path, values, "qk_norm", "rms_norm_across_heads")
     _one_of(path, values, "cross_attn_norm", True)
-    channels = values.get("out_channels") or _whole(path, values, "in_channels")
-    if values.get("image_dim"):
+    all_channels = _whole(path, values, "in_channels")
+    channels = _optional(path, values, "out_channels", _whole, all_channels)
+    image_width = _optional(path, values, "image_dim", _whole, 0)
+    if image_width:
         heads, head_width = _whole(path, values, "num_attention_heads"), _whole(path, values, "attention_head_dim")
         _one_of(path, values, "added_kv_proj_dim", heads * head_width)
     with _named(path):
         return DiTConfig(
             latent_channels=channels,
-            condition_channels=_whole(path, values, "in_channels") - channels,
-            image_width=values.get("image_dim") or 0,
-            image_positions=values.get("pos_embed_seq_len") or 0,
+            condition_channels=all_channels - channels,
+            image_width=image_width,
+            image_positions=_optional(path, values, "pos_embed_seq_len", _whole, 0),
             heads=_whole(path, values, "num_attention_heads"),
             head_width=_whole(path, values, "attention_head_dim"),
             feed_forward=_whole(path, values, "ffn_dim"),
             layers=_whole(path, values, "num_layers"),
             text_width=_whole(path, values, "text_dim"),
-            patch=_each(path, values, "patch_size", _whole),
+            patch=_each(path, values, "patch_size", _whole, 3),
             frequency_width=_whole(path, values, "freq_dim"),
             epsilon=_positive(path, values, "eps"),
         )
@@ -195,8 +199,24 @@ def vision_config(path: Path) -> VisionConfig:
             image_size=_whole(path, values, "image_size"),
             patch=_whole(path, values, "patch_size"),
             activation=_get(path, values, "hidden_act"),
-            epsilon=values.get("layer_norm_eps", 1e-5),
+            epsilon=_optional(path, values, "layer_norm_eps", _positive, 1e-5),
         )
+
+
+def _check_processor(path: Path, size: int) -> None:
+    """Raises InputError if the file is there and asks for other pictures than `vision.preprocess` makes."""
+    values = read_json(path) if path.is_file() else {}
+    for name, possible in {
+        "size": ({"shortest_edge": size}, size),
+        "crop_size": ({"height": size, "width": size}, size),
+        "resample": (3,),  # bicubic
+        "rescale_factor": (1 / 255,),
+        "image_mean": (list(MEAN),),
+        "image_std": (list(STD),),
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
+    }.items():
+        if values.get(name) is not None:
+            _one_of(path, values, name, *possible)
 
 
 def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_per_frame: bool) -> SamplingConfig:
@@ -271,11 +291,20 @@ def _whole(path: Path, values: dict, name: str) -> int:
     return value
 
 
-def _each(path: Path, values: dict, name: str, get: Callable) -> tuple:
-    """A field that is a list, whose entries `get` reads."""
+def _flag(path: Path, values: dict, name: str) -> bool:
+    return _one_of(path, values, name, False, True)
+
+
+def _optional(path: Path, values: dict, name: str, get: Callable, default: Any) -> Any:
+    """A field that `get` reads, and that may be missing or null."""
+    return default if values.get(name) is None else get(path, values, name)
+
+
+def _each(path: Path, values: dict, name: str, get: Callable, length: int | None = None) -> tuple:
+    """A field that is a list, of `length` if that is given, whose entries `get` reads."""
     found = _get(path, values, name)
-    if not isinstance(found, list) or not found:
-        raise InputError(f"{path}: {name} is {found!r}; it must be a list of values")
+    if not isinstance(found, list) or not found or length not in (None, len(found)):
+        raise InputError(f"{path}: {name} is {found!r}; it must be a list of {length or 'some'} values")
     return tuple(get(path, {f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(found))
 
 
@@ -329,6 +358,10 @@ class _Files:
                 self._place_of[name] = file, stored
         if weight_map:
             raise InputError(f"{index} names the tensor {min(weight_map)}, which none of its files holds")
+        for copy, name in names.TEXT_COPIES.items():
+            if copy in self.shapes and name not in self.shapes:
+                for known in (self.shapes, self.dtypes, self._place_of):
+                    known[name] = known[copy]
 
     def read(self, name: str) -> np.ndarray:
         file, stored = self._place_of[name]

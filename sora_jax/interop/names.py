@@ -147,7 +147,7 @@ _TEXT = {
     "blocks.up.kernel": "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
     "blocks.down.kernel": "encoder.block.{}.layer.1.DenseReluDense.wo.weight",
 }
-TEXT_COPIES = {"encoder.embed_tokens.weight"}  # the embedding once more, in some files
+TEXT_COPIES = {"encoder.embed_tokens.weight": "shared.weight"}  # the embedding once more, or in place of it
 
 
 def text(layers: int, name: str) -> Source:

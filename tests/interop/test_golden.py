@@ -127,7 +127,7 @@ def test_pipeline(generator, expected, kind):
         "flf": {"image": "image", "last_image": "last_image"},
     }.get(kind, {})
     options = {name: expected[value] if isinstance(value, str) else value for name, value in options.items()}
-    assert quality(generator, expected["noise"], expected["frames"], **options) > BEST - 4
+    assert quality(generator, expected["noise"], expected["frames"], **options) > BEST - 0.5
 
 
 def test_image_encoder(generator, expected):
@@ -136,18 +136,16 @@ def test_image_encoder(generator, expected):
     vision = generator.config.vision
     features = VisionEncoder(vision).apply({"params": generator.params["vision"]}, expected["seen"])
     assert difference(features, expected["features"]) < TOLERANCE
-    # Resized by other code in 8 bits: a level of 255 here and there.
-    level = 1 / (255 * 0.26)
-    assert np.abs(preprocess(expected["image"], vision.image_size) - expected["seen"][0]).max() < 1.5 * level
+    assert difference(preprocess(expected["image"], vision.image_size), expected["seen"][0]) < TOLERANCE
 
 
 def test_images_where_a_model_takes_them_and_where_not(generator, expected, kind, tmp_path):
     if kind == "ti2v":
         frames = expected["frames_from_image"]
-        assert quality(generator, expected["noise"], frames, image=expected["image"]) > BEST - 4
+        assert quality(generator, expected["noise"], frames, image=expected["image"]) > BEST - 0.5
         Video(expected["image"][None]).save(tmp_path / "first.png")
-        assert quality(generator, expected["noise"], frames, image=tmp_path / "first.png") > BEST - 4
-        assert quality(generator, expected["noise"], expected["frames"]) > BEST - 4  # and none is needed
+        assert quality(generator, expected["noise"], frames, image=tmp_path / "first.png") > BEST - 0.5
+        assert quality(generator, expected["noise"], expected["frames"]) > BEST - 0.5  # and none is needed
     message = {
         "i2v": "makes a video from an image: give --image FILE",
         "flf": "makes a video from an image: give --image FILE",
@@ -172,7 +170,7 @@ def test_the_solver_that_the_folder_names(kind, expected, tmp_path):
     folder = Path(shutil.copytree(GOLDEN / kind, tmp_path / "model"))
     shutil.copy(GOLDEN / "t2v" / "scheduler" / "scheduler_config.json", folder / "scheduler")
     generator = sora_jax.load(folder)
-    assert quality(generator, expected["noise"], expected["frames_unipc"]) > BEST - 4
+    assert quality(generator, expected["noise"], expected["frames_unipc"]) > BEST - 0.5
     assert quality(generator, expected["noise"], expected["frames"]) < BEST - 10
 
 
@@ -205,6 +203,40 @@ def test_older_names_of_the_same_tensors(kind, generator, tmp_path):
     tensors = safetensors.numpy.load(path.read_bytes())
     safetensors.numpy.save_file({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}, path)
     jax.tree.map(np.testing.assert_array_equal, sora_jax.load(folder).params, generator.params)
+    tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    safetensors.numpy.save_file(tensors, path)
+    jax.tree.map(np.testing.assert_array_equal, sora_jax.load(folder).params, generator.params)
+
+
+def test_older_and_newer_names_together_are_refused(tmp_path):
+    folder = Path(shutil.copytree(GOLDEN / "i2v", tmp_path / "model"))
+    path = folder / "image_encoder" / "model.safetensors"
+    tensors = {k.removeprefix("vision_model."): v for k, v in safetensors.numpy.load(path.read_bytes()).items()}
+    name = "embeddings.class_embedding"
+    safetensors.numpy.save_file({**tensors, f"vision_model.{name}": tensors[name]}, path)
+    refused(folder, f"image_encoder/model.safetensors: the tensor vision_model.{name} is there twice")
+
+
+def test_pictures_that_the_image_encoder_would_see_otherwise_are_refused(tmp_path):
+    folder = Path(shutil.copytree(GOLDEN / "i2v", tmp_path / "model"))
+    path = folder / "image_processor" / "preprocessor_config.json"
+    usual, config = json.loads(path.read_text()), sora_jax.models.read_config(folder)
+    for field, value in (
+        ("image_mean", [0.5, 0.5, 0.5]),
+        ("image_std", [0.5, 0.5, 0.5]),
+        ("size", {"shortest_edge": 336}),
+        ("size", {"height": 28, "width": 28}),
+        ("crop_size", {"height": 336, "width": 336}),
+        ("resample", 2),
+        ("rescale_factor", 1.0),
+        ("do_center_crop", False),
+    ):
+        path.write_text(json.dumps({**usual, field: value}))
+        refused(folder, f"image_processor/preprocessor_config.json: {field} is .*; only ")
+    path.write_text(json.dumps({"size": 28, "resample": None}))  # older versions write the number alone
+    assert sora_jax.models.read_config(folder) == config
+    path.unlink()
+    assert sora_jax.models.read_config(folder) == config
 
 
 @pytest.mark.parametrize("kind", ["i2v"], indirect=True)
@@ -336,16 +368,28 @@ def test_pickles_and_unknown_classes_are_refused(folder):
         ("transformer/config.json", "_class_name", "FluxTransformer", "_class_name is 'FluxTransformer'"),
         ("transformer/config.json", "image_dim", 1280, "the field added_kv_proj_dim is missing"),
         ("transformer/config.json", "text_dim", 32, "describes no possible model: dit expects 32 channels from text"),
-        ("transformer/config.json", "patch_size", 2, "^[^:]*config.json: patch_size is 2; it must be a list of values"),
+        (
+            "transformer/config.json",
+            "patch_size",
+            2,
+            "^[^:]*config.json: patch_size is 2; it must be a list of 3 values",
+        ),
         ("scheduler/scheduler_config.json", "use_karras_sigmas", True, "use_karras_sigmas is True, which is not"),
         ("transformer/config.json", "num_layers", 4, r"the tensor blocks\.3\..* is missing"),
         ("scheduler/scheduler_config.json", "prediction_type", "epsilon", "prediction_type is 'epsilon'"),
         ("text_encoder/config.json", "d_model", None, "the field d_model is missing"),
         ("transformer/config.json", "num_layers", 3.0, "num_layers is 3.0; it must be a whole number"),
         ("transformer/config.json", "ffn_dim", "64", "ffn_dim is '64'; it must be a number"),
+        ("transformer/config.json", "out_channels", "4", "out_channels is '4'; it must be a number"),
+        ("transformer/config.json", "patch_size", [1, 2], r"patch_size is \[1, 2\]; it must be a list of 3 values"),
         ("scheduler/scheduler_config.json", "flow_shift", 0, "flow_shift is 0; it must be above 0"),
-        ("vae/config.json", "latents_std", [0.0] * 16, r"latents_std\[0\] is 0.0; it must be above 0"),
-        ("vae/config.json", "latents_mean", [], r"latents_mean is \[\]; it must be a list of values"),
+        ("vae/config.json", "latents_std", [0.0] * 4, r"latents_std\[0\] is 0.0; it must be above 0"),
+        ("vae/config.json", "latents_mean", [], r"latents_mean is \[\]; it must be a list of 4 values"),
+        ("vae/config.json", "latents_mean", [0, 0, 0, "x"], r"latents_mean\[3\] is 'x'; it must be a number"),
+        ("vae/config.json", "temperal_downsample", [True, 0.5], r"temperal_downsample\[1\] is 0.5; only False or True"),
+        ("vae/config.json", "dim_mult", [], r"dim_mult is \[\]; it must be a list of some values"),
+        ("vae/config.json", "is_residual", "no", "is_residual is 'no'; only False or True"),
+        ("model_index.json", "expand_timesteps", "no", "expand_timesteps is 'no'; only False or True"),
     ):
         path = folder / part
         before = path.read_text()
@@ -387,7 +431,7 @@ def test_coding_in_pieces_changes_nothing(kind, generator, expected, monkeypatch
     options = {"image": expected["image"]} if kind == "i2v" else {}
     assert generate._PIXELS_AT_ONCE > 9 * 32 * 16
     monkeypatch.setattr(generate, "_PIXELS_AT_ONCE", 0)
-    assert quality(generator, expected["noise"], expected["frames"], **options) > BEST - 4
+    assert quality(generator, expected["noise"], expected["frames"], **options) > BEST - 0.5
 
 
 def test_an_end_that_is_not_read_is_told(generator):

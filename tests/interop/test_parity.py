@@ -60,13 +60,14 @@ from sora_jax.interop.presets import CODEC_2_2, PRESETS  # noqa: E402
 from sora_jax.model_folder import abstract_params  # noqa: E402
 from sora_jax.text import T5Encoder  # noqa: E402
 from sora_jax.text.tokenizer import FileTokenizer  # noqa: E402
-from sora_jax.vision import VisionEncoder  # noqa: E402
+from sora_jax.vision import VisionEncoder, preprocess  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("golden_make", Path(__file__).parents[1] / "golden" / "make.py")
 make = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(make)
 
 TOLERANCE = 1e-5
+LEVEL = 1 / (255 * 0.26)  # of 8 bits, as the image encoder sees it
 KINDS = (*make.KINDS, "ti2v-unipc")  # the 5B with the solver of its published folder
 SEED = int(os.environ.get("PARITY_SEED", datetime.date.today().toordinal()))
 
@@ -141,6 +142,11 @@ def generator(folder_and_pipeline):
     return sora_jax.load(folder_and_pipeline[0])
 
 
+def noise_picture(random, height, width):
+    """uint8 (H, W, 3); what is smooth would not tell how it is resized."""
+    return random.integers(0, 256, (height, width, 3), np.uint8)
+
+
 def dit_inputs(config, random, frames):
     """Latents, channels beside them, features of text and of images."""
     dit = config.dit
@@ -213,9 +219,14 @@ def test_image_encoder(folder_and_pipeline, generator, random, kind):
     if kind not in make.SEEING:
         assert generator.config.vision is None
         return
-    features, seen = make.run_image_encoder(folder_and_pipeline[1], make.pictures(random, 40, 60)[0])
-    found = VisionEncoder(generator.config.vision).apply({"params": generator.params["vision"]}, seen)
-    assert difference(found, features) < TOLERANCE
+    vision = generator.config.vision
+    for size in random.integers(20, 90, (4, 2)):
+        picture = noise_picture(random, *size)
+        features, seen = make.run_image_encoder(folder_and_pipeline[1], picture)
+        apart = np.abs(preprocess(picture, vision.image_size) - seen[0])
+        assert apart.max() < 1.5 * LEVEL and (apart > 0.5 * LEVEL).mean() < 0.02
+        found = VisionEncoder(vision).apply({"params": generator.params["vision"]}, seen)
+        assert difference(found, features) < TOLERANCE
 
 
 def test_tokenizer(random, tmp_path):
@@ -282,7 +293,7 @@ def test_pipeline(folder_and_pipeline, generator, kind, random, from_image):
     noise = random.normal(size=(1, *config.codec.latent_shape(frames, *size))).astype(np.float32)
     guidance = float(random.uniform(1.5, 6))
     low = float(random.uniform(1.5, 6)) if kind.endswith("a14b") else None
-    first, last = make.pictures(random, 70, 50)
+    first, last = (noise_picture(random, 70, 50) for _ in range(2))
     first, last = first if from_image or kind in make.FROM_IMAGE else None, last if kind == "flf" else None
     prompt, negative = "a red ball, behind a wall", "cube &amp; wall"
     expected = make.run_pipeline(made, prompt, negative, noise, size, frames, steps, guidance, low, first, last)
@@ -299,7 +310,7 @@ def test_pipeline(folder_and_pipeline, generator, kind, random, from_image):
         last_image=last,
         progress=False,
     )
-    assert -10 * np.log10(np.mean((video.frames / 255.0 - expected) ** 2)) > 45
+    assert -10 * np.log10(np.mean((video.frames / 255.0 - expected) ** 2)) > 58  # 58.9: rounding to 8 bits
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
