@@ -14,7 +14,8 @@ A run that was started before goes on from its newest checkpoint. With several h
 one that all of them share (Filestore, NFS, a mounted bucket), and `sora-jax` must be installed on each. Paths in a
 config, such as `config.codec`, are those on the hosts; the batch is a multiple of data x fsdp. A run that was
 preempted ends with exit code 143, so that GKE starts it again; SLURM needs `sbatch` once more where its time was up.
-To stop one on a TPU VM, end it there: `gcloud` passes no signal on.
+To stop one on a TPU VM, end it there: `gcloud` passes no signal on. `kubectl delete jobset NAME` makes place for a run
+of the same name.
 """
 
 import argparse
@@ -203,9 +204,6 @@ def on_gke(run: Run, options: argparse.Namespace) -> Command:
         "parallelism": hosts,
         "completions": hosts,
         "backoffLimit": 0,  # one pod that fails ends all; the set starts them again
-        "podFailurePolicy": {  # but not after a mistake, which is there again
-            "rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]
-        },
         "template": {"spec": pod},
     }
     manifest = {
@@ -216,11 +214,7 @@ def on_gke(run: Run, options: argparse.Namespace) -> Command:
             "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
         },
         "spec": {
-            "failurePolicy": {
-                "maxRestarts": options.restarts,
-                "rules": [{"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
-            },
-            "ttlSecondsAfterFinished": options.grace,  # it makes place for the same run, started again
+            "failurePolicy": {"maxRestarts": options.restarts},
             "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job}}],
         },
     }
@@ -345,7 +339,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--grace", type=_at_least(1), default=60, metavar="S", help="seconds for saving before the end (default: 60)")
     add("--zone", help="tpu-vm: the zone (default: gcloud's)")
     add("--folder", metavar="DIR", help="tpu-vm: the folder on the hosts that the config's path starts from")
-    add("--python", default="python3", metavar="PATH", help="tpu-vm: Python on the hosts (default: python3)")
+    add(
+        "--python",
+        default="python3",
+        metavar="PATH",
+        help="tpu-vm: Python on the hosts, a whole path (default: python3)",
+    )
     add("--nodes", type=_at_least(1), default=1, help="slurm: nodes (default: 1)")
     add("--gpus-per-node", type=_at_least(0), default=0, help="slurm: GPUs on each, a process for each (default: none)")
     add(

@@ -23,7 +23,7 @@ _HEARTBEAT, _SHUTDOWN = 40, 60
 _LONGEST = 1024  # bytes of a message that goes from one process to the others
 
 # In errors of JAX that would come without any other process.
-_OF_ITS_OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "Mosaic")
+_OF_ITS_OWN = ("RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "Mosaic")
 
 Result = TypeVar("Result")
 

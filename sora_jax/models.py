@@ -46,11 +46,11 @@ def _is_published(path: Path) -> bool:
     """Whether a folder has the layout of diffusers; raises InputError if there are only pickles."""
     if (path / "model_index.json").is_file():
         return True
-    pickles = [one for one in (path, *sorted(path.glob("*"))) if one.suffix in PICKLES]
+    pickles = [one for one in (path, *sorted(path.glob("*"))) if one.suffix in PICKLES and one.is_file()]
     if pickles and not (path / "model.json").is_file():
         raise InputError(
             f"{pickles[0]} is a pickle, which is never read; of Wan's published models those can be read whose names "
-            "end in -Diffusers"
+            "end in -Diffusers or -diffusers"
         )
     return False
 

@@ -36,11 +36,10 @@ _NAME = re.compile(
 _MADE_UP = re.compile(
     r"\b(named|called|nicknamed|fictional|fictitious|imaginary|invented|made[ -]up|character|heroine|hero|superhero|"
     r"superheroine|villain|villainess|wizard|witch|sorcerer|sorceress|mage|necromancer|elf|dwarf|hobbit|knight|paladin|"
-    r"rogue|thief|burglar|assassin|bounty hunter|smuggler|pirate|starship captain|pilot|detective|inspector|sheriff|"
-    r"vampire|werewolf|android|robot|duelist|duellist|gunslinger|restaurant|ship|boat|hotel|brand)\W+$",
+    r"bounty hunter|starship captain|vampire|werewolf|android|robot|restaurant|ship|boat|hotel|brand)[^\w.!?;]+$",
     re.I,
 )
-_INVENTED = re.compile(r"\b(fictional|fictitious|imaginary|invented|made[ -]up)(\W+\w+){1,3}\W+$", re.I)
+_INVENTED = re.compile(r"\b(fictional|fictitious|imaginary|invented|made[ -]up)([ -]\w+){1,3} $", re.I)
 _WORK = re.compile(
     r"\b(style of|styled like|inspired by|directed by|painted by|painting by|paintings by|filmed by|film by|movie by|"
     r"music by|song by|composed by|homage to|reminiscent of|novel by|book by|poem by|scored by|score by|"
