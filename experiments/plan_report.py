@@ -39,8 +39,8 @@ the other on a single one. "At least" is the largest of arithmetic at the chip's
 bytes over the interconnect: no measurement of time. With libtpu {version}, which JAX 0.10 asks
 for; others pack the heap in another way. The last column but one: seconds from the start of a process
 until the compiler's report on the step is there, of tracing and compiling, on two CPU cores; generating code, which
-follows where the program is to run, takes minutes (`sora-jax plan --full`). As one batch on a single chip, guidance
-takes 3.92 GiB in place of 3.38 for the 1.3B on v6e:1x1.
+follows where the program is to run, makes it 135 s for the first row (`sora-jax plan --full`). As one batch on a single
+chip, guidance takes 3.92 GiB in place of 3.38 for the 1.3B on v6e:1x1.
 
 """
 COLUMNS = (
