@@ -4,7 +4,6 @@ Configs become a `ModelConfig`, tensors our parameters (`names.py`), one at a ti
 imported from diffusers, and only safetensors are read.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -142,7 +141,7 @@ def codec_config(path: Path) -> CodecConfig:
     patch = _optional(path, values, "patch_size", _whole, 1)
     _one_of(path, {"in_channels": 3, **values}, "in_channels", 3 * patch**2)
     width, channels = _whole(path, values, "base_dim"), _whole(path, values, "z_dim")
-    with _named(path):
+    with described_by(path):
         return CodecConfig(
             latent_channels=channels,
             width=width,
@@ -169,7 +168,7 @@ def dit_config(path: Path) -> DiTConfig:
     if image_width:
         heads, head_width = _whole(path, values, "num_attention_heads"), _whole(path, values, "attention_head_dim")
         _one_of(path, values, "added_kv_proj_dim", heads * head_width)
-    with _named(path):
+    with described_by(path):
         return DiTConfig(
             latent_channels=channels,
             condition_channels=all_channels - channels,
@@ -190,7 +189,7 @@ def vision_config(path: Path) -> VisionConfig:
     """Of a `CLIPVisionModel`, without its last block."""
     values = read_json(path)
     _one_of(path, values, "model_type", "clip_vision_model")
-    with _named(path):
+    with described_by(path):
         return VisionConfig(
             width=_whole(path, values, "hidden_size"),
             heads=_whole(path, values, "num_attention_heads"),
@@ -251,17 +250,6 @@ def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_pe
         usual |= {"steps": 40}
         usual |= {"guidance": 3.5, "guidance_low": 3.5} if two_transformers else {}
     return SamplingConfig(solver=solver, schedule=schedule, shift=float(shift), **usual)
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Names the file in what configs object to, which do not know of files."""
-    try:
-        yield
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def _get(path: Path, values: dict, name: str) -> Any:
