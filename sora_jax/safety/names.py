@@ -34,12 +34,12 @@ _NAME = re.compile(
 )
 # Right before a name: what only an invented person is, in prompts for videos, or what is no person.
 _MADE_UP = re.compile(
-    r"\b(named|called|nicknamed|fictional|fictitious|imaginary|invented|made[ -]up|character|heroine|hero|superhero|"
-    r"superheroine|villain|villainess|wizard|witch|sorcerer|sorceress|mage|necromancer|elf|dwarf|hobbit|knight|paladin|"
-    r"bounty hunter|starship captain|vampire|werewolf|android|robot|restaurant|ship|boat|hotel|brand)[^\w.!?;]+$",
+    r"\b(named|called|nicknamed|character|heroine|hero|superhero|superheroine|villain|villainess|wizard|witch|sorcerer|"
+    r"sorceress|mage|necromancer|elf|dwarf|hobbit|knight|paladin|bounty hunter|starship captain|vampire|werewolf|"
+    r"android|robot|restaurant|ship|boat|hotel|brand|"
+    r"(fictional|fictitious|imaginary|invented|made[ -]up)([ -]\w+){0,3})[^\w.!?;]+$",
     re.I,
 )
-_INVENTED = re.compile(r"\b(fictional|fictitious|imaginary|invented|made[ -]up)([ -]\w+){1,3} $", re.I)
 _WORK = re.compile(
     r"\b(style of|styled like|inspired by|directed by|painted by|painting by|paintings by|filmed by|film by|movie by|"
     r"music by|song by|composed by|homage to|reminiscent of|novel by|book by|poem by|scored by|score by|"
@@ -161,7 +161,6 @@ class NameFinder:
             given.partition("-")[0] in self._given
             and surname not in _NO_SURNAME
             and not _MADE_UP.search(text[: match.start()])
-            and not _INVENTED.search(text[: match.start()])
             and self._is_nothing_else(text, match)
         )
 
