@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sora_jax import plan
+from sora_jax.mesh import parse_sizes
 from sora_jax.mesh_choice import generating_mesh
 
 TOKENS_MODEL, TOKENS_TOPOLOGY = "wan2.1-t2v-1.3b", "v6e:2x4"
@@ -22,11 +23,11 @@ HEAD = """# How a step grows with tokens and shrinks with chips
 Written by `python experiments/scaling_report.py`, from the TPU compiler's own memory report and the collectives in
 the compiled program (libtpu {version}); no TPU was used, and nothing here is a measurement of time. One step of the
 sampler with guidance, bfloat16; its two branches are one batch on several chips, and one after the other on a single
-one. Memory and traffic are per chip. "At best" is the traffic that context parallelism needs: attention by all-to-all
-(where the heads do not divide, rings carry keys and values besides), and every weight that rests elsewhere coming in
-once. With data=2 each half of the chips has one branch of guidance. The last column is the time that arithmetic takes
-at the chip's peak, over the largest of arithmetic, weights from HBM and traffic: 100 % means that nothing but
-arithmetic bounds the step.
+one. Memory and traffic are per chip. "At best" is the traffic that such a mesh needs: attention by all-to-all (where
+the heads do not divide, rings carry keys and values besides), with tensor > 1 three sums a block, all of it in
+bfloat16, and every weight that rests elsewhere coming in once. With data=2 each half of the chips has one branch of
+guidance. The last column is the time that arithmetic takes at the chip's peak, over the largest of arithmetic, weights
+from HBM and traffic: 100 % means that nothing but arithmetic bounds the step.
 
 ![](scaling.png)
 
@@ -34,20 +35,17 @@ arithmetic bounds the step.
 COLUMNS = ("tokens", "chips", "mesh", "arguments", "heap", "TFLOP", "received", "at best", "arithmetic")
 
 
-def least_traffic(job: plan.Job, tokens: int, chips: int) -> float:
-    """Bytes that a chip has to receive in a step: activations of attention (bfloat16), and the weights it has not.
-
-    That is of context parallelism alone: 0 for meshes that split heads.
-    """
-    dit = plan.model_config(job.model).dit
-    elsewhere = (chips - 1) / chips
-    width, guided = dit.heads * dit.head_width, 2
-    weights = dit.layers * (8 * width**2 + 2 * width * dit.feed_forward) * 2
-    if "tensor=1" not in job.mesh.split(","):
-        return 0.0  # another way of sharing, which needs less
-    # Queries, keys and values go to the heads' chips, and the result comes back: four times a chip's own tokens.
-    activations = dit.layers * guided * 4 * (tokens / chips) * width * 2
-    return elsewhere * (weights + activations)
+def least_traffic(job: plan.Job, tokens: int) -> float:
+    """Bytes that a chip has to receive in a step (bfloat16): activations, and the weights that rest elsewhere."""
+    dit, sizes = plan.model_config(job.model).dit, parse_sizes(job.mesh)
+    context, tensor, width = sizes["context"], sizes["tensor"], dit.heads * dit.head_width
+    weights = dit.layers * (8 * width**2 + 2 * width * dit.feed_forward) * 2 / tensor
+    own = dit.layers * (2 / sizes["data"]) * (tokens / context) * width * 2  # tokens of a chip; guidance has two
+    # Queries, keys and values go to the chips of their heads, and the result comes back: four times.
+    exchanged = 4 * own / tensor * (context - 1) / context
+    # Two attentions and the feed-forward end in sums over the chips that split their columns: scattered and gathered.
+    summed = 3 * own * 2 * (tensor - 1) / tensor
+    return weights * (context - 1) / context + exchanged + summed
 
 
 def measure(model: str, topology: str, frames: int, size: tuple[int, int]) -> dict:
@@ -68,7 +66,7 @@ def measure(model: str, topology: str, frames: int, size: tuple[int, int]) -> di
         heap=need.heap / plan.GIB,
         operations=need.operations / 1e12,
         received=sum(need.collectives.values()) / plan.GIB,
-        least=least_traffic(job, tokens, chips) / plan.GIB,
+        least=least_traffic(job, tokens) / plan.GIB,
         arithmetic=0.0 if need.error else bounds["arithmetic"] / max(bounds.values()),
     )
 

@@ -259,18 +259,21 @@ class Generator:
             for start in starts:
                 # The last batch is filled up with repeats: cheaper than compiling for another size.
                 chosen = [min(start + i, len(request.prompts) - 1) for i in range(batch)]
+                several = min(batch, len(request.prompts) - start)
                 with self._on_mesh():
                     text_BLD = self._read([request.prompts[i] for i in chosen], request)
-                    before, given = [[]] * batch, first
+                    before, given = [[]] * several, first
                     for window in range(request.windows - 1):
                         latents = self._sample(request, chosen, text_BLD, given, window)
-                        before = [self._go_on(*pair, request) for pair in zip(before, latents, strict=True)]
+                        pairs = zip(before, latents[:several], strict=True)
+                        before = [self._go_on(*pair, request) for pair in pairs]
                         pieces = -(-request.overlap // (request.window - request.overlap))  # that the overlap reaches
                         last = [np.concatenate(clip[-pieces:])[-request.overlap :] for clip in before]
                         known = [self._known(dict(enumerate(frames)), request) for frames in last]
+                        known += known[-1:] * (batch - several)
                         given = jax.tree.map(lambda *parts: jnp.concatenate(parts), *known)
                     latents = self._sample(request, chosen, text_BLD, given, request.windows - 1)
-                for number, latents_FYXZ in enumerate(latents[: len(request.prompts) - start]):
+                for number, latents_FYXZ in enumerate(latents[:several]):
                     # One video at a time: decoding needs far more memory than sampling.
                     with self._on_mesh():
                         frames_THWC = np.concatenate(self._go_on(before[number], latents_FYXZ, request))

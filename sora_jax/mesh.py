@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.errors import InputError
@@ -50,7 +51,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, 
     shape = (data, fsdp, context, tensor)
     check_sizes(dict(zip(AXES, shape, strict=True)), devices.size)
     # Auto axes: the constraints below are hints to the compiler, which fills in the rest.
-    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_along_links(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _along_links(devices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in this shape; the chips of a TPU slice such that neighbours along an axis are neighbours there."""
+    if all(hasattr(device, "coords") for device in devices.flat):
+        sides = np.max([device.coords for device in devices.flat], axis=0) + 1
+        if math.prod(sides) == devices.size:  # a whole slice, each chip one device
+            return mesh_utils.create_device_mesh(shape, list(devices.flat), allow_split_physical_axes=True)
+    return devices.reshape(shape)
 
 
 def check_sizes(sizes: dict[str, int], devices: int) -> None:

@@ -9,11 +9,14 @@ from sora_jax.model_folder import ModelConfig
 from sora_jax.text import TextConfig
 
 
-def generating_mesh(config: ModelConfig, size: tuple[int, int], frames: int, number: int) -> tuple[str, str]:
-    """A mesh for generating one video on `number` chips, and why this one."""
+def generating_mesh(
+    config: ModelConfig, size: tuple[int, int], frames: int, number: int, is_guided: bool | None = None
+) -> tuple[str, str]:
+    """A mesh for generating one video on `number` chips, with guidance (by default the model's), and why this one."""
+    is_guided = config.sampling.is_guided if is_guided is None else is_guided
     tokens = _tokens(config, size, frames)
     context = max(n for n in _divisors(number) if _divides(config, n, tokens))
-    branches = 2 if config.sampling.guidance != 1 and number // context % 2 == 0 else 1
+    branches = 2 if is_guided and number // context % 2 == 0 else 1
     tensor = max(n for n in _divisors(number // context // branches) if _splits(config, n))
     data = number // context // tensor
     reason = f"context={context} divides the {tokens} tokens of a frame and every width"
@@ -30,12 +33,13 @@ def generating_mesh(config: ModelConfig, size: tuple[int, int], frames: int, num
 
 
 def generating_meshes(config: ModelConfig, size: tuple[int, int], frames: int, number: int) -> list[str]:
-    """Meshes that make sense for one video with guidance: its two branches along `data`, the rest shared."""
+    """Meshes that make sense for one video: the two branches of guidance, if any, along `data`, the rest shared."""
+    branches = 2 if config.sampling.is_guided else 1
     tokens = _tokens(config, size, frames)
     return [
         f"data={data},context={context},tensor={tensor}"
         for data, tensor, context in _factors(number)
-        if data <= 2 and _splits(config, tensor) and _divides(config, context, tokens)
+        if data <= branches and _splits(config, tensor) and _divides(config, context, tokens)
     ]
 
 

@@ -76,6 +76,11 @@ class SamplingConfig:
     schedule: str = "linear"
     guidance_low: float | None = None
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is guidance: at 1, the half without the prompt has no weight."""
+        return not self.guidance == 1.0 or self.guidance_low not in (None, 1.0)
+
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} does not exist; there are {', '.join(SOLVERS)}")

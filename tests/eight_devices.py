@@ -18,6 +18,7 @@ from sora_jax.codec.vae import piece
 from sora_jax.counting import count_collectives
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.generate import load
+from sora_jax.text import T5Encoder, TextConfig
 from sora_jax.training import state as state_lib
 
 HEADS, HEAD_WIDTH, FRAME = 4, 16, 9
@@ -196,6 +197,39 @@ def codec():
             assert "collective-permute" in text
             shapes = re.findall(r"= f32\[([\d,]+)\]\S* convolution\(", text)
             assert shapes and not [shape for shape in shapes if "24" in shape.split(",")], (axes, shapes)
+        print("equal on", axes, flush=True)
+
+
+def text():
+    """The text encoder, which is never whole on one device: neither its parameters at rest nor, while it works, its
+    embedding or more than one of its layers."""
+    config = TextConfig(1000, 32, 4, 8, 48, layers=3, length=8)
+    module = T5Encoder(config)
+    ids = np.random.default_rng(0).integers(1, 1000, size=(2, 8)).astype(np.int32)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+    random = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: 0.2 * random.normal(size=p.shape).astype(np.float32), meta.unbox(boxed))
+
+    def encode(params, ids):
+        return module.apply({"params": params}, ids)
+
+    expected = jax.jit(encode)(params, ids)
+    for axes in (dict(context=8), dict(fsdp=2, context=4), dict(context=2, tensor=4)):
+        mesh = mesh_lib.make_mesh(**{"data": 1, **axes})
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, mesh_lib.shardings(boxed, mesh))
+            compiled = jax.jit(encode).lower(placed, ids).compile()
+            found = compiled(placed, ids)
+        assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected), axes
+        shares, columns = mesh.shape["fsdp"] * mesh.shape["context"], mesh.shape["tensor"]
+        embedding, up = placed["embedding"], placed["blocks"]["up"]["kernel"]
+        assert embedding.sharding.shard_shape(embedding.shape) == (1000, 32 // shares)
+        assert up.sharding.shard_shape(up.shape) == (3, 32 // shares, 48 // columns)
+        gathers = re.findall(r"= (.*) all-gather(?:-start)?\(", compiled.as_text())
+        shapes = re.findall(r"\w+\[([\d,]+)\]", " ".join(gathers))
+        assert shapes, axes  # of one layer
+        largest = max(math.prod(int(size) for size in shape.split(",")) for shape in shapes)
+        assert largest <= 32 * 48, (axes, shapes)
         print("equal on", axes, flush=True)
 
 

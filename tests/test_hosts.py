@@ -222,6 +222,15 @@ def test_a_host_that_is_lost_while_generating_ends_the_other_with_a_line(tiny_fo
     assert first.returncode == 1 and "Traceback" not in errors
     assert "sora-jax: error: process 0 of 2 has lost another one" in errors
 
+    # Process 0 is the one through which JAX knows of the others: without it JAX may be the first to say so, and abort.
+    first, second = sampling()
+    first.kill()
+    begin = time.monotonic()
+    errors = second.communicate(timeout=PATIENCE)[1]
+    ours = "sora-jax: error: process 1 of 2 has lost another one" in errors
+    assert time.monotonic() - begin < 60 and "Traceback" not in errors
+    assert (ours and second.returncode == 1) or "JAX distributed service detected fatal errors" in errors
+
     # SIGTERM ends them.
     children = sampling()
     for child in children:

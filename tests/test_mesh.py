@@ -44,6 +44,10 @@ def test_a_codec_whose_rows_are_split_computes_what_one_device_does():
     assert on_eight_devices("codec").count("equal on") == 4
 
 
+def test_a_text_encoder_is_never_whole_on_one_device():
+    assert on_eight_devices("text").count("equal on") == 3
+
+
 def test_the_same_seed_gives_the_same_video_on_any_mesh():
     assert on_eight_devices("generate").count("equal on") == 2
 

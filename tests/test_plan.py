@@ -6,6 +6,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -93,7 +94,12 @@ HLO = """HloModule jit_planned
 %large (q: f32[8,4]) -> f32[8,4] {
   %scatter2 = f32[4,4]{1,0} reduce-scatter(%q), replica_groups={}, to_apply=%add
 }
+%all-reduce-scatter (q: f32[8,4]) -> f32[2,4] {
+  %sum2 = f32[8,4]{1,0} all-reduce(%q), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[2,4]{1,0} dynamic-slice(%sum2, %i, %zero), dynamic_slice_sizes={2,4}
+}
 ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %fused = f32[2,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
   %sum = f32[8,4]{1,0} all-reduce(%a), replica_groups=[2,4]<=[8], to_apply=%add
   %loop2 = (s32[], f32[8,4]) while(%t), condition=%twice, body=%steps
   %either = f32[8,4]{1,0} conditional(%p, %a, %a), true_computation=%small, false_computation=%large
@@ -108,7 +114,7 @@ def test_collectives_are_counted_by_what_arrives():
         "all-gather": 10 * gather + start,
         "collective-permute": 10 * swap,
         "all-reduce": total,
-        "reduce-scatter": 4 * 4 * 4 * 7,  # that of the larger branch
+        "reduce-scatter": 4 * 4 * 4 * 7 + 8 * 4 * 4 * 3 / 4,  # that of the larger branch, and the fused one
     }
     assert count_collectives(HLO)["collective-permute"] == 20 * swap
 
@@ -154,7 +160,7 @@ def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatc
 
     monkeypatch.setattr(plan, "needs", needs)
     job = plan.Job("wan2.1-t2v-1.3b", "", "v6e:2x4", "", (480, 832), 81, batch=8)
-    found = list(plan.search(job, "train"))
+    found = list(plan.search(job, ("train",), 1))
     assert set(tried.values()) == {("train",)} and len(tried) == len(found) > 5
     config = PRESETS[job.model]
     assert set(found) == set(mesh_choice.training_meshes(config, job.size, job.frames, 8, 8))
@@ -166,7 +172,33 @@ def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatc
     assert found[0] == "data=1,fsdp=8,context=1,tensor=1"
     received = [mesh_lib.parse_sizes(mesh)["tensor"] for mesh in found[1:]]
     assert received == sorted(received)
-    assert "data=2,context=4,tensor=1" in plan.search(job)
+    assert "data=2,context=4,tensor=1" in plan.search(job, plan.parts(job.model), 50)
+
+
+def test_the_search_puts_a_mesh_on_which_a_part_does_not_fit_last(monkeypatch):
+    def needs(job, parts, full):
+        sizes = mesh_lib.parse_sizes(job.mesh)
+        step = plan.Need(hbm=plan.GIB, operations=918e12 / sizes["context"])
+        decode = plan.Need(hbm=(40 if sizes["context"] == 8 else 1) * plan.GIB)
+        return dict(zip(parts, (plan.Need(), step, decode), strict=True))
+
+    monkeypatch.setattr(plan, "needs", needs)
+    job = plan.Job("wan2.1-t2v-14b", "", "v6e:2x4", "", (720, 1280), 81)
+    found = plan.search(job, plan.parts(job.model), 50)
+    first, *_, last = found
+    assert mesh_lib.parse_sizes(first)["context"] == 4 and mesh_lib.parse_sizes(last)["context"] == 8
+    assert plan.verdict(job, found[last], 50).startswith("does not fit in 31.2 GiB: decode needs 40.0 GiB")
+
+
+def test_windows_after_the_first_are_told_of_frames_of_each_video():
+    mesh = AbstractMesh((3, 1, 1, 1), mesh_lib.AXES)
+    for model, windows, told in (("wan2.2-ti2v-5b", 1, ()), ("wan2.2-ti2v-5b", 2, (3, 3))):
+        job = plan.Job(model, "denoise", "v6e:1x3", "data=3", (64, 64), 5, windows=windows)
+        given = plan.program(job, mesh)[1][-1]
+        assert tuple(len(leaf) for leaf in jax.tree.leaves(given)) == told
+    for windows, told in ((1, [1]), (2, [3])):
+        job = plan.Job("wan2.2-i2v-a14b", "denoise", "v6e:1x3", "data=3", (64, 64), 5, windows=windows)
+        assert [len(leaf) for leaf in jax.tree.leaves(plan.program(job, mesh)[1][-1])] == told
 
 
 @pytest.mark.parametrize(
@@ -238,7 +270,13 @@ def test_the_verdict_adds_up():
     said = plan.for_scripts(job, needs, 10)
     assert not said["fits"] and said["at_least"] is None and "bounds" not in said["parts"]["decode"]
     assert plan.verdict(job, needs, 10) == "does not fit: decode cannot be compiled"
-    assert "does not compile: too large" in plan.describe(job, needs, 10)
+    needs["denoise"] = dataclasses.replace(need, weights=819e9, collectives={"all-gather": 300e9})
+    rows = plan.describe(job, needs, 10).splitlines()
+    assert "does not compile: too large" in "".join(rows)
+    # The three bounds of a step, each beside what it is of.
+    (step,) = [row for row in rows if "one step" in row]
+    assert "197.00 T    1.000 s" in step
+    assert "762.75 GiB 1.000 s" in step and "279.40 GiB 1.500 s" in step
 
 
 def test_windows_are_planned_as_often_as_they_run():
@@ -304,5 +342,13 @@ def test_the_tpu_compiler_answers(capsys):
     for need in answer["parts"].values():
         assert need["arguments"] > 0 and need["heap"] > 0 and need["operations"] > 0
     assert {"all-to-all", "all-gather"} <= answer["parts"]["denoise"]["collectives"].keys()
+    # Neighbours along an axis of the mesh are neighbours in the slice.
+    from jax.experimental import topologies
+
+    chips = topologies.get_topology_desc("v5e:4x4", platform="tpu").devices
+    for axis, sizes in ((2, dict(data=1, context=16)), (2, dict(data=4, context=4)), (0, dict(data=4, context=4))):
+        places = np.array([chip.coords for chip in mesh_lib.make_mesh(**sizes, devices=chips).devices.flat])
+        places = places.reshape(sizes["data"], 1, sizes["context"], 1, 3)
+        assert (np.abs(np.diff(places, axis=axis)).sum(-1) == 1).all(), sizes
     with pytest.raises(InputError, match="does not multiply"):
         plan.compile_part(plan.Job("bundled", "text", "v5e:2x2", "data=3", (128, 128), 17))

@@ -150,7 +150,7 @@ def _prepare(options: argparse.Namespace) -> _Task:
 
         from sora_jax.mesh_choice import generating_mesh
 
-        words, reason = generating_mesh(config, request.size, request.frames, jax.device_count())
+        words, reason = generating_mesh(config, request.size, request.window, jax.device_count(), request.is_guided)
         _say(f"mesh {words}: {reason}")
     return _Task(jobs, config, request, words, target)
 

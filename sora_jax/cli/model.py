@@ -91,7 +91,7 @@ def _plan(options: argparse.Namespace) -> None:
         if options.train:
             mesh, reason = mesh_choice.training_mesh(batch, number, config.dit)
         else:
-            mesh, reason = mesh_choice.generating_mesh(config, size, frames, number)
+            mesh, reason = mesh_choice.generating_mesh(config, size, job.frames, number)
         print(f"mesh {mesh}: {reason}", file=sys.stderr)
     if mesh != "auto":
         sizes = mesh_lib.parse_sizes(mesh)
@@ -100,13 +100,13 @@ def _plan(options: argparse.Namespace) -> None:
             raise InputError(f"--batch {batch} must be a multiple of {shares}, among which mesh {mesh} shares it")
     job = dataclasses.replace(job, mesh=mesh)
     steps = options.steps or sampling.steps
+    which = ("train",) if options.train else plan.parts(options.model, job.windows)
     if options.batch == "max":
         job, need = plan.largest_batch(job, options.full)
         results = {mesh: {"train": need}}
     elif options.search:
-        results = plan.search(job, "train" if options.train else "denoise", options.full)
+        results = plan.search(job, which, steps, options.full)
     else:
-        which = ("train",) if options.train else plan.parts(options.model, job.windows)
         results = {mesh: plan.needs(job, which, options.full)}
     for mesh, needs in results.items():
         here = dataclasses.replace(job, mesh=mesh)

@@ -40,31 +40,32 @@ def needs(job: Job, which: tuple[str, ...], full: bool = False) -> dict[str, Nee
     return {part: compile_part(dataclasses.replace(job, part=part), full) for part in bar}
 
 
-def search(job: Job, part: str = "denoise", full: bool = False) -> dict[str, dict[str, Need]]:
-    """A step of sampling, or with "train" of training, on every mesh that makes sense; the fastest that fit come first.
+def search(job: Job, which: tuple[str, ...], steps: int, full: bool = False) -> dict[str, dict[str, Need]]:
+    """Parts of a model, or ("train",), on every mesh that makes sense; those on which all of them fit come first.
 
-    As fast as can be is what `Need.bounds` says: the largest of them, and then their sum, since the others may not
-    hide behind it.
+    Among these the fastest do, as far as `at_least` tells for so many steps: by the largest of the bounds of each part,
+    and then by their sum, since the others may not hide behind it.
 
     Raises:
         InputError: there is no such mesh.
     """
-    chip, number = chips(job.topology)
+    _, number = chips(job.topology)
     config = model_config(job.model)
-    if part == "train":
+    if which == ("train",):
         tried = training_meshes(config, job.size, job.frames, job.batch, number)
     else:
         tried = generating_meshes(config, job.size, job.frames, number)
     if not tried:
-        asked = f"{job.model} at {job.size[0]}x{job.size[1]}" + f", batch {job.batch}" * (part == "train")
+        asked = f"{job.model} at {job.size[0]}x{job.size[1]}" + f", batch {job.batch}" * (which == ("train",))
         raise InputError(f"no mesh that makes sense of {number} chips divides {asked}")
     found = {}
     for mesh in tqdm(tried, desc="searching", unit="mesh"):
-        found[mesh] = needs(dataclasses.replace(job, mesh=mesh), (part,), full)
+        found[mesh] = needs(dataclasses.replace(job, mesh=mesh), which, full)
 
     def rank(mesh):
-        bounds = found[mesh][part].bounds(chip).values()
-        return not fits(job, found[mesh]), max(bounds), sum(bounds), found[mesh][part].hbm
+        here = found[mesh]
+        times = [at_least(job, here, steps, bound) for bound in (max, sum)]
+        return not fits(job, here), *times, max(need.hbm for need in here.values())
 
     return {mesh: found[mesh] for mesh in sorted(found, key=rank)}
 

@@ -62,7 +62,7 @@ def program(job: Job, mesh: jax.sharding.Mesh):
     F, Y, X, Z = config.codec.latent_shape(job.frames, *job.size)
     if job.part == "train":
         return _training(config, dtype, mesh, job.batch, (F, Y, X, Z), "offload" if job.offload else "full")
-    guided = config.sampling.guidance != 1
+    guided = config.sampling.is_guided
     least = pipeline.least_batch(mesh, guided)
     batch = -(-job.batch // least) * least
     texts = batch * (2 if guided else 1)
@@ -96,8 +96,14 @@ def program(job: Job, mesh: jax.sharding.Mesh):
 
     dits = [held(part) for part in config.parts if part.startswith("dit")]
     schedule = sampler.Schedule(array((_STEPS + 1,)), array((_STEPS,)))
+    # The first picture is that of all videos; later windows go on from frames of each.
+    told = 1 if job.windows == 1 else batch
+    channels = config.dit.condition_channels
+    goes_on = job.windows > 1 and not channels
     given = pipeline.Given(
-        condition_BFYXC=array((1, F, Y, X, config.dit.condition_channels)) if config.dit.condition_channels else None,
+        latents_BFYXZ=array((told, F, Y, X, Z)) if goes_on else None,
+        known_BF=array((told, F), bool) if goes_on else None,
+        condition_BFYXC=array((told, F, Y, X, channels)) if channels else None,
         image_BLD=array((1, config.dit.image_positions or config.vision.tokens, config.vision.width))
         if config.vision
         else None,

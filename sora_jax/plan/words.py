@@ -1,6 +1,7 @@
 """A plan in words, and the same for scripts."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from sora_jax.plan.job import GIB, Job, Need, chips, model_config
@@ -13,7 +14,8 @@ def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
     rows = [
         f"{job.model} on {job.topology} (chips of {chip.hbm / GIB:.1f} GiB), mesh {job.mesh}: "
         f"{frames} of {job.size[0]}x{job.size[1]}, batch {job.batch}, {job.dtype}",
-        "per chip      arguments     heap      HBM  of all  operations  interconnect  at least  compiled",
+        "per chip      arguments     heap      HBM  of all   operations: at least  weights: at least"
+        "  received: at least  compiled",
     ]
     names = {"text": "text", "see": "pictures", "encode": "to 1 latent", "denoise": "one step", "decode": "1 latent"}
     names["train"] = "one step"
@@ -22,10 +24,12 @@ def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
             rows.append(f"  {names[part]:<11} does not compile: {need.error}")
             continue
         received = sum(need.collectives.values())
+        bounds = need.bounds(chip)
         rows.append(
             f"  {names[part]:<11} {need.arguments / GIB:6.2f} GiB {need.heap / GIB:5.2f} GiB {need.hbm / GIB:5.2f} GiB "
-            f"{need.hbm / chip.hbm:6.0%} {need.operations / 1e12:8.2f} T {received / GIB:10.2f} GiB "
-            f"{max(need.bounds(chip).values()):8.3f} s {need.seconds:7.0f} s"
+            f"{need.hbm / chip.hbm:6.0%} {need.operations / 1e12:9.2f} T {bounds['arithmetic']:8.3f} s "
+            f"{need.weights / GIB:6.2f} GiB {bounds['hbm']:5.3f} s {received / GIB:7.2f} GiB "
+            f"{bounds['interconnect']:5.3f} s {need.seconds:7.0f} s"
         )
         if need.collectives:
             parts = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in need.collectives.items())
@@ -72,8 +76,11 @@ def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
     )
 
 
-def at_least(job: Job, needs: dict[str, Need], steps: int) -> float:
-    """Seconds that the parts take at least, each as often as it runs: for the videos, or for a step of training."""
+def at_least(job: Job, needs: dict[str, Need], steps: int, bound: Callable[..., float] = max) -> float:
+    """Seconds that the parts take at least, each as often as it runs: for the videos, or for a step of training.
+
+    With `bound=sum`, if none of a part's bounds hides behind another.
+    """
     chip, _ = chips(job.topology)
     config = model_config(job.model)
 
@@ -87,7 +94,7 @@ def at_least(job: Job, needs: dict[str, Need], steps: int) -> float:
     encoded = (1 + later) * F if config.dit.condition_channels else later * latents(job.overlap)
     times = {"text": 1, "see": 1 + later, "encode": encoded, "denoise": job.windows * steps, "train": 1}
     times["decode"] = job.windows * F * job.batch
-    return sum(times[part] * max(need.bounds(chip).values()) for part, need in needs.items())
+    return sum(times[part] * bound(need.bounds(chip).values()) for part, need in needs.items())
 
 
 def for_scripts(job: Job, needs: dict[str, Need], steps: int) -> dict[str, Any]:
