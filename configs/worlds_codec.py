@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
             ema_decay=0.995,
             mesh=dict(data=-1, fsdp=1, context=1, tensor=1),
             log_every=50,
-            preview_every=500,
+            preview_every=500,  # 0: none
             checkpoint_every=500,
         )
     )

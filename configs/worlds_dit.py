@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
             ),
             mesh=dict(data=-1, fsdp=1, context=1, tensor=1),
             log_every=50,
-            preview_every=1000,
+            preview_every=1000,  # 0: none
             checkpoint_every=500,
         )
     )

@@ -36,7 +36,7 @@ def read_config(path: str | os.PathLike | None = None) -> ModelConfig:
     """The config of the model that `load` would load, at once; raises InputError."""
     path = Path(BUNDLED if path is None else path)
     if _is_published(path):
-        from sora_jax.interop.diffusers import pipeline_config
+        from sora_jax.interop.configs import pipeline_config
 
         return pipeline_config(path)
     return model_folder.read_config(path)

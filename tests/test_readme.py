@@ -11,6 +11,7 @@ from tiny import TINY_CODEC, TINY_DIT
 
 import sora_jax
 from sora_jax.cli import main
+from sora_jax.interop.presets import PRESETS
 from sora_jax.video import read_video
 
 ROOT = Path(__file__).parents[1]
@@ -18,8 +19,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", README, flags=re.M)]
 
 EXTRA = {
-    "configs/worlds_codec.py": [*TINY_CODEC, "--config.steps=2"],
-    "configs/worlds_dit.py": [*TINY_DIT, "--config.steps=2"],
+    "configs/worlds_codec.py": [*TINY_CODEC, "--config.steps=4"],
+    "configs/worlds_dit.py": [*TINY_DIT, "--config.steps=4"],
     "evaluate": ["--num", "10"],
 }
 
@@ -61,6 +62,16 @@ def test_commands_for_published_folders(in_new_folder):
         assert main([*words, *(small if words[0] == "generate" else [])]) == 0, command
     assert read_video("a-red-fox-in-the-snow.mp4").frames.shape == (5, 32, 32, 3)
     assert sora_jax.load("wan-1.3b").config.parts == ("text", "codec", "dit")
+
+
+def test_the_published_models_are_those_that_the_document_lists():
+    rows = re.findall(r"^\| Wan-AI/.*", (ROOT / "docs" / "wan.md").read_text(), flags=re.M)
+    assert sorted(name for row in rows for name in re.findall(r"`(wan2[^`]*)`", row)) == sorted(PRESETS)
+    for row in rows:
+        (name,) = re.findall(r"`(wan2[^`]*)`", row)
+        sampling = PRESETS[name].sampling
+        assert f"{sampling.frames} frames" in row and f"{sampling.steps} steps" in row
+        assert ("`--image`" in row) == bool(PRESETS[name].dit.condition_channels or PRESETS[name].known_frames)
 
 
 def test_commands_for_a_slice(in_new_folder, capsys):

@@ -13,7 +13,7 @@ TINY_CODEC = [
     "--config.codec.multipliers=(1,1,1)",
     "--config.codec.patch=2",
     "--config.log_every=2",
-    "--config.preview_every=100",
+    "--config.preview_every=0",
     "--config.checkpoint_every=2",
 ]
 TINY_DIT = [
@@ -37,6 +37,6 @@ TINY_DIT = [
     "--config.align.layer=1",
     "--config.sampling.steps=2",
     "--config.log_every=2",
-    "--config.preview_every=100",
+    "--config.preview_every=0",
     "--config.checkpoint_every=2",
 ]

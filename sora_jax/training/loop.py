@@ -172,8 +172,8 @@ def check_config(config: ConfigDict) -> None:
 
 def _check_values(config: ConfigDict) -> None:
     for name in ("steps", "batch", "frames", "size", "log_every", "preview_every", "checkpoint_every"):
-        if config[name] < 1:
-            raise InputError(f"config.{name} is {config[name]}; it must be at least 1")
+        if config[name] < (least := int(name != "preview_every")):
+            raise InputError(f"config.{name} is {config[name]}; it must be at least {least}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.dtype is {config.dtype!r}; it can be 'float32' or 'bfloat16'")
     for name in ("clips", "shard", "captions") if config.task == "dit" else ():
@@ -345,7 +345,7 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
                     check(*pending)
                     pending = None
                 checkpoints.save(state)
-            if (done % config.preview_every == 0 or last) and not stopping:
+            if config.preview_every and (done % config.preview_every == 0 or last) and not stopping:
                 # All processes compute it: each has a part of the parameters.
                 scalars, videos = task.preview(state.ema)
                 log.scalars(done, scalars)

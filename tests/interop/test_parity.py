@@ -47,15 +47,8 @@ from sora_jax import sampler  # noqa: E402
 from sora_jax.codec import Codec  # noqa: E402
 from sora_jax.codec.vae import stream  # noqa: E402
 from sora_jax.dit import DiT  # noqa: E402
-from sora_jax.interop.diffusers import (  # noqa: E402
-    _flatten,
-    _sources,
-    _unneeded,
-    codec_config,
-    dit_config,
-    text_config,
-    vision_config,
-)
+from sora_jax.interop.configs import codec_config, dit_config, text_config, vision_config  # noqa: E402
+from sora_jax.interop.diffusers import _flatten, _sources, _unneeded  # noqa: E402
 from sora_jax.interop.presets import CODEC_2_2, PRESETS  # noqa: E402
 from sora_jax.model_folder import abstract_params  # noqa: E402
 from sora_jax.text import T5Encoder  # noqa: E402
