@@ -23,11 +23,11 @@ HEAD = """# How a step grows with tokens and shrinks with chips
 Written by `python experiments/scaling_report.py`, from the TPU compiler's own memory report and the collectives in
 the compiled program (libtpu {version}); no TPU was used, and nothing here is a measurement of time. One step of the
 sampler with guidance, bfloat16; its two branches are one batch on several chips, and one after the other on a single
-one. Memory and traffic are per chip. "At best" is the traffic that such a mesh needs: attention by all-to-all (where
-the heads do not divide, rings carry keys and values besides), with tensor > 1 three sums a block, all of it in
-bfloat16, and every weight that rests elsewhere coming in once. With data=2 each half of the chips has one branch of
-guidance. The last column is the time that arithmetic takes at the chip's peak, over the largest of arithmetic, weights
-from HBM and traffic: 100 % means that nothing but arithmetic bounds the step.
+one. Memory and traffic are per chip. "At best" is what has to come in by attention with all-to-all alone (where the
+heads do not divide, rings carry keys and values besides, which this leaves out), with tensor > 1 by three sums a block,
+all of it in bfloat16, and by every weight that rests elsewhere, once. With data=2 each half of the chips has one branch
+of guidance. The last column is the time that arithmetic takes at the chip's peak, over the largest of arithmetic,
+weights from HBM and traffic: 100 % means that nothing but arithmetic bounds the step.
 
 ![](scaling.png)
 

@@ -90,7 +90,7 @@ def largest_batch(job: Job, full: bool = False) -> tuple[Job, Need]:
 
     times = 1
     if works(1) and works(2):
-        growth = max(need(2).hbm - need(1).hbm, 1)
+        growth = max(need(2).hbm - need(1).hbm, 2**16)  # so that the guess is a batch that can be
         guess = 2 + int((chip.hbm - need(2).hbm) / growth)
         direction, stride = (1, 1) if works(guess) else (-1, 1)
         while works(max(guess + direction * stride, 2)) == works(guess):
