@@ -15,7 +15,7 @@ def generating_mesh(
     """A mesh for generating one video on `number` chips, with guidance (by default the model's), and why this one."""
     is_guided = config.sampling.is_guided if is_guided is None else is_guided
     tokens = _tokens(config, size, frames)
-    # Before the branches of guidance, of which the codec knows nothing: its rows are split along this axis alone.
+    # Before the branches of guidance, of which the codec knows nothing: its rows are split along context and tensor.
     context = max(n for n in _divisors(number) if _divides(config, n, tokens))
     branches = 2 if is_guided and number // context % 2 == 0 else 1
     tensor = max(n for n in _divisors(number // context // branches) if _splits(config, n))
