@@ -38,7 +38,6 @@ from sora_jax.video import Video
 from sora_jax.vision import preprocess, resize
 
 DTYPES = ("float32", "bfloat16")
-_PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
 _PIXELS_AT_ONCE = 17 * 128 * 128  # more than these the codec takes in pieces, so that its memory does not grow
 
 
@@ -167,7 +166,7 @@ class Generator:
         )
         self._decode = jax.jit(partial(pipeline.decode, config), static_argnums=3, donate_argnums=1)
         self._encode_video = jax.jit(partial(pipeline.encode, config), static_argnums=3, donate_argnums=1)
-        self._see = jax.jit(partial(pipeline.see, config, dtype))
+        self._see = jax.jit(partial(pipeline.see, config))
 
     def generate(
         self,
@@ -242,8 +241,8 @@ class Generator:
         Where the mesh is that of several processes, all of them run this and have the videos.
         """
         pixels = request.window * math.prod(request.size)
-        least = pipeline.least_batch(self.mesh, request.is_guided) if self.mesh else 1
-        batch = max(1, min(-(-len(request.prompts) // least), _PIXELS_PER_BATCH // pixels)) * least
+        sizes = self.mesh.shape if self.mesh else {}
+        batch = pipeline.at_a_time(len(request.prompts), pixels, request.is_guided, sizes)
         starts = range(0, len(request.prompts), batch)
         with self._on_mesh():
             first = self._known(_pictures(request), request)

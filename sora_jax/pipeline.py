@@ -6,7 +6,7 @@ They are compiled for a mesh when called under one (`jax.set_mesh`), and can be 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from sora_jax.text import T5Encoder
 from sora_jax.vision import VisionEncoder
 
 _MANY = 8192  # tokens that keep a device busy
+_PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
 
 
 class Given(NamedTuple):
@@ -45,18 +46,24 @@ def encode_text(config: ModelConfig, dtype: Any, params: Any, ids_BL: jax.Array)
     return T5Encoder(config.text, dtype).apply({"params": params}, ids_BL)
 
 
-def see(config: ModelConfig, dtype: Any, params: Any, image_BHWC: jax.Array) -> jax.Array:
-    """Preprocessed pictures to features (B, L, D) float32."""
+def see(config: ModelConfig, params: Any, image_BHWC: jax.Array) -> jax.Array:
+    """Preprocessed pictures to features (B, L, D), all in float32 as published pipelines do it."""
     return VisionEncoder(config.vision).apply({"params": params}, image_BHWC)
 
 
-def least_batch(mesh: jax.sharding.Mesh, is_guided: bool) -> int:
-    """Videos that a mesh samples at a time: a multiple of so many. Fewer are filled up, since all copies work anyway.
+def at_a_time(videos: int, pixels: int, is_guided: bool, sizes: Mapping[str, int]) -> int:
+    """How many of so many videos are sampled at a time: few enough for the memory, as many as keep a mesh busy.
 
-    The two branches of guidance are as good as two videos.
+    Each of its copies of the model gets one, or one of the two branches of guidance, which are as good as two videos.
+    Fewer videos are filled up with repeats, since all copies work anyway.
+
+    Args:
+        pixels: of a video, or of the window of it that is sampled.
+        sizes: of the axes of the mesh, or nothing.
     """
-    copies = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    return copies // 2 if is_guided and copies % 2 == 0 else copies
+    copies = math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
+    least = copies // 2 if is_guided and copies % 2 == 0 else copies
+    return max(1, min(-(-videos // least), _PIXELS_PER_BATCH // pixels)) * least
 
 
 def draw_noise(seeds_B: jax.Array, shape: tuple[int, ...], window: int | jax.Array | None = None) -> jax.Array:

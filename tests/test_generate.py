@@ -59,7 +59,7 @@ def test_the_kernel_of_attention_can_be_chosen(tiny_folder, monkeypatch):
 
 def test_a_batch_gives_each_seed_its_own_noise(generator, monkeypatch):
     pixels = 5 * 32 * 64
-    monkeypatch.setattr(generate_module, "_PIXELS_PER_BATCH", 2 * pixels)
+    monkeypatch.setattr(pipeline, "_PIXELS_PER_BATCH", 2 * pixels)
     batch = generator.generate("a red ball", seed=[3, 4, 2**32 - 1], progress=False)
     for seed, video in zip([3, 4, 2**32 - 1], batch, strict=True):
         alone = generator.generate("a red ball", seed=seed, progress=False)
@@ -181,7 +181,7 @@ def test_a_last_picture_is_a_group_of_its_own(tiny_config, tiny_params):
 @pytest.mark.parametrize("at_a_time", [1, 2])
 def test_a_file_claims_what_its_own_video_was_made_of(tiny_folder, monkeypatch, at_a_time):
     generator = load(tiny_folder)
-    monkeypatch.setattr(generate_module, "_PIXELS_PER_BATCH", at_a_time * 9 * 64 * 64)
+    monkeypatch.setattr(pipeline, "_PIXELS_PER_BATCH", at_a_time * 9 * 64 * 64)
     videos = generator.generate(["a red ball", "red"], seed=[3, 4], frames=9, size=(64, 64), progress=False)
     assert [(video.claim.prompt, video.claim.seed) for video in videos] == [("a red ball", 3), ("red", 4)]
     digests = {path.name: sha256(path.read_bytes()).hexdigest() for path in tiny_folder.glob("*.safetensors")}

@@ -137,28 +137,37 @@ def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp
     assert line.startswith("sora-jax: error: process 0 of 2 has lost another one")
     before = losses(workdir)
 
+    # The same two go on from the last checkpoint, exactly; one of them is sent away.
+    children = start(1, *[train(workdir, *overrides)] * 2)
+    wait_for(workdir, max(before) + 1, children)
+    children[1].send_signal(signal.SIGTERM)
+    errors = finish(children)
+    assert [child.returncode for child in children] == [143] * 2, errors
+    again = losses(workdir)
+    assert {step: again[step] for step in before} == before
+
     # Four hosts take over, with the parameters split among them; one of them is sent away.
     children = start(1, *[train(workdir, *overrides, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")] * 4)
-    wait_for(workdir, 10, children)
+    wait_for(workdir, max(again) + 3, children)
     children[2].send_signal(signal.SIGTERM)
     errors = finish(children)
     assert [child.returncode for child in children] == [143] * 4, errors
     after = losses(workdir)
     with Checkpoints(workdir) as checkpoints:
         saved = checkpoints.latest()
-    assert saved >= 10
+    assert saved >= max(again) + 3
 
     # One process ends what they began.
     config = load_config("configs/worlds_dit.py", overrides)
     train_here(config, workdir, saved + 2, monkeypatch)
     train_here(config, tmp_path / "one", saved + 2, monkeypatch)
     alone = losses(tmp_path / "one")
-    for some in (before, after, losses(workdir)):
+    for some in (before, again, after, losses(workdir)):
         common = sorted(step for step in some if step in alone and (step <= saved or step == saved + 2))
         assert len(common) >= 3
         np.testing.assert_allclose([some[step] for step in common], [alone[step] for step in common], rtol=1e-4)
     events = list((workdir / "tensorboard").iterdir())
-    assert len(events) == 3  # each start has written once, by its first process
+    assert len(events) == 4  # each start has written once, by its first process
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +188,7 @@ def test_the_search_puts_a_mesh_on_which_a_part_does_not_fit_last(monkeypatch):
     job = plan.Job("wan2.1-t2v-14b", "", "v6e:2x4", "", (720, 1280), 81)
     found = plan.search(job, plan.parts(job.model), 50)
     first, *_, last = found
+    job = dataclasses.replace(job, mesh=last)
     assert mesh_lib.parse_sizes(first)["context"] == 4 and mesh_lib.parse_sizes(last)["context"] == 8
     assert plan.verdict(job, found[last], 50).startswith("does not fit in 31.2 GiB: decode needs 40.0 GiB")
 
@@ -230,6 +233,16 @@ def test_a_video_is_filled_up_to_what_copies_of_a_model_make(copies, videos):
         assert arguments[1].shape == shape
 
 
+@pytest.mark.parametrize("side,frames,at_a_time", [(32, 5, 5), (128, 17, 5), (256, 33, 1), (480, 81, 1)])
+def test_videos_are_planned_as_many_at_a_time_as_they_are_sampled(side, frames, at_a_time):
+    job = plan.Job("wan2.1-t2v-1.3b", "denoise", "v6e:1x1", "data=1", (side, side), frames, batch=5)
+    mesh = AbstractMesh((1, 1, 1, 1), mesh_lib.AXES)
+    assert len(plan.program(job, mesh)[1][1]) == plan.at_a_time(job) == at_a_time
+    need = {"denoise": plan.Need(operations=918e12)}  # one second
+    assert plan.at_least(job, need, 7) == pytest.approx(7 * 5 / at_a_time)
+    assert (f"batch 5 ({at_a_time} at a time)" in plan.describe(job, need, 7)) == (at_a_time < 5)
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_offloaded_training_leaves_tokens_with_the_host(offload):
     job = plan.Job("wan2.1-t2v-1.3b", "train", "v6e:1x1", "data=1", (16, 16), 5, offload=offload)
@@ -256,11 +269,11 @@ def test_the_verdict_adds_up():
     assert plan.verdict(job, needs, 10).endswith("; with --offload it fits")
     assert plan.verdict(dataclasses.replace(job, offload=True), needs, 10).startswith("fits: at most 8.00 of 15.8 GiB")
     needs = dict.fromkeys(needs, dataclasses.replace(need, hbm=6 * plan.GIB))
-    # One second each: the text, 10 steps, 21 latent frames.
-    assert plan.verdict(job, needs, 10).endswith("the text and 10 steps and decoding take 32.0 s at least")
+    # One second each: the text, 10 steps, 20 latent frames; a quarter of one for the first, which is of one frame.
+    assert plan.verdict(job, needs, 10).endswith("the text and 10 steps and decoding take 31.2 s at least")
     # For scripts the same in numbers.
     said = plan.for_scripts(job, needs, 10)
-    assert said["fits"] and said["at_least"] == pytest.approx(32.0) and said["chips"] == 1
+    assert said["fits"] and said["at_least"] == pytest.approx(31.25) and said["chips"] == 1
     assert said["chip"]["hbm"] == 15.75 * plan.GIB
     step = said["parts"]["denoise"]
     assert step["occupied"] == 14 * plan.GIB
@@ -270,7 +283,7 @@ def test_the_verdict_adds_up():
     said = plan.for_scripts(job, needs, 10)
     assert not said["fits"] and said["at_least"] is None and "bounds" not in said["parts"]["decode"]
     assert plan.verdict(job, needs, 10) == "does not fit: decode cannot be compiled"
-    needs["denoise"] = dataclasses.replace(need, weights=819e9, collectives={"all-gather": 300e9})
+    needs["denoise"] = dataclasses.replace(need, moved=819e9, collectives={"all-gather": 300e9})
     rows = plan.describe(job, needs, 10).splitlines()
     assert "does not compile: too large" in "".join(rows)
     # The three bounds of a step, each beside what it is of.
@@ -284,17 +297,19 @@ def test_windows_are_planned_as_often_as_they_run():
     job = plan.Job("wan2.2-ti2v-5b", "", "v6e:1x1", "data=1", (704, 1280), 121, windows=12, overlap=5)
     need = plan.Need(operations=918e12)  # one second
     needs = dict.fromkeys(plan.parts(job.model, job.windows), need)
-    # The text, two latent frames encoded for each window after the first, 50 steps and 31 latent frames for each.
-    assert plan.at_least(job, needs, 50) == pytest.approx(1 + 2 * 11 + 12 * 50 + 12 * 31)
-    assert "12 times 50 steps and decoding take 995.0 s" in plan.verdict(job, needs, 50)
+    # The text, two latent frames encoded for each window after the first, 50 steps and 31 latent frames for each. Of
+    # one frame, the first latent frame counts a quarter.
+    assert plan.at_least(job, needs, 50) == pytest.approx(1 + 1.25 * 11 + 12 * 50 + 12 * 30.25)
+    assert "12 times 50 steps and decoding take 977.8 s" in plan.verdict(job, needs, 50)
     # What has a condition encodes a whole window of it, each time.
     job = dataclasses.replace(job, model="wan2.2-i2v-a14b", frames=81, windows=3)
     needs = dict.fromkeys(plan.parts(job.model, job.windows), need)
-    assert plan.at_least(job, needs, 40) == pytest.approx(1 + 3 * 21 + 3 * 40 + 3 * 21)
-    # Of two videos each goes on from frames of its own, and what sees pictures sees them.
+    assert plan.at_least(job, needs, 40) == pytest.approx(1 + 3 * 20.25 + 3 * 40 + 3 * 20.25)
+    # Of two videos each is sampled by itself, as `generate` does with large ones, and goes on from frames of its own;
+    # what sees pictures sees them.
     job = dataclasses.replace(job, model="wan2.1-i2v-14b", batch=2)
     needs = dict.fromkeys(plan.parts(job.model, job.windows), need)
-    assert plan.at_least(job, needs, 40) == pytest.approx(1 + 5 + 5 * 21 + 3 * 40 + 2 * 3 * 21)
+    assert plan.at_least(job, needs, 40) == pytest.approx(2 + 5 + 5 * 20.25 + 2 * 3 * 40 + 2 * 3 * 20.25)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +341,14 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch, rest, growth, bend, l
     line = int((95.74 - rest) / growth)
     assert len(asked) <= 4 + 2 * (bend != 0) * line.bit_length() and len(set(asked)) == len(asked)
     assert job.batch == 16 * largest and need.hbm == int(hbm(job.batch) * plan.GIB)
+
+
+def test_a_compiler_ends_with_whoever_asked_it():
+    job = plan.Job("bundled", "denoise", "v6e:1x1", "data=1", (128, 128), 17)
+    command = [sys.executable, "-m", "sora_jax.plan", json.dumps(dataclasses.asdict(job))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        out, _ = child.communicate(timeout=60)  # closes the pipe that the parent's end would close
+    assert child.returncode == 1 and not out
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")

@@ -28,7 +28,13 @@ def add_commands(commands: Any) -> None:
     add("--frames", type=whole(1), help="frames of the video (default: the model's)")
     add("--window", type=whole(1), metavar="N", help="frames sampled at a time; longer videos go on from the last ones")
     add("--overlap", type=whole(1), metavar="N", help="frames a window has from the one before (default: 1)")
-    add("--batch", type=_batch, default=1, help="videos at a time (default: 1); with --train also max: what fits")
+    add(
+        "--batch",
+        type=_batch,
+        default=1,
+        help="videos, as many at a time as generate samples (default: 1); with --train clips of a step, or max: what "
+        "fits",
+    )
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="precision of the large products")
     add("--full", action="store_true", help="generate code too: minutes, but finds kernels that cannot be")

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from sora_jax.errors import InputError
 from sora_jax.mesh_choice import generating_meshes, training_meshes
 from sora_jax.plan.compile import compile_part
-from sora_jax.plan.job import GIB, Job, Need, chips, in_windows, model_config, parts
+from sora_jax.plan.job import GIB, Job, Need, at_a_time, chips, in_windows, model_config, parts
 from sora_jax.plan.programs import program
 from sora_jax.plan.words import at_least, describe, fits, for_scripts, verdict
 
 __all__ = [
-    "GIB", "Job", "Need", "at_least", "chips", "compile_part", "describe", "fits", "for_scripts",
+    "GIB", "Job", "Need", "at_a_time", "at_least", "chips", "compile_part", "describe", "fits", "for_scripts",
     "in_windows", "largest_batch", "model_config", "needs", "parts", "program", "search", "verdict",
 ]  # fmt: skip
 
@@ -63,9 +63,9 @@ def search(job: Job, which: tuple[str, ...], steps: int, full: bool = False) -> 
         found[mesh] = needs(dataclasses.replace(job, mesh=mesh), which, full)
 
     def rank(mesh):
-        here = found[mesh]
-        times = [at_least(job, here, steps, bound) for bound in (max, sum)]
-        return not fits(job, here), *times, max(need.hbm for need in here.values())
+        here, needed = dataclasses.replace(job, mesh=mesh), found[mesh]
+        times = [at_least(here, needed, steps, bound) for bound in (max, sum)]
+        return not fits(here, needed), *times, max(need.hbm for need in needed.values())
 
     return {mesh: found[mesh] for mesh in sorted(found, key=rank)}
 

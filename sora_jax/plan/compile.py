@@ -14,8 +14,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sora_jax import mesh as mesh_lib
 from sora_jax.counting import count_collectives, count_operations
@@ -43,13 +45,14 @@ def compile_part(job: Job, full: bool = False) -> Need:
         started = time.perf_counter()
         # Files, since the compiler may say more than a pipe holds.
         with open(f"{folder}/out", "w+") as out, open(f"{folder}/errors", "w+") as errors:
-            process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors)
-            try:
-                while process.poll() is None and (full or not _report(Path(folder))):
-                    time.sleep(0.2)
-            finally:
-                process.kill()
-                process.wait()
+            # A pipe that closes when this process ends.
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=errors)
+            with process:
+                try:
+                    while process.poll() is None and (full or not _report(Path(folder))):
+                        time.sleep(0.2)
+                finally:
+                    process.kill()
             seconds = time.perf_counter() - started
             texts = []
             for file in (out, errors):
@@ -73,7 +76,7 @@ def compile_part(job: Job, full: bool = False) -> Need:
             hbm=hbm,
             operations=values["operations"],
             others=values["others"],
-            weights=values["weights"],
+            moved=values["moved"],
             collectives=collectives,
             seconds=seconds,
         )
@@ -119,15 +122,11 @@ def work(job: Job) -> None:
     local = jax.tree.map(_on_one_device, arguments)
     with jax.set_mesh(mesh):
         lowered = jax.jit(function, donate_argnums=donated, keep_unused=True).lower(*arguments)
-    params = arguments[0].params if job.part == "train" else arguments[0]
-    if job.part == "text":  # of its embedding a few rows are read
-        params = {name: tree for name, tree in params.items() if name != "embedding"}
     values = {
-        "arguments": sum(bytes_here(leaf) for leaf in jax.tree.leaves(arguments)),
+        "arguments": _here(arguments),
         "others": 0 if job.part == "train" else at_rest(job, mesh),
         "operations": count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps(job)) / _shares(job, mesh),
-        # Of two transformers a step reads one.
-        "weights": (max(map(_size, params)) if job.part == "denoise" else _size(params)) // mesh.shape["tensor"],
+        "moved": _moved(job, arguments[0], mesh),
     }
     print(json.dumps(values), flush=True)
     lowered.compile()
@@ -139,8 +138,26 @@ def _shares(job: Job, mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _size(tree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _moved(job: Job, held: Any, mesh: jax.sharding.Mesh) -> int:
+    """Bytes between a chip and its HBM at least: its share of every product's weights, once; in training also the
+    state, read and written."""
+
+    def weights(tree, dtype=None):
+        return sum(leaf.size * jnp.dtype(dtype or leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+    if job.part == "train":
+        return weights(held.params, job.dtype) // mesh.shape["tensor"] + 2 * _here(held)
+    if job.part == "denoise":  # of two transformers a step reads one
+        read = max(map(weights, held))
+    elif job.part == "text":  # of its embedding a few rows are read
+        read = weights({name: tree for name, tree in held.items() if name != "embedding"})
+    else:
+        read = weights(held)
+    return read // mesh.shape["tensor"]
+
+
+def _here(tree: Any) -> int:
+    return sum(bytes_here(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _on_one_device(leaf):

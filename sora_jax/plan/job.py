@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sora_jax import mesh, pipeline
 from sora_jax.errors import InputError
 from sora_jax.interop.presets import PRESETS
 from sora_jax.model_folder import ModelConfig
@@ -50,7 +51,7 @@ class Job:
     """What to compile: a preset's name or a model folder, one of its `parts` or "train", and for what.
 
     A video of several `windows` is sampled `frames` at a time, each but the first starting with `overlap` frames of
-    the one before.
+    the one before. `batch` is of videos, sampled `at_a_time`, or of clips that a step trains with.
     """
 
     model: str
@@ -85,7 +86,8 @@ class Need:
         arguments, heap, hbm: bytes; hbm is what the compiler allocates, with outputs and padding.
         operations: of matrix products and convolutions.
         others: bytes of the parameters of the other parts, which rest on the chip meanwhile.
-        weights: bytes of them that the chip's products read.
+        moved: bytes that go from HBM and back at least: of the weights that the chip's products read, and in training
+            of the state, which is read and written.
         collectives: bytes received, by kind.
         seconds: that compiling took.
         error: in place of all these, why it does not compile.
@@ -96,7 +98,7 @@ class Need:
     hbm: int = 0
     operations: float = 0.0
     others: int = 0
-    weights: int = 0
+    moved: int = 0
     collectives: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     error: str = ""
@@ -105,7 +107,7 @@ class Need:
         """Seconds that arithmetic, HBM and interconnect take at least."""
         return {
             "arithmetic": self.operations / chip.operations,
-            "hbm": self.weights / chip.hbm_bandwidth,
+            "hbm": self.moved / chip.hbm_bandwidth,
             "interconnect": sum(self.collectives.values()) / chip.interconnect,
         }
 
@@ -127,6 +129,12 @@ def parts(model: str, windows: int = 1) -> tuple[str, ...]:
     config = model_config(model)
     see, encode = config.vision is not None, config.dit.condition_channels > 0 or windows > 1
     return ("text", *["see"] * see, *["encode"] * encode, "denoise", "decode")
+
+
+def at_a_time(job: Job) -> int:
+    """Videos that `generate` samples at a time, of the `batch` it is asked for."""
+    is_guided, pixels = model_config(job.model).sampling.is_guided, job.frames * math.prod(job.size)
+    return pipeline.at_a_time(job.batch, pixels, is_guided, mesh.parse_sizes(job.mesh))
 
 
 def chips(topology: str) -> tuple[Chip, int]:

@@ -14,7 +14,7 @@ from sora_jax import flow, pipeline, sampler
 from sora_jax import mesh as mesh_lib
 from sora_jax.dit import DiT
 from sora_jax.model_folder import ModelConfig, abstract_params, memory_dtype
-from sora_jax.plan.job import Job, model_config
+from sora_jax.plan.job import Job, at_a_time, model_config
 from sora_jax.training import state as state_lib
 
 _STEPS = 2  # of the scan that is compiled; what a step costs does not depend on their number
@@ -63,8 +63,7 @@ def program(job: Job, mesh: jax.sharding.Mesh):
     if job.part == "train":
         return _training(config, dtype, mesh, job.batch, (F, Y, X, Z), "offload" if job.offload else "full")
     guided = config.sampling.is_guided
-    least = pipeline.least_batch(mesh, guided)
-    batch = -(-job.batch // least) * least
+    batch = at_a_time(job)
     texts = batch * (2 if guided else 1)
     if job.part == "text":
 
@@ -75,7 +74,7 @@ def program(job: Job, mesh: jax.sharding.Mesh):
     if job.part == "see":
 
         def planned(params, image_BHWC):
-            return pipeline.see(config, dtype, params, image_BHWC)
+            return pipeline.see(config, params, image_BHWC)
 
         pictures, side = 2 if config.dit.image_positions else 1, config.vision.image_size
         return planned, (held("vision"), array((pictures, side, side, 3))), ()

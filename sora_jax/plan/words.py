@@ -4,17 +4,20 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from sora_jax.plan.job import GIB, Job, Need, chips, model_config
+from sora_jax.plan.job import GIB, Job, Need, at_a_time, chips, model_config
 
 
 def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
     """The plan in words, one row to a part."""
     chip, _ = chips(job.topology)
     frames = f"{job.frames} frames" if job.windows == 1 else f"{job.windows} windows of {job.frames} frames"
+    batch = f"batch {job.batch}"
+    if "train" not in needs and (several := at_a_time(job)) < job.batch:
+        batch += f" ({several} at a time)"
     rows = [
         f"{job.model} on {job.topology} (chips of {chip.hbm / GIB:.1f} GiB), mesh {job.mesh}: "
-        f"{frames} of {job.size[0]}x{job.size[1]}, batch {job.batch}, {job.dtype}",
-        "per chip      arguments     heap      HBM  of all   operations: at least  weights: at least"
+        f"{frames} of {job.size[0]}x{job.size[1]}, {batch}, {job.dtype}",
+        "per chip      arguments     heap      HBM  of all   operations: at least    moved: at least"
         "  received: at least  compiled",
     ]
     names = {"text": "text", "see": "pictures", "encode": "to 1 latent", "denoise": "one step", "decode": "1 latent"}
@@ -28,7 +31,7 @@ def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
         rows.append(
             f"  {names[part]:<11} {need.arguments / GIB:6.2f} GiB {need.heap / GIB:5.2f} GiB {need.hbm / GIB:5.2f} GiB "
             f"{need.hbm / chip.hbm:6.0%} {need.operations / 1e12:9.2f} T {bounds['arithmetic']:8.3f} s "
-            f"{need.weights / GIB:6.2f} GiB {bounds['hbm']:5.3f} s {received / GIB:7.2f} GiB "
+            f"{need.moved / GIB:6.2f} GiB {bounds['hbm']:5.3f} s {received / GIB:7.2f} GiB "
             f"{bounds['interconnect']:5.3f} s {need.seconds:7.0f} s"
         )
         if need.collectives:
@@ -69,7 +72,8 @@ def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
         enough = not job.offload and all(need.hbm <= chip.hbm for need in needs.values())
         return f"does not fit in {chip.hbm / GIB:.1f} GiB: {sizes}{'; with --offload it fits' if enough else ''}"
     words = {"text": "the text", "see": "the pictures", "encode": "encoding", "decode": "decoding"}
-    words["denoise"] = f"{steps} steps" if job.windows == 1 else f"{job.windows} times {steps} steps"
+    rounds = -(-job.batch // at_a_time(job)) * job.windows
+    words["denoise"] = f"{steps} steps" if rounds == 1 else f"{rounds} times {steps} steps"
     return (
         f"fits: at most {max(most.values()) / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; "
         f"{' and '.join(words[part] for part in needs)} take {at_least(job, needs, steps):.1f} s at least"
@@ -87,13 +91,16 @@ def at_least(job: Job, needs: dict[str, Need], steps: int, bound: Callable[..., 
     def latents(frames):
         return config.codec.latent_shape(frames, *job.size)[0]
 
-    F = latents(job.frames)
+    # The first latent frame is that of one frame, all others of `stride_time`: it takes at least that share of their
+    # time.
+    first = 1 - 1 / config.codec.stride_time
+    F, rounds = latents(job.frames), -(-job.batch // at_a_time(job))
     # The first picture is that of all videos; later windows go on from frames of each. What has a condition encodes a
     # whole window of it, everything else the frames that windows share.
     later = (job.windows - 1) * job.batch
-    encoded = (1 + later) * F if config.dit.condition_channels else later * latents(job.overlap)
-    times = {"text": 1, "see": 1 + later, "encode": encoded, "denoise": job.windows * steps, "train": 1}
-    times["decode"] = job.windows * F * job.batch
+    encoded = (1 + later) * (F - first) if config.dit.condition_channels else later * (latents(job.overlap) - first)
+    times = {"text": rounds, "see": 1 + later, "encode": encoded, "denoise": rounds * job.windows * steps, "train": 1}
+    times["decode"] = job.windows * (F - first) * job.batch
     return sum(times[part] * bound(need.bounds(chip).values()) for part, need in needs.items())
 
 
@@ -109,6 +116,7 @@ def for_scripts(job: Job, needs: dict[str, Need], steps: int) -> dict[str, Any]:
     works = not any(need.error for need in needs.values())
     return {
         **dataclasses.asdict(job),
+        "at_a_time": at_a_time(job),
         "chips": number,
         "chip": dataclasses.asdict(chip),
         "parts": parts,
