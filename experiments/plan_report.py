@@ -11,8 +11,10 @@ from typing import Any
 from sora_jax import mesh_choice, plan
 
 CASES = (
-    # model, topology, size, frames; perhaps that each part is on the chips only while it works, or frames of a window
+    # model, topology, size, frames; perhaps that each part is on the chips only while it works, frames of a window, or
+    # that the step's code is generated
     ("wan2.1-t2v-14b", "v6e:2x4", (720, 1280), 81),
+    ("wan2.1-t2v-14b", "v6e:2x4", (720, 1280), 81, {"full": True}),
     ("wan2.1-t2v-14b", "v5p:2x2x2", (720, 1280), 81),
     ("wan2.1-t2v-1.3b", "v6e:1x1", (480, 832), 81),
     ("wan2.1-t2v-1.3b", "v5e:1x1", (480, 832), 81),
@@ -36,16 +38,15 @@ HEAD = """# What models need on TPU slices
 Written by `python experiments/plan_report.py`, from the TPU compiler's own memory report; no TPU was used. GiB per
 chip; the step is one of the sampler, bfloat16, both branches of guidance as one batch on several chips and one after
 the other on a single one. "At least" is the largest of arithmetic at the chip's peak, weights once from HBM, and
-bytes over the interconnect: no measurement of time. With libtpu {version}, which JAX 0.10 asks
-for; others pack the heap in another way. The last column but one: seconds from the start of a process
-until the compiler's report on the step is there, of tracing and compiling, on two CPU cores; generating code, which
-follows where the program is to run, makes it 135 s for the first row (`sora-jax plan --full`). As one batch on a single
-chip, guidance takes 3.92 GiB in place of 3.38 for the 1.3B on v6e:1x1.
+bytes over the interconnect: no measurement of time. "Received" is in GiB a step. With libtpu {version}, which JAX 0.10
+asks for; others pack the heap in another way. The last column but one: seconds from the start of a process until the
+compiler's report on the step is there, of tracing and compiling, on two CPU cores; with --full code is generated too,
+as where the program is to run.
 
 """
 COLUMNS = (
     ("model", "slice", "video", "mesh", "step: arguments + heap = HBM", "text, [pictures, encoding,] decoding: HBM")
-    + ("received a step", "a step at least", "compiled", "")
+    + ("received", "a step at least", "compiled", "")
 )  # fmt: skip
 
 
@@ -54,9 +55,13 @@ Training the transformer from scratch, float32 parameters, AdamW and averages, b
 with the largest batch that fits, a multiple of the chips. With --offload (`dit.remat="offload"` in a configuration) the
 tokens that each block keeps for that wait in the hosts' memory; the way there and back is not in "at least":
 
-| model | slice | video | mesh | batch | arguments + heap = HBM | received a step | compiled | |
+| model | slice | video | mesh | batch | arguments + heap = HBM | received | compiled | |
 |---|---|---|---|---|---|---|---|---|
 """
+
+
+def received(need: plan.Need) -> str:
+    return ", ".join(f"{kind} {size / plan.GIB:.2f}" for kind, size in need.collectives.items()) or "-"
 
 
 def training_row(model: str, topology: str, size: tuple[int, int], frames: int, offload: bool = False) -> str:
@@ -65,9 +70,9 @@ def training_row(model: str, topology: str, size: tuple[int, int], frames: int, 
     job, need = plan.largest_batch(plan.Job(model, "", topology, mesh, size, frames, number, offload=offload))
     sizes = [f"{x / plan.GIB:.2f}" for x in (need.arguments, need.heap, need.hbm)]
     memory = need.error or f"{sizes[0]} + {sizes[1]} = {sizes[2]}"
-    received = f"{sum(need.collectives.values()) / plan.GIB:.1f}"
     words = f"{model} --offload" if offload else model
-    cells = [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh, str(job.batch), memory, received]
+    cells = [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh, str(job.batch), memory]
+    cells.append(received(need))
     cells.append(f"{need.seconds:.0f} s")
     return f"| {' | '.join(cells)} | {plan.verdict(job, {'train': need}, 1)} |\n"
 
@@ -80,6 +85,8 @@ def row(model: str, topology: str, size: tuple[int, int], frames: int, options: 
     job = plan.Job(model, "", topology, mesh, size, frames, offload="offload" in options)
     job = plan.in_windows(job, options.get("window"), None)
     needs = plan.needs(job, plan.parts(model, job.windows))
+    if "full" in options:
+        needs |= plan.needs(job, ("denoise",), full=True)
     words = " ".join([model, *[f"--{name}" + f" {value}" * (value is not True) for name, value in options.items()]])
     step, cells = needs["denoise"], [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh]
     if step.error:
@@ -90,7 +97,7 @@ def row(model: str, topology: str, size: tuple[int, int], frames: int, options: 
         cells += [
             f"{sizes[0]} + {sizes[1]} = {sizes[2]}",
             ", ".join(others),
-            f"{sum(step.collectives.values()) / plan.GIB:.1f}",
+            received(step),
             f"{max(step.bounds(chip).values()):.3f} s",
             f"{step.seconds:.0f} s",
         ]

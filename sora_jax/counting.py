@@ -11,12 +11,12 @@ def count_operations(jaxpr: Any, steps: int = 1) -> int:
     """Operations of the matrix products and convolutions of a traced program, two for each multiply-add.
 
     Loops count as often as they run, but for the outermost one of so many `steps`. Of the branches of a condition the
-    costliest counts.
+    costliest counts, of those for platforms the default, which is written as the operation is defined.
     """
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        inside = jax.extend.core.jaxprs_in_params(params)
+        inside = list(jax.extend.core.jaxprs_in_params(params))
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
@@ -27,6 +27,8 @@ def count_operations(jaxpr: Any, steps: int = 1) -> int:
             # A dilated input is mostly zeros, which a good implementation skips.
             skipped = math.prod(params["lhs_dilation"])
             total += 2 * equation.outvars[0].aval.size * (kernel.size // features) // skipped
+        elif name == "cond" and params.get("branches_platforms"):
+            total += count_operations(inside[-1], steps)
         elif name == "cond":
             total += max(count_operations(branch, steps) for branch in inside)
         elif name == "scan" and steps > 1 and params["length"] == steps:

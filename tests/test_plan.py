@@ -343,6 +343,7 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch, rest, growth, bend, l
     assert job.batch == 16 * largest and need.hbm == int(hbm(job.batch) * plan.GIB)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sora-jax[tpu]")
 def test_a_compiler_ends_with_whoever_asked_it():
     job = plan.Job("bundled", "denoise", "v6e:1x1", "data=1", (128, 128), 17)
     command = [sys.executable, "-m", "sora_jax.plan", json.dumps(dataclasses.asdict(job))]
