@@ -8,7 +8,8 @@
 
 `--sweep config.optimizer.learning_rate=1e-3,2e-3` makes a run of every value, and of every combination where it is
 given twice. `--dry-run` prints what would be run, ready to be pasted into a shell. Runs on this machine come one after
-another; the exit code is 1 if one of them failed.
+another; the exit code is 1 if one of them failed. The processes of `--on processes=4` have a GPU each, or share the
+CPUs; the chips of a TPU belong to one process of their host (`--on local`).
 
 A run that was started before goes on from its newest checkpoint. With several hosts the folder of the runs must be
 one that all of them share (Filestore, NFS, a mounted bucket), and `sora-jax` must be installed on each. Paths in a

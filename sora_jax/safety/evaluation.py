@@ -7,7 +7,7 @@ all else was frozen; then examples like theirs were added, and the fifth and, af
 who had seen nothing, half of them roundabout or disguised) were read for the first time. The seventh and the eighth,
 by two more who had seen nothing, were read in the same way; then came examples of long prompts, by people who had seen
 neither of them. The ninth, by somebody who had seen nothing either, was read once when all else was frozen, and so,
-after examples by six more people, was the tenth.
+each after examples by six more people, were the tenth and the eleventh.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from sora_jax.safety.semantic import classifier, encoder
 _PEOPLE = "real_people"
 # A part of a prompt is one of many, and says less than a whole one: it must be worth so many times the odds.
 _DOUBT = 4.0
+_HINT = 8.0  # how many times a hint makes the odds
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ class Gate:
         self._categories = [category for category in policy.categories if category.enabled]
         self._descriptions = {category.name: category.description or category.name for category in self._categories}
         self._rules = {
-            category.name: [compile_phrases(part, lists, category.name) for part in (category.phrases, category.allow)]
-            for category in self._categories
+            one.name: {
+                part: compile_phrases(getattr(one, part), lists, one.name) for part in ("phrases", "hints", "allow")
+            }
+            for one in self._categories
         }
         self._names = NameFinder(policy.names) if _PEOPLE in self._rules else None
         self._encode, self._classify = encoder(), classifier()
@@ -85,9 +88,9 @@ class Gate:
     def _check(self, text: str, read: Forms) -> Verdict:
         readings = (read.words, *read.decoded)
         for layer, found in (
-            ("rules", lambda: self._by_rules(readings)),
+            ("rules", lambda: self._by_rules(readings, "phrases")),
             ("names", lambda: [_PEOPLE] if self._names and self._names.found_in(read) else []),
-            ("meaning", lambda: self._by_meaning(read, pieces(text))),
+            ("meaning", lambda: self._by_meaning(read, pieces(text), self._by_rules(readings, "hints"))),
         ):
             if hits := found():
                 return Verdict(False, tuple(hits), "; ".join(self._descriptions[name] for name in hits), layer)
@@ -97,14 +100,15 @@ class Gate:
         """Reads prompts, one verdict each."""
         return [self.check(prompt) for prompt in prompts]
 
-    def _by_rules(self, readings: Sequence[str]) -> list[str]:
+    def _by_rules(self, readings: Sequence[str], which: str) -> list[str]:
+        """Categories of which "phrases" or "hints" are found."""
         return [
             name
-            for name, (phrases, allow) in self._rules.items()
-            if any(phrases.found_in(allow.removed_from(words)) for words in readings)
+            for name, rules in self._rules.items()
+            if any(rules[which].found_in(rules["allow"].removed_from(words)) for words in readings)
         ]
 
-    def _by_meaning(self, read: Forms, parts: Sequence[Forms]) -> list[str]:
+    def _by_meaning(self, read: Forms, parts: Sequence[Forms], hinted: Sequence[str]) -> list[str]:
         # The plain text, and what is left when disguises are off.
         whole, rest = (
             self._windows(dict.fromkeys(text for read in some for text in (read.text, *read.decoded[:1])))
@@ -114,7 +118,10 @@ class Gate:
         vectors_ND = self._encode(windows)
         doubt_N = np.repeat([1.0, _DOUBT], [len(whole), len(rest)])
         found = self._classify(vectors_ND, windows)
-        scores = {name: (p_N / (p_N + doubt_N * (1 - p_N))).max() for name, p_N in found.items()}
+        scores = {}
+        for name, p_N in found.items():
+            against_N = (1 - p_N) * doubt_N / (_HINT if name in hinted else 1.0)
+            scores[name] = (p_N / (p_N + against_N)).max()
         scores |= {name: (vectors_ND @ examples_MD.T).max() for name, examples_MD in self._examples.items()}
         return [one.name for one in self._categories if scores.get(one.name, -1.0) >= one.threshold]
 

@@ -12,7 +12,7 @@ allow = ["sword dance*"]                # phrases that its own phrases overlook;
 [categories.logos]                      # a new category
 description = "our competitors' logos"
 threshold = 0.75                        # similarity to an example, from which a prompt is refused
-phrases = ["[brand] ... logo*"]         # the language is in phrases.py
+phrases = ["[brand] ... logo*"]         # the language is in phrases.py; categories that exist take hints besides
 examples = ["the logo of Acme on a wall", "an Acme billboard"]
 """
 
@@ -34,7 +34,8 @@ from sora_jax.safety.normalize import own_file
 from sora_jax.safety.phrases import compile_phrases
 
 PROTECTED = "minors"
-_FIELDS = {"description": str, "enabled": bool, "threshold": float, "phrases": list, "allow": list, "examples": list}
+_FIELDS = {"description": str, "enabled": bool, "threshold": float, "phrases": list, "hints": list}
+_FIELDS |= {"allow": list, "examples": list}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Category:
         threshold: 0 to 1; the semantic layer refuses from this score on. For the package's own categories the score
             is the probability of the category against harmless; for others the similarity to the nearest example.
         phrases: what the rules refuse.
-        allow: what the rules overlook in this category.
+        hints: words of harm that have harmless senses. They refuse nothing, but make the semantic layer readier to, in
+            the package's own categories.
+        allow: what rules and hints overlook in this category.
         examples: prompts of a new category, for the semantic layer.
     """
 
@@ -57,6 +60,7 @@ class Category:
     enabled: bool = True
     threshold: float = 0.75
     phrases: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
 
@@ -87,6 +91,7 @@ class Policy:
             or not here.threshold <= least.threshold  # nor if it is no number
             or sum(category.name == PROTECTED for category in self.categories) > 1
             or not set(least.phrases) <= set(here.phrases)
+            or not set(least.hints) <= set(here.hints)
             or not set(here.allow) <= set(least.allow)
             or not all(set(phrases) <= lists.get(name, set()) for name, phrases in own.lists)
         ):
@@ -142,8 +147,10 @@ def _extend(policy: Policy, content: dict[str, Any], path: Path, own: bool) -> P
             raise InputError(f"{here} is new, and needs phrases or examples; there are {', '.join(categories)}")
         if before and not own:
             _check_change(before, fields, here)
-        compile_phrases(category.phrases, lists, f"{here}.phrases")
-        compile_phrases(category.allow, lists, f"{here}.allow")
+        if category.hints and not own and (not before or before.examples):
+            raise InputError(f"{here}.hints: only the package's own categories take hints; here add phrases")
+        for part in ("phrases", "hints", "allow"):
+            compile_phrases(getattr(category, part), lists, f"{here}.{part}")
         categories[name] = category
     return Policy(tuple(categories.values()), tuple(sorted(lists.items())), names)
 

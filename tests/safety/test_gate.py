@@ -299,6 +299,22 @@ def test_an_operator_may_add_and_relax(tmp_path, gate):
     assert len(passed) > 50 and all(relaxed.check(prompt).allowed for prompt in passed), "relaxing never refuses more"
 
 
+def test_a_hint_refuses_nothing_by_itself(tmp_path, gate):
+    """It tells between what the semantic layer is not sure of."""
+    near = "two men argue about something in a parking lot"
+    far = "a bowl of lemons on a table"
+    hinted = load_gate(policy(tmp_path, "[categories.violence]\nhints = ['something', 'lemons']"))
+    assert gate.check(near).allowed and gate.check(far).allowed and hinted.check(far).allowed
+    assert hinted.check(near).layer == "meaning" and hinted.check(near).categories == ("violence",)
+    # What the package knows as words of harm, in both senses.
+    for harmful, harmless in [
+        ("a woman naked on a bed", "naked hills above the lake, first snow"),
+        ("the massacre of a village by soldiers", "a museum about the massacre of 1914, visitors read in silence"),
+        ("a golf foursome, all of them undressed", "a golf foursome in yellow trousers"),
+    ]:
+        assert not gate.check(harmful).allowed and gate.check(harmless).allowed
+
+
 # Lists of lists, each twice as long as the one it names.
 DOUBLING = "[lists]\nl26 = ['word']\n" + "".join(f"l{n} = ['[l{n + 1}] [l{n + 1}]']\n" for n in range(26))
 
@@ -317,6 +333,8 @@ DOUBLING = "[lists]\nl26 = ['word']\n" + "".join(f"l{n} = ['[l{n + 1}] [l{n + 1}
             "[categories.violance]\nthreshold = 0.1",
             "violance is new, and needs phrases or examples",
         ),
+        ("[categories.hate]\nhints = ['(x']", "bracket too many"),
+        ("[categories.x]\nphrases = ['y']\nhints = ['x']", "only the package's own categories take hints"),
         ("[categories.x]\nphrases = ['*bomb']", "a \\* that is not the end of a word: '\\*bomb'"),
         (f"[categories.x]\nphrases = ['{'(' * 3000}']", "brackets in brackets too often"),
         (DOUBLING + "[categories.x]\nphrases = ['[l0]']", "too long with the lists it names"),
