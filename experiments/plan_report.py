@@ -12,7 +12,7 @@ from sora_jax import mesh_choice, plan
 
 CASES = (
     # model, topology, size, frames; perhaps that each part is on the chips only while it works, frames of a window, or
-    # that the step's code is generated
+    # that code is generated
     ("wan2.1-t2v-14b", "v6e:2x4", (720, 1280), 81),
     ("wan2.1-t2v-14b", "v6e:2x4", (720, 1280), 81, {"full": True}),
     ("wan2.1-t2v-14b", "v5p:2x2x2", (720, 1280), 81),
@@ -40,8 +40,8 @@ chip; the step is one of the sampler, bfloat16, both branches of guidance as one
 the other on a single one. "At least" is the largest of arithmetic at the chip's peak, weights once from HBM, and
 bytes over the interconnect: no measurement of time. "Received" is in GiB a step. With libtpu {version}, which JAX 0.10
 asks for; others pack the heap in another way. The last column but one: seconds from the start of a process until the
-compiler's report on the step is there, of tracing and compiling, on two CPU cores; with --full code is generated too,
-as where the program is to run.
+compiler's report on the step is there, of tracing and compiling, on two CPU cores; with --full those of all parts, with
+the code that is generated where the programs are to run.
 
 """
 COLUMNS = (
@@ -84,9 +84,7 @@ def row(model: str, topology: str, size: tuple[int, int], frames: int, options: 
     mesh, _ = mesh_choice.generating_mesh(config, size, frames, number)
     job = plan.Job(model, "", topology, mesh, size, frames, offload="offload" in options)
     job = plan.in_windows(job, options.get("window"), None)
-    needs = plan.needs(job, plan.parts(model, job.windows))
-    if "full" in options:
-        needs |= plan.needs(job, ("denoise",), full=True)
+    needs = plan.needs(job, plan.parts(model, job.windows), "full" in options)
     words = " ".join([model, *[f"--{name}" + f" {value}" * (value is not True) for name, value in options.items()]])
     step, cells = needs["denoise"], [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh]
     if step.error:
@@ -99,7 +97,7 @@ def row(model: str, topology: str, size: tuple[int, int], frames: int, options: 
             ", ".join(others),
             received(step),
             f"{max(step.bounds(chip).values()):.3f} s",
-            f"{step.seconds:.0f} s",
+            ", ".join(f"{need.seconds:.0f}" for need in (needs.values() if "full" in options else [step])) + " s",
         ]
     return f"| {' | '.join(cells)} | {plan.verdict(job, needs, config.sampling.steps)} |\n"
 
