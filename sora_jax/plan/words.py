@@ -72,12 +72,17 @@ def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
         enough = not job.offload and all(need.hbm <= chip.hbm for need in needs.values())
         return f"does not fit in {chip.hbm / GIB:.1f} GiB: {sizes}{'; with --offload it fits' if enough else ''}"
     words = {"text": "the text", "see": "the pictures", "encode": "encoding", "decode": "decoding"}
-    rounds = -(-job.batch // at_a_time(job)) * job.windows
-    words["denoise"] = f"{steps} steps" if rounds == 1 else f"{rounds} times {steps} steps"
+    times = _rounds(job) * job.windows
+    words["denoise"] = f"{steps} steps" if times == 1 else f"{times} times {steps} steps"
     return (
         f"fits: at most {max(most.values()) / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; "
         f"{' and '.join(words[part] for part in needs)} take {at_least(job, needs, steps):.1f} s at least"
     )
+
+
+def _rounds(job: Job) -> int:
+    """How often so many videos are sampled as go at a time."""
+    return -(-job.batch // at_a_time(job))
 
 
 def at_least(job: Job, needs: dict[str, Need], steps: int, bound: Callable[..., float] = max) -> float:
@@ -94,7 +99,7 @@ def at_least(job: Job, needs: dict[str, Need], steps: int, bound: Callable[..., 
     # The first latent frame is that of one frame, all others of `stride_time`: it takes at least that share of their
     # time.
     first = 1 - 1 / config.codec.stride_time
-    F, rounds = latents(job.frames), -(-job.batch // at_a_time(job))
+    F, rounds = latents(job.frames), _rounds(job)
     # The first picture is that of all videos; later windows go on from frames of each. What has a condition encodes a
     # whole window of it, everything else the frames that windows share.
     later = (job.windows - 1) * job.batch

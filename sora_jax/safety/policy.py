@@ -34,8 +34,15 @@ from sora_jax.safety.normalize import own_file
 from sora_jax.safety.phrases import compile_phrases
 
 PROTECTED = "minors"
-_FIELDS = {"description": str, "enabled": bool, "threshold": float, "phrases": list, "hints": list}
-_FIELDS |= {"allow": list, "examples": list}
+_FIELDS = {
+    "description": str,
+    "enabled": bool,
+    "threshold": float,
+    "phrases": list,
+    "hints": list,
+    "allow": list,
+    "examples": list,
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def _extend(policy: Policy, content: dict[str, Any], path: Path, own: bool) -> P
             raise InputError(f"{here} is new, and needs phrases or examples; there are {', '.join(categories)}")
         if before and not own:
             _check_change(before, fields, here)
-        if category.hints and not own and (not before or before.examples):
+        if category.hints and not before and not own:
             raise InputError(f"{here}.hints: only the package's own categories take hints; here add phrases")
         for part in ("phrases", "hints", "allow"):
             compile_phrases(getattr(category, part), lists, f"{here}.{part}")
