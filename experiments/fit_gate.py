@@ -1,9 +1,9 @@
-"""Fits the prompt gate's classifier, after a change of its examples or of the worlds.
+"""Fits the prompt gate's classifier, after a change of its examples, its encoder or the worlds.
 
     python experiments/fit_gate.py
     python experiments/fit_gate.py --sums    # after a change of the policy, the names or the vocabulary
 
-A softmax regression from sentence embeddings and word pieces to the categories and "benign", with a penalty on the
+A softmax regression from sentence embeddings and tokens to the categories and "benign", with a penalty on the
 squared weights, by L-BFGS. It writes sora_jax/safety/data/classifier.safetensors, and its digest beside those of the
 gate's other files; with `--sums` the digests only. It takes some ten minutes on one CPU core.
 """
@@ -26,13 +26,13 @@ from scipy.special import log_softmax
 from sora_jax.data.worlds.captions import caption
 from sora_jax.data.worlds.scenes import sample_scene
 from sora_jax.safety.normalize import DATA, SUMS, forms
-from sora_jax.safety.semantic import BENIGN, BUCKETS, CLASSIFIER, WIDTH, buckets, encoder
+from sora_jax.safety.semantic import BENIGN, BUCKETS, CLASSIFIER, WIDTH, buckets, encoder, windows
 
 PER_LINE = 40  # examples drawn from one line
 CAPTIONS = 3000  # of the worlds: what the bundled model was made for is harmless, in all the words that it knows
 LONG = 10_000  # prompts made of two to four examples, each of
 SHORT = 160  # fewer characters than these, so that all of them fit into what is read at a time
-PENALTY = 1e-4
+PENALTY = 1e-5
 WORDS = 2.0  # how much words count beside the embedding, before the penalty
 # Words about the picture say nothing about what it shows: half of the examples get some, harmful and benign alike.
 _BEFORE = (
@@ -98,13 +98,13 @@ def _dressed(text: str, random: np.random.Generator) -> str:
     return text
 
 
-def features(vectors: np.ndarray, windows: list[list[int]]) -> sparse.csr_matrix:
-    """[N, WIDTH + BUCKETS]: the embeddings, and in what buckets the words of a window are, of norm `WORDS`."""
-    found = [buckets(window) for window in windows]
+def features(vectors: np.ndarray, tokens: list[list[int]]) -> sparse.csr_matrix:
+    """[N, WIDTH + BUCKETS]: the embeddings, and in what buckets the tokens of a text are, of norm `WORDS`."""
+    found = [buckets(one) for one in tokens]
     counts = np.array([len(rows) for rows in found])
     values = np.repeat(WORDS / np.maximum(counts, 1) ** 0.5, counts)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    words = sparse.csr_matrix((values, np.concatenate(found).astype(np.int64), starts), (len(windows), BUCKETS))
+    words = sparse.csr_matrix((values, np.concatenate(found).astype(np.int64), starts), (len(tokens), BUCKETS))
     return sparse.hstack([sparse.csr_matrix(vectors, dtype=np.float64), words]).tocsr()
 
 
@@ -150,20 +150,20 @@ def main() -> None:
     names = sorted({category for category, _, _ in examples} - {BENIGN})
     classes = [*names, BENIGN]
     encode = encoder()
-    windows = [encode.windows(forms(text).text)[0] for _, _, text in examples]
-    vectors = encode(windows)
+    texts = [windows(forms(text).original)[0] for _, _, text in examples]
+    vectors, tokens = encode(texts), [encode.tokens(text) for text in texts]
     labels = np.array([classes.index(category) for category, _, _ in examples])
     # Every line counts as much as the root of how many examples it gave, harmful and benign ones the same in all.
     lines = np.array([number for _, number, _ in examples])
     weights = 1 / np.sqrt(np.bincount(lines)[lines])
     is_benign = labels == len(names)
     weights[is_benign] *= weights[~is_benign].sum() / weights[is_benign].sum()
-    fitted, bias = fit(features(vectors, windows), labels, weights, len(classes))
+    fitted, bias = fit(features(vectors, tokens), labels, weights, len(classes))
     fitted, bias = fitted[:, :-1] - fitted[:, -1:], bias[:-1] - bias[-1]
     weight = np.ascontiguousarray(fitted[:WIDTH])
     words = (fitted[WIDTH:] * WORDS).astype(np.float16)
-    made = {"names": " ".join(names), "encoder": encode.digest}
-    safetensors.numpy.save_file({"weight": weight, "words": words, "bias": bias}, DATA / CLASSIFIER, made)
+    tensors = {"weight": weight, "words": words, "bias": bias}
+    safetensors.numpy.save_file(tensors, DATA / CLASSIFIER, {"names": " ".join(names)})
     write_sums()
     print(f"{len(examples)} examples of {', '.join(classes)}: {DATA / CLASSIFIER}")
 

@@ -19,11 +19,11 @@ from sora_jax.safety.names import NameFinder
 from sora_jax.safety.normalize import MAX_LENGTH, Forms, forms, pieces, repaired
 from sora_jax.safety.phrases import compile_phrases
 from sora_jax.safety.policy import Policy
-from sora_jax.safety.semantic import classifier, encoder
+from sora_jax.safety.semantic import classifier, encoder, windows
 
 _PEOPLE = "real_people"
 # A part of a prompt is one of many, and says less than a whole one: it must be worth so many times the odds.
-_DOUBT = 4.0
+_DOUBT = 8.0
 _HINT = 8.0  # how many times a hint makes the odds
 
 
@@ -66,7 +66,7 @@ class Gate:
         self._encode, self._classify = encoder(), classifier()
         # A category of the user's own is known by its examples.
         self._examples = {
-            category.name: self._encode(self._windows([_readable(example) for example in category.examples]))
+            category.name: self._encode(_windows([_readable(example) for example in category.examples]))
             for category in self._categories
             if category.examples
         }
@@ -109,15 +109,15 @@ class Gate:
         ]
 
     def _by_meaning(self, read: Forms, parts: Sequence[Forms], hinted: Sequence[str]) -> list[str]:
-        # The plain text, and what is left when disguises are off.
+        # As it is written, in plain letters, and what is left when disguises are off.
         whole, rest = (
-            self._windows(dict.fromkeys(text for read in some for text in (read.text, *read.decoded[:1])))
+            _windows(dict.fromkeys(text for read in some for text in (read.original, read.text, *read.decoded[:1])))
             for some in ([read], parts)
         )
-        windows = [*whole, *rest]
-        vectors_ND = self._encode(windows)
+        texts = [*whole, *rest]
+        vectors_ND = self._encode(texts)
         doubt_N = np.repeat([1.0, _DOUBT], [len(whole), len(rest)])
-        found = self._classify(vectors_ND, windows)
+        found = self._classify(vectors_ND, [self._encode.tokens(text) for text in texts])
         scores = {}
         for name, p_N in found.items():
             against_N = (1 - p_N) * doubt_N / (_HINT if name in hinted else 1.0)
@@ -125,8 +125,9 @@ class Gate:
         scores |= {name: (vectors_ND @ examples_MD.T).max() for name, examples_MD in self._examples.items()}
         return [one.name for one in self._categories if scores.get(one.name, -1.0) >= one.threshold]
 
-    def _windows(self, texts: Iterable[str]) -> list[list[int]]:
-        return [window for text in texts for window in self._encode.windows(text)]
+
+def _windows(texts: Iterable[str]) -> list[str]:
+    return [window for text in texts for window in windows(text)]
 
 
 def check_texts(texts: Sequence[str], name: str = "prompt") -> None:
@@ -139,7 +140,7 @@ def check_texts(texts: Sequence[str], name: str = "prompt") -> None:
 
 def _readable(text: str) -> str:
     read = forms(text)
-    return read.text if read else text[:MAX_LENGTH]
+    return read.original if read else text[:MAX_LENGTH]
 
 
 @functools.lru_cache(maxsize=4)

