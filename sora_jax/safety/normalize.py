@@ -25,8 +25,9 @@ MAX_LENGTH = 4000  # characters, as given and in ASCII; several times what text 
 
 # Fillers that are drawn as nothing but count as letters or symbols.
 _BLANK = "\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
-_NOT_DRAWN = {"Cc", "Cf", "Cn", "Co", "Cs"}
-_INVISIBLE = {*_NOT_DRAWN - {"Cc"}, "Mn", "Me", "Mc"}
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # all but white space
+_NOT_DRAWN = {"Cf", "Cn", "Co", "Cs"}
+_INVISIBLE = {*_NOT_DRAWN, "Mn", "Me", "Mc"}
 # Chinese, Japanese and Korean are written without spaces; each of their characters counts as a word.
 _UNSPACED = re.compile("[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
 # In words that mix alphabets these are meant by their shape, not by their upper case.
@@ -130,13 +131,12 @@ def own_file(name: str) -> Path:
 def visible(text: str) -> str:
     """Text in compatibility forms, without what is drawn as nothing; single spaces."""
     if not text.isascii():
-        text = " ".join(text.split())  # of white space some is no character that is drawn
         text = "".join(
             character
             for character in unicodedata.normalize("NFKC", text)
             if unicodedata.category(character) not in _NOT_DRAWN and character not in _BLANK
         )
-    return " ".join(text.split())
+    return " ".join(_CONTROL.sub("", text).split())
 
 
 def to_ascii(text: str) -> str:
@@ -150,7 +150,7 @@ def to_ascii(text: str) -> str:
         text = _UNSPACED.sub(lambda match: f" {match[0]} ", unicodedata.normalize("NFC", text))
         text = re.sub(r"\w+", _ascii_word, text)
         text = anyascii(text)
-    return re.sub(r"[\x00-\x08\x0e-\x1f\x7f]", "", text)
+    return _CONTROL.sub("", text)
 
 
 def to_words(text: str) -> str:

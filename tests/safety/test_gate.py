@@ -395,7 +395,8 @@ def test_disguises_come_off(disguised):
 
 def test_numbers_and_measures_stay():
     assert forms("10 balls, shot on 35mm, 4k").words == "10 balls shot on 35mm 4k"
-    assert forms("Café Zoë").text == "Cafe Zoe"
+    assert forms("Café  Zoë\u200b").text == "Cafe Zoe" and forms("Café  Zoë\u200b").original == "Café Zoë"
+    assert forms("ca\x00fe\tzoe").text == forms("ca\x00fe\tzoe").original == "cafe zoe"
 
 
 def test_what_is_too_long_is_refused(gate):
