@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from benchmark import Bench, operations
+from mfu import random_arrays
 
 from sora_jax.cli import words
 from sora_jax.codec import Codec
@@ -61,20 +62,11 @@ def calls(codec: Codec, params: Any, chunk: Any, method: str) -> Iterator[tuple[
         yield layer.name, call, (params[side][layer.name], streams[side].get(layer.name, {}), x)
 
 
-def random_like(tree: Any, key: jax.Array) -> Any:
-    """Small random arrays in the places of abstract ones."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
-        [0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
-
-
 def measure(bench: Bench, codec: Codec, params: Any, chunk: Any, method: str) -> None:
     """Prints a row for each layer, and what part of their sum each level takes."""
     levels = {}
     for name, call, arguments in calls(codec, params, chunk, method):
-        arguments = random_like(arguments, jax.random.key(0))
+        arguments = random_arrays(arguments)
         compiled = jax.jit(call).lower(*arguments).compile()
         run = lambda compiled=compiled, arguments=arguments: compiled(*arguments)  # noqa: E731
         shape = "x".join(map(str, arguments[2].shape[1:]))
