@@ -104,7 +104,7 @@ def get_config() -> ConfigDict:
                 clip=1.0,
             ),
             ema_decay=0.999,
-            sampling=dict(steps=30, guidance=4.0, shift=3.0, solver="unipc", fps=8.0),
+            sampling=dict(steps=30, guidance=3.0, shift=3.0, solver="unipc", fps=8.0),
             prompts=(
                 "a red ball rolls behind a gray wall",
                 "a large blue cube slides to the right",
