@@ -5,13 +5,14 @@ for each row reads or converts it, and reports the peak of resident memory, beyo
 the parameters themselves where they end: on a CPU, the devices' memory is the host's. Linux only. Found:
 
     bound                333 MB   1.2 times the largest shard, and the largest tensor
-    load                 114 MB
-    load on 8 devices    190 MB
-    load bfloat16        118 MB
-    convert               43 MB
-    load converted        52 MB
+    load                 143 MB
+    load on 8 devices    247 MB
+    load bfloat16        110 MB
+    convert              101 MB
+    load converted       126 MB
 
-Some 90 MB are there for models of any size: programs that are compiled, and pieces of 8 MB.
+Some 90 MB are there for models of any size: programs that are compiled, and pieces of 8 MB, three of which are read at
+a time (one at a time took 114, 190, 118, 43 and 52 MB, and in float32 three to four times as long).
 """
 
 import argparse

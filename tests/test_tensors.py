@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -89,6 +90,36 @@ def test_what_is_not_finite_is_found(dtype, value, tmp_path):
     safetensors.numpy.save_file({"x": x}, path)
     with pytest.raises(InputError, match="x.safetensors is damaged: the tensor x is not finite"):
         TensorFile(path).read("x")
+
+
+def test_what_is_read_ahead_comes_in_order_and_no_further():
+    started = []
+
+    def call(number):
+        started.append(number)
+        if number == 6:
+            raise InputError("damaged")
+        return number
+
+    results = tensors_lib.ahead(partial(call, number) for number in range(100))
+    for number in range(6):
+        assert next(results) == number
+        assert len(started) <= number + tensors_lib._AHEAD
+    with pytest.raises(InputError, match="damaged"):
+        next(results)
+    assert len(started) <= 6 + tensors_lib._AHEAD
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_damaged(arrays, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors.numpy.save(arrays))
+    file = TensorFile(path)
+    os.truncate(path, path.stat().st_size - 200)
+    with pytest.raises(InputError, match="x.safetensors is damaged: it ends in the tensor"):
+        [file.read(name) for name in arrays]
+    path.unlink()
+    with pytest.raises(InputError, match="cannot read .*x.safetensors: No such file"):
+        file.read("b")
 
 
 def test_eight_devices_share_what_one_would_hold(tmp_path):

@@ -21,7 +21,7 @@ from sora_jax.interop import names
 from sora_jax.interop.configs import field, pipeline_config
 from sora_jax.json_files import read_json
 from sora_jax.model_folder import ModelConfig, abstract_params, described_by, memory_dtype
-from sora_jax.tensors import FORMATS, PICKLES, Tensor, TensorFile, spans
+from sora_jax.tensors import FORMATS, PICKLES, Tensor, TensorFile, ahead, spans
 from sora_jax.text import FileTokenizer
 
 _STRIP = 128  # numbers that are copied at a time along the last axis
@@ -131,14 +131,17 @@ def _pieces(files: _Files, source: names.Source) -> Iterator[np.ndarray]:
     dtypes = {files.dtypes[name] for name in source.names}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype("float32")
     size = dtype.itemsize * math.prod(files.shapes[source.names[0]])
-    for layers in spans(len(source.names), size):
+
+    def read(layers: slice) -> np.ndarray:
         piece = None
         for number, name in enumerate(source.names[layers]):
             layer = source.convert(files.read(name))
             if piece is None:
                 piece = np.empty((layers.stop - layers.start, *layer.shape), dtype)
             _copy(layer, piece[number])
-        yield piece
+        return piece
+
+    yield from ahead(partial(read, layers) for layers in spans(len(source.names), size))
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> np.ndarray:
