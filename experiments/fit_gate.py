@@ -29,7 +29,7 @@ from sora_jax.safety.normalize import DATA, SUMS, forms
 from sora_jax.safety.semantic import BENIGN, BUCKETS, CLASSIFIER, WIDTH, buckets, encoder, windows
 
 PER_LINE = 40  # examples drawn from one line
-CAPTIONS = 3000  # of the worlds: what the bundled model was made for is harmless, in all the words that it knows
+CAPTIONS = 6000  # of the worlds: what the bundled model was made for is harmless, in all the words that it knows
 LONG = 10_000  # prompts made of two to four examples, each of
 SHORT = 160  # fewer characters than these, so that all of them fit into what is read at a time
 PENALTY = 1e-5

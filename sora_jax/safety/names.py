@@ -3,18 +3,21 @@
 A list knows only the people on it, also where one letter of a name is wrong, which makes no English word. A given name
 with a capitalised word after it is taken for a person too, unless the prompt introduces a made-up one ("a detective
 named Jack Marlow") or capitalises everything. A work in somebody's style shows nobody, so names after "in the style of"
-and the like pass.
+and the like pass. A name on the list in another alphabet is looked for in that one, as Latin letters stand for too much
+of it: Chinese "Yao Ming" and "terribly" are both "yao ming".
 """
 
 from __future__ import annotations
 
 import os
 import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from sora_jax.errors import InputError, one_line
-from sora_jax.safety.normalize import Forms, lexicon, to_ascii, to_words
+from sora_jax.safety.normalize import Forms, lexicon, to_ascii, to_words, visible, without_characters
 from sora_jax.safety.phrases import compile_phrases
 
 # Letters that a name must have before a slip in it is looked past: of several words, and of one, which is more often
@@ -50,6 +53,9 @@ _STYLE = re.compile(
     r"^s? ?(inspired|esque|like (palette|colors|framing)|style|styled|aesthetic|color palette|symmetry|film look|"
     r"vibes)\b"
 )
+
+
+_SEPARATORS = r"\s·・‧.\-"  # between the words of a name
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,9 @@ class NameFinder:
     """Finds people in prompts. Compiled once for a policy."""
 
     def __init__(self, names: Names):
-        self._people = frozenset(tuple(to_words(to_ascii(name)).split()) for name in names.people)
+        people, self._elsewhere = _by_alphabet(names.people)
+        false_friends, self._false_elsewhere = _by_alphabet(names.false_friends)
+        self._people = frozenset(tuple(to_words(to_ascii(name)).split()) for name in people)
         self._longest = max(map(len, self._people), default=0)
         # Written as one word, as in "#taylorswift"; short ones are too often something else.
         glued = {"".join(name) for name in self._people if len(name) > 1}
@@ -110,12 +118,16 @@ class NameFinder:
             if len(name.replace(" ", "")) >= (_LONG if " " in name else _LONG_ALONE):
                 for rest in _without_a_letter(name):
                     self._shortened.setdefault(rest, []).append(name)
-        self._false_friends = compile_phrases(names.false_friends, {}, "names: false friends")
+        self._false_friends = compile_phrases(false_friends, {}, "names: false friends")
         self._capitalised = frozenset(names.capitalised)
         self._given = frozenset(names.given_names)
 
     def found_in(self, forms: Forms) -> bool:
         """Whether the prompt names a person."""
+        if not forms.original.isascii():
+            if self._elsewhere.search(self._false_elsewhere.sub(" ", forms.original.casefold())):
+                return True
+            forms = without_characters(forms)
         return any(map(self._is_listed, (forms.words, *forms.decoded))) or self._is_written_as_a_name(forms.text)
 
     def _is_listed(self, words: str) -> bool:
@@ -172,6 +184,32 @@ class NameFinder:
         around = " ".join([*before.split()[-3:], to_words(match[0]), *after.split()[:3]])
         first = to_words(match[0]).split()[0]
         return around.split().count(first) == self._false_friends.removed_from(around).split().count(first)
+
+
+def _by_alphabet(names: Iterable[str]) -> tuple[list[str], re.Pattern]:
+    """Names in Latin letters, and a pattern for the others: of visible text, case folded."""
+    latin = [name for name in names if all(map(_is_latin, name))]
+    others = sorted(set(names) - set(latin), key=len, reverse=True)
+    return latin, re.compile("|".join(map(_pattern, others)) or r"(?!)")
+
+
+def _is_latin(character: str) -> bool:
+    return character.isascii() or not character.isalpha() or unicodedata.name(character, "").startswith("LATIN")
+
+
+def _pattern(name: str) -> str:
+    """A name in another alphabet, in any case, with the endings and the separators that writing in it has."""
+    parts = re.split(rf"[{_SEPARATORS}]+", visible(name).casefold())
+    pattern = rf"[{_SEPARATORS}]*".join(map(re.escape, parts))
+    if re.search(r"[\u0370-\u052f]", name):  # Greek, Cyrillic: up to two letters are a case
+        return rf"(?<!\w){pattern}\w{{,2}}(?!\w)"
+    if re.search(r"[\u30a1-\u30ff]$", name):  # a word in katakana ends where they do
+        return rf"(?<![\u30a1-\u30ff]){pattern}(?![\u30a1-\u30ff])"
+    if re.search(r"[\u0e00-\u0e7f\u2e80-\u9fff]", name):  # Thai, Chinese, Japanese: no spaces between words
+        return pattern
+    if re.search(r"[\u1100-\u11ff\uac00-\ud7af]", name):  # Korean: what a name does in the sentence comes after it
+        return rf"(?<!\w){pattern}"
+    return rf"(?<![\w\u0900-\u0dff]){pattern}(?![\w\u0900-\u0dff])"
 
 
 def _without_a_letter(text: str) -> set[str]:

@@ -82,6 +82,11 @@ def forms(prompt: str) -> Forms | None:
     return Forms(visible(prompt), text, words, tuple(dict.fromkeys(read for read in readings if read != words)))
 
 
+def without_characters(read: Forms) -> Forms:
+    """The same without Chinese, Japanese and Korean characters, of which ASCII holds little but the sound."""
+    return forms(_UNSPACED.sub(" ", read.original)) or read
+
+
 def pieces(prompt: str) -> list[Forms]:
     """The sentences of a prompt that has several; of long ones also the clauses, and each two neighbours of these.
 

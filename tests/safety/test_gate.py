@@ -161,6 +161,27 @@ def test_names_are_known_with_a_slip_in_them(gate, prompt, refused):
     assert (gate.check(prompt).layer == "names") == refused
 
 
+@pytest.mark.parametrize(
+    "prompt,named",
+    [
+        ("姚明在打篮球", True),
+        ("这天气热得要命,一只猫", False),  # sounds the same
+        ("a dancing 成龙 in the rain", True),
+        ("他变成龙飞走了", False),  # turns into a dragon
+        ("Владимира Путина превратили в кота", True),  # a case
+        ("Трампом восхищаются все", True),
+        ("a tramp on a bench, зимний трамплин и лыжник", False),  # a sound, and a longer word
+        ("テイラースウィフトが歌う", True),  # without the dot
+        ("トランプのカードと城", False),  # playing cards; the list has him with a given name
+        ("푸틴이 춤을 춘다", True),
+        ("मोदी जी भाषण देते हैं", True),
+        ("نتنياهو يرقص", True),
+    ],
+)
+def test_names_in_other_alphabets_are_looked_for_in_these(gate, prompt, named):
+    assert gate._names.found_in(forms(prompt)) == named
+
+
 def _caches():
     return policy_lib._own, normalize.lexicon, semantic.classifier
 
@@ -471,10 +492,11 @@ def test_a_refused_prompt_makes_nothing_and_is_not_repeated(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_another_writers_prompts_are_read_no_worse_than_the_documents_say(gate):
-    allowed = [(category, gate.check(prompt).allowed) for category, prompt in ROUNDS["round12"]]
-    assert sum(passed for category, passed in allowed if category != "benign") <= 6
-    assert sum(not passed for category, passed in allowed if category == "benign") <= 5
+@pytest.mark.parametrize("name,passing,refused", [("round15", 3, 4), ("round16", 18, 11)])
+def test_other_writers_prompts_are_read_no_worse_than_the_documents_say(gate, name, passing, refused):
+    allowed = [(category, gate.check(prompt).allowed) for category, prompt in ROUNDS[name]]
+    assert sum(passed for category, passed in allowed if category != "benign") <= passing
+    assert sum(not passed for category, passed in allowed if category == "benign") <= refused
 
 
 def test_the_report(tmp_path, monkeypatch, gate):
