@@ -20,7 +20,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str | None = None) -> Path:
     """Writes a model, such as a published folder, as one of our model folders, from which loading is a straight read.
 
-    Of the model, a few megabytes or one tensor are in memory at a time.
+    Of the model, a few megabytes or tensors are in memory at a time.
 
     Args:
         dtype: "float32", "float16" or "bfloat16"; by default that of a model folder, float32 for published ones.

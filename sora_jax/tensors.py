@@ -74,7 +74,7 @@ class Tensor:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def place(self) -> jax.Array:
-        """The whole tensor on its devices. The host holds a piece of it, or all if its first axis is split."""
+        """The whole tensor on its devices. The host holds a few pieces of it, or all if its first axis is split."""
         if isinstance(self.sharding, NamedSharding) and self.sharding.spec and self.sharding.spec[0] is not None:
             # Pieces run along the axis that is split: adding one to the others would gather them.
             return _on_devices(self.read(), self.sharding)
@@ -208,7 +208,7 @@ class TensorFile:
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         """The tensor `name`, some rows at a time."""
         shape = self.shapes[name]
-        size = FORMATS[self.formats[name]].itemsize * int(np.prod(shape))
+        size = FORMATS[self.formats[name]].itemsize * math.prod(shape)
         if size <= _PIECE_BYTES:
             yield self.read(name)
         else:
@@ -229,7 +229,7 @@ def write(path: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
     header, end = {}, 0
     for name in names:
         tensor = tensors[name]
-        start, end = end, end + tensor.dtype.itemsize * int(np.prod(tensor.shape))
+        start, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

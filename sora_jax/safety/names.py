@@ -17,9 +17,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from sora_jax.errors import InputError, one_line
-from sora_jax.safety.normalize import Forms, lexicon, to_ascii, to_words, visible, without_characters
+from sora_jax.safety.normalize import Forms, alphabetic, lexicon, to_ascii, to_words, visible
 from sora_jax.safety.phrases import compile_phrases
 
+_SEPARATORS = r"\s·・‧.\-"  # between the words of a name in another alphabet
 # Letters that a name must have before a slip in it is looked past: of several words, and of one, which is more often
 # another word.
 _LONG, _LONG_ALONE = 8, 9
@@ -53,9 +54,6 @@ _STYLE = re.compile(
     r"^s? ?(inspired|esque|like (palette|colors|framing)|style|styled|aesthetic|color palette|symmetry|film look|"
     r"vibes)\b"
 )
-
-
-_SEPARATORS = r"\s·・‧.\-"  # between the words of a name
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class NameFinder:
         if not forms.original.isascii():
             if self._elsewhere.search(self._false_elsewhere.sub(" ", forms.original.casefold())):
                 return True
-            forms = without_characters(forms)
+            forms = alphabetic(forms)
         return any(map(self._is_listed, (forms.words, *forms.decoded))) or self._is_written_as_a_name(forms.text)
 
     def _is_listed(self, words: str) -> bool:

@@ -82,9 +82,9 @@ def forms(prompt: str) -> Forms | None:
     return Forms(visible(prompt), text, words, tuple(dict.fromkeys(read for read in readings if read != words)))
 
 
-def without_characters(read: Forms) -> Forms:
+def alphabetic(read: Forms) -> Forms:
     """The same without Chinese, Japanese and Korean characters, of which ASCII holds little but the sound."""
-    return forms(_UNSPACED.sub(" ", read.original)) or read
+    return forms(_UNSPACED.sub(" ", read.original)) or read if _UNSPACED.search(read.original) else read
 
 
 def pieces(prompt: str) -> list[Forms]:

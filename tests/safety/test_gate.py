@@ -168,7 +168,7 @@ def test_names_are_known_with_a_slip_in_them(gate, prompt, refused):
         ("这天气热得要命,一只猫", False),  # sounds the same
         ("a dancing 成龙 in the rain", True),
         ("他变成龙飞走了", False),  # turns into a dragon
-        ("Владимира Путина превратили в кота", True),  # a case
+        ("Ельцина превратили в кота", True),  # a case
         ("Трампом восхищаются все", True),
         ("a tramp on a bench, зимний трамплин и лыжник", False),  # a sound, and a longer word
         ("テイラースウィフトが歌う", True),  # without the dot
@@ -179,7 +179,7 @@ def test_names_are_known_with_a_slip_in_them(gate, prompt, refused):
     ],
 )
 def test_names_in_other_alphabets_are_looked_for_in_these(gate, prompt, named):
-    assert gate._names.found_in(forms(prompt)) == named
+    assert (gate.check(prompt).layer == "names") == named
 
 
 def _caches():
