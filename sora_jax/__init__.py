@@ -16,7 +16,7 @@ _HOMES = {
     "Generator": "sora_jax.generate",
     "InputError": "sora_jax.errors",
     "Video": "sora_jax.video",
-    "load": "sora_jax.generate",
+    "load": "sora_jax.models",
     "read_video": "sora_jax.video",
 }
 __all__ = [*_HOMES]

@@ -17,7 +17,7 @@ from sora_jax.codec import Codec, CodecConfig
 from sora_jax.codec.vae import piece
 from sora_jax.counting import count_collectives
 from sora_jax.dit import DiT, DiTConfig
-from sora_jax.generate import load
+from sora_jax.models import load
 from sora_jax.pipeline import draw_noise
 from sora_jax.text import T5Encoder, TextConfig
 from sora_jax.training import state as state_lib

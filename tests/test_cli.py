@@ -9,6 +9,7 @@ import pytest
 
 import sora_jax
 from sora_jax import generate as generate_module
+from sora_jax import models
 from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
 from sora_jax.cli.generate import _Target
@@ -23,7 +24,7 @@ from sora_jax.video import read_video
 @pytest.fixture(autouse=True)
 def own_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate_module, "_keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(models, "_keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def tiny_generator(tiny_config, tiny_params):
 @pytest.fixture
 def generate(tiny_folder, tiny_generator, monkeypatch):
     # One generator for all tests compiles once.
-    monkeypatch.setattr(generate_module, "load", lambda path, dtype, **lora: tiny_generator)
+    monkeypatch.setattr(models, "load", lambda path, dtype, **lora: tiny_generator)
     return lambda *arguments: main(["generate", *arguments, "--model", str(tiny_folder), "--steps", "1"])
 
 
@@ -119,7 +120,7 @@ def test_names_come_from_prompts(tmp_path):
     ],
 )
 def test_mistakes_end_in_one_line_before_loading(generate, capsys, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.setattr(generate_module, "load", lambda *_, **__: pytest.fail("a model is being loaded"))
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model is being loaded"))
     assert generate(*arguments) == 2
     assert message in one_line(capsys)
     assert not os.listdir(tmp_path)

@@ -159,8 +159,8 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
     from tqdm.auto import tqdm
 
     from sora_jax import hosts
-    from sora_jax.generate import load
     from sora_jax.mesh import parse_mesh
+    from sora_jax.models import load
     from sora_jax.video import Video
 
     jobs, request = task.jobs, task.request

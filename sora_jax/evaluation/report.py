@@ -22,8 +22,9 @@ from sora_jax.data.worlds.scenes import sample_scene
 from sora_jax.errors import InputError, Refused
 from sora_jax.evaluation.prompts import EvaluationPrompt, evaluation_prompts
 from sora_jax.evaluation.reader import Reading, read
-from sora_jax.generate import Generator, load
+from sora_jax.generate import Generator
 from sora_jax.intervals import wilson
+from sora_jax.models import load
 from sora_jax.training.codec_task import HELD_OUT_SEED
 from sora_jax.video import Video, contact_sheet
 

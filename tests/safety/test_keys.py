@@ -22,9 +22,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from sora_jax import generate
+from sora_jax import models
 from sora_jax.cli import main
 from sora_jax.errors import InputError
+from sora_jax.generate import Generator
 from sora_jax.safety import certificates, keys
 from sora_jax.safety.keys import load_signer, local_anchor, watermark_key
 from sora_jax.safety.provenance import Claim, read_manifest, verify_signed
@@ -189,9 +190,9 @@ def test_keys_of_the_user_sign(tmp_path, key, algorithm):
 def test_the_command_signs_with_the_key_of_the_user(
     tmp_path, monkeypatch, capsys, tiny_folder, tiny_config, tiny_params
 ):
-    generator = generate.Generator(tiny_config, tiny_params)
-    monkeypatch.setattr(generate, "load", lambda path, dtype, **lora: generator)
-    monkeypatch.setattr(generate, "_keep_compiled_programs", lambda: None)
+    generator = Generator(tiny_config, tiny_params)
+    monkeypatch.setattr(models, "load", lambda path, dtype, **lora: generator)
+    monkeypatch.setattr(models, "_keep_compiled_programs", lambda: None)
     monkeypatch.chdir(tmp_path)
     certificate, key = (str(file) for file in write(tmp_path, chain()))
     command = ["generate", "a red ball", "--model", str(tiny_folder), "--signing-cert", certificate]

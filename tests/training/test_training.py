@@ -21,8 +21,8 @@ from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
 from sora_jax.data.latents import first_latents, write_shards
 from sora_jax.errors import InputError, Refused
-from sora_jax.generate import load
 from sora_jax.model_folder import read_codec, read_model_folder
+from sora_jax.models import load
 from sora_jax.text import tokenize
 from sora_jax.training import loop
 from sora_jax.training import state as state_lib
