@@ -36,6 +36,7 @@ RULES = {
 }
 _AT_REST = ("width", "codec_channels")
 _IF_THEY_DIVIDE = ("codec_channels",)  # some of the codec's layers are tiny
+_FILLED_UP = ("rows",)  # if they do not divide, the compiler gives the last device fewer, and masks what is missing
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -124,7 +125,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
             elif size % shares:
                 axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[name] if mesh.shape[axis] > 1)
                 where = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-                possible = [n for n in range(1, shares) if size % n == 0]
+                possible = [n for n in range(1, shares) if size % n == 0 and mesh.size % n == 0]
                 raise InputError(
                     f"mesh {axes} cannot divide the {size} ({name}) of {where} {list(leaf.value.shape)}; "
                     f"sizes below {shares} that can: {', '.join(map(str, possible))}"
@@ -180,10 +181,17 @@ def spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Hints at the placement of an activation, by logical axis names; the identity without a mesh."""
+    """Hints at the placement of an activation, by logical axis names; the identity without a mesh.
+
+    What does not divide stays whole, but for rows, of which the last devices have fewer or none.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes))
+    filled = [
+        -(-size // shares(name)) * shares(name) if name in _FILLED_UP and size >= shares(name) else size
+        for size, name in zip(x.shape, axes, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, spec(tuple(filled), axes))
 
 
 def gathered(parameter: jax.Array, *axes: str | None) -> jax.Array:

@@ -195,11 +195,11 @@ def codec():
             assert np.linalg.norm(ours - one) < 1e-4 * np.linalg.norm(one), axes
         rows = mesh.shape["context"] * mesh.shape["tensor"]
         if rows > 1:
-            # Halos: no device works on all rows of the widest activations.
+            # Halos: no device works on all rows, whether or not there are as many for each.
             text = compiled.as_text()
             assert "collective-permute" in text
             shapes = re.findall(r"= f32\[([\d,]+)\]\S* convolution\(", text)
-            assert shapes and not [shape for shape in shapes if "24" in shape.split(",")], (axes, shapes)
+            assert shapes and not [shape for shape in shapes if shape.split(",")[1] in ("12", "24")], (axes, shapes)
         print("equal on", axes, flush=True)
 
 
