@@ -7,6 +7,7 @@ from sora_jax.dit import DiTConfig
 from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig
 from sora_jax.text import TextConfig
+from sora_jax.vision import VisionConfig
 
 
 def generating_mesh(
@@ -104,8 +105,12 @@ def _factors(number: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _divides(config: ModelConfig, shares: int, tokens: int) -> bool:
-    return not (tokens % shares or config.dit.width % shares or config.text.width % shares)
+    return not (tokens % shares or any(part.width % shares for part in _transformers(config)))
 
 
 def _splits(config: ModelConfig, shares: int) -> bool:
-    return not any(part.heads % shares or part.feed_forward % shares for part in (config.dit, config.text))
+    return not any(part.heads % shares or part.feed_forward % shares for part in _transformers(config))
+
+
+def _transformers(config: ModelConfig) -> list[DiTConfig | TextConfig | VisionConfig]:
+    return [part for part in (config.dit, config.text, config.vision) if part is not None]

@@ -1,5 +1,7 @@
 """The meshes that are chosen divide what they share."""
 
+import dataclasses
+
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -9,6 +11,7 @@ from sora_jax.interop.presets import PRESETS
 from sora_jax.mesh_choice import generating_mesh, generating_meshes, training_mesh
 from sora_jax.model_folder import abstract_params
 from sora_jax.models import read_config
+from sora_jax.vision import VisionConfig
 
 
 def test_a_mesh_is_chosen_that_divides():
@@ -20,7 +23,14 @@ def test_a_mesh_is_chosen_that_divides():
     mesh, reason = generating_mesh(small, (480, 832), 81, 128)
     assert mesh == "data=4,context=8,tensor=4" and reason.endswith("data=4 makes 2 videos in the time of one")
     assert "data=2,context=4,tensor=1" in generating_meshes(a14b, (720, 1280), 81, 8)
-    for config, size in ((a14b, (720, 1280)), (small, (480, 832)), (PRESETS["wan2.2-ti2v-5b"], (704, 1280))):
+    reads_pictures = dataclasses.replace(
+        PRESETS["wan2.1-i2v-14b"],
+        dit=dataclasses.replace(PRESETS["wan2.1-i2v-14b"].dit, image_width=20),
+        vision=VisionConfig(width=20, heads=2, feed_forward=40, layers=1),
+    )
+    assert generating_mesh(reads_pictures, (720, 1280), 81, 8)[0] == "data=2,context=4,tensor=1"
+    sizes = ((a14b, (720, 1280)), (small, (480, 832)), (PRESETS["wan2.2-ti2v-5b"], (704, 1280)))
+    for config, size in (*sizes, (reads_pictures, (720, 1280))):
         for number in (3, 6, 8, 12, 20, 40, 96):
             words, _ = generating_mesh(config, size, 81, number)
             sizes = mesh_lib.parse_sizes(words)

@@ -208,7 +208,8 @@ def test_windows_after_the_first_are_told_of_frames_of_each_video():
     "name,part",
     [("wan2.1-t2v-1.3b", "text"), ("wan2.1-t2v-1.3b", "decode"), ("wan2.2-ti2v-5b", "decode")]
     + [("wan2.1-i2v-14b", "see"), ("wan2.1-flf2v-14b", "see"), ("wan2.2-i2v-a14b", "encode")]
-    + [(name, part) for name in PRESETS for part in ("denoise", "train")],
+    + [(name, "denoise") for name in PRESETS]
+    + [(name, "train") for name, config in PRESETS.items() if not config.dit.condition_channels],
 )
 def test_every_published_model_has_programs(name, part):
     """They trace, with arguments that are placed."""
@@ -251,6 +252,15 @@ def test_offloaded_training_leaves_tokens_with_the_host(offload):
     with jax.set_mesh(mesh):
         traced = str(jax.make_jaxpr(function)(*arguments))
     assert ("<host>" in traced) == offload
+
+
+def test_training_is_planned_for_what_it_can_be():
+    mesh = mesh_lib.parse_mesh("data=1", devices=jax.devices()[:1])
+    job = plan.Job("wan2.1-i2v-14b", "train", "v6e:1x1", "data=1", (16, 16), 5)
+    with pytest.raises(InputError, match="for transformers that read text alone"):
+        plan.program(job, mesh)
+    job = dataclasses.replace(job, model="wan2.2-t2v-a14b")
+    assert "wan2.2-t2v-a14b, one of its two transformers on v6e:1x1" in plan.describe(job, {"train": plan.Need()}, 1)
 
 
 def test_what_starts_from_pictures_is_planned_with_what_reads_them():
@@ -378,3 +388,6 @@ def test_the_tpu_compiler_answers(capsys, monkeypatch):
         assert (np.abs(np.diff(places, axis=axis)).sum(-1) == 1).all(), sizes
     with pytest.raises(InputError, match="does not multiply"):
         plan.compile_part(plan.Job("bundled", "text", "v5e:2x2", "data=3", (128, 128), 17))
+    # Slices smaller than what a host usually has.
+    for topology, number in (("v5p:1x1x1", 1), ("v6e:1x2", 2), ("v5p:1x2x1", 2)):
+        assert plan.compile_part(plan.Job("bundled", "text", topology, f"context={number}", (128, 128), 17)).hbm > 0

@@ -16,6 +16,15 @@ from sora_jax.model_folder import ModelConfig, SamplingConfig, described_by
 from sora_jax.text import TextConfig
 from sora_jax.vision import MEAN, STD, VisionConfig
 
+_SOLVERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
+_CLASSES = {
+    "transformer": ("WanTransformer3DModel",),
+    "transformer_2": ("WanTransformer3DModel",),
+    "vae": ("AutoencoderKLWan",),
+    "text_encoder": ("UMT5EncoderModel",),
+    "image_encoder": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+    "scheduler": _SOLVERS,
+}
 _TEXT_LENGTH = 512  # the pipelines pad and cut prompts to this
 _OTHER_SCHEDULES = (
     "use_karras_sigmas",
@@ -37,7 +46,16 @@ def pipeline_config(path: Path) -> ModelConfig:
     with described_by(path):
         index = read_json(path / "model_index.json")
         _one_of(path / "model_index.json", index, "_class_name", "WanPipeline", "WanImageToVideoPipeline")
-        low = (index.get("transformer_2") or [None])[0] is not None
+        low = False
+        for part, possible in _CLASSES.items():
+            library_and_class = index.get(part) or [None, None]
+            if not isinstance(library_and_class, list) or len(library_and_class) != 2:
+                raise InputError(f"{path / 'model_index.json'}: {part} is {index[part]!r}; it must be a pair of names")
+            found = library_and_class[1]
+            if found not in (*possible, None):
+                words = " or ".join(map(repr, possible))
+                raise InputError(f"{path / 'model_index.json'}: {part} is {found!r}; only {words} can be read")
+            low |= part == "transformer_2" and found is not None
         boundary = _positive(path / "model_index.json", index, "boundary_ratio") if low else None
         if low and boundary > 1:
             raise InputError(f"{path / 'model_index.json'}: boundary_ratio is {boundary}; it must be at most 1")
@@ -170,7 +188,7 @@ def _check_processor(path: Path, size: int) -> None:
 def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_per_frame: bool) -> SamplingConfig:
     """The solver and shift of the folder; steps, size and guidance as the models' authors recommend them."""
     values = read_json(path)
-    kind = _one_of(path, values, "_class_name", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
+    kind = _one_of(path, values, "_class_name", *_SOLVERS)
     _one_of(path, values, "num_train_timesteps", 1000)
     for name in _OTHER_SCHEDULES:
         if values.get(name):

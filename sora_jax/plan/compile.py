@@ -107,7 +107,9 @@ def work(job: Job) -> None:
         return
     from jax.experimental import topologies
 
-    bounds = {"chips_per_host_bounds": [1, 1, 1]} if job.topology.endswith(":1x1") else {}
+    sides = [int(side) for side in job.topology.partition(":")[2].split("x")]
+    # By default a host has 2 x 2 chips. A slice that is not made of such hosts is taken for a single one.
+    bounds = {"chips_per_host_bounds": [*sides, 1][:3]} if sides[0] % 2 or sides[1] % 2 else {}
     try:
         topology = topologies.get_topology_desc(job.topology, platform="tpu", **bounds)
     except Exception as error:  # the compiler's library objects in its own ways
@@ -133,8 +135,12 @@ def work(job: Job) -> None:
 
 
 def _shares(job: Job, mesh: jax.sharding.Mesh) -> int:
-    """Chips among which the operations of a part are split: pictures are not, along the axes of a batch."""
-    axes = mesh_lib.RULES["rows"] if job.part in ("see", "encode", "decode") else mesh_lib.AXES
+    """Chips among which the operations of a part are split: not those of pictures along the axes of a batch, nor those
+    of the text along `context`."""
+    if job.part == "text":
+        axes = mesh_lib.RULES["heads"] + mesh_lib.RULES["batch"]
+    else:
+        axes = mesh_lib.RULES["rows"] if job.part in ("see", "encode", "decode") else mesh_lib.AXES
     return math.prod(mesh.shape[axis] for axis in axes)
 
 

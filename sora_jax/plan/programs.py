@@ -13,6 +13,7 @@ from flax.core import meta
 from sora_jax import flow, pipeline, sampler
 from sora_jax import mesh as mesh_lib
 from sora_jax.dit import DiT
+from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig, abstract_params, memory_dtype
 from sora_jax.plan.job import Job, at_a_time, model_config
 from sora_jax.training import state as state_lib
@@ -118,9 +119,14 @@ def program(job: Job, mesh: jax.sharding.Mesh):
 
 
 def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: int, shape: tuple[int, ...], remat: str):
-    """A step of training the transformer on latents and text features: AdamW, float32 parameters and averages."""
-    dit = dataclasses.replace(config.dit, remat=remat, condition_channels=0, image_width=0)
-    model = DiT(dit, dtype)
+    """A step of training the transformer on latents and text features: AdamW, float32 parameters and averages.
+
+    Raises:
+        InputError: it is told of pictures too.
+    """
+    if config.dit.condition_channels:
+        raise InputError("training is planned for transformers that read text alone; this model's reads pictures too")
+    model = DiT(dataclasses.replace(config.dit, remat=remat), dtype)
     x0_BFYXZ, text_BLD = jnp.zeros((1, *shape)), jnp.zeros((1, config.text.length, config.text.width))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
 

@@ -14,8 +14,9 @@ def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
     batch = f"batch {job.batch}"
     if "train" not in needs and (several := at_a_time(job)) < job.batch:
         batch += f" ({several} at a time)"
+    one = ", one of its two transformers" * ("train" in needs and model_config(job.model).boundary is not None)
     rows = [
-        f"{job.model} on {job.topology} (chips of {chip.hbm / GIB:.1f} GiB), mesh {job.mesh}: "
+        f"{job.model}{one} on {job.topology} (chips of {chip.hbm / GIB:.1f} GiB), mesh {job.mesh}: "
         f"{frames} of {job.size[0]}x{job.size[1]}, {batch}, {job.dtype}",
         "per chip      arguments     heap      HBM  of all   operations: at least    moved: at least"
         "  received: at least  compiled",

@@ -365,6 +365,9 @@ def test_pickles_and_unknown_classes_are_refused(folder):
     path.with_suffix(".bin").rename(path)
     for part, field, value, message in (
         ("model_index.json", "_class_name", "LTXPipeline", "_class_name is 'LTXPipeline'; only 'WanPipeline'"),
+        ("model_index.json", "vae", ["diffusers", "AutoencoderKL"], "vae is 'AutoencoderKL'; only 'AutoencoderKLWan'"),
+        ("model_index.json", "scheduler", ["diffusers", "DDIMScheduler"], "scheduler is 'DDIMScheduler'; only 'UniPC"),
+        ("model_index.json", "transformer", 3, "model_index.json: transformer is 3; it must be a pair of names"),
         ("transformer/config.json", "_class_name", "FluxTransformer", "_class_name is 'FluxTransformer'"),
         ("transformer/config.json", "image_dim", 1280, "the field added_kv_proj_dim is missing"),
         ("transformer/config.json", "text_dim", 32, "describes no possible model: dit expects 32 channels from text"),
