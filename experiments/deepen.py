@@ -1,0 +1,65 @@
+"""A model with more layers that computes the same, to go on training from.
+
+    python experiments/deepen.py MODEL OUT --layers 0,1,1,2,3,3,4,4,5
+
+writes the model folder OUT, whose transformer has these layers of MODEL's, from 0 on. A layer named again is a copy
+that adds nothing yet: the last products of its attention and feed-forward are zero, and training opens them (as fresh
+layers start, and as Net2Net grows a network, arXiv:1511.05641).
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sora_jax.model_folder import ModelConfig, write_model_folder
+from sora_jax.models import open_model
+from sora_jax.tensors import Tensor
+
+_LAST = ("out", "down")  # the dense layers whose products a block adds to its tokens
+
+
+def deepen(config: ModelConfig, params: dict, layers: list[int]) -> tuple[ModelConfig, dict]:
+    """Config and parameters with these layers of the transformer; repeated ones are the identity.
+
+    Args:
+        params: {"text": ..., "codec": ..., "dit": ...}, arrays or tensors that are yet to be read.
+        layers: 0 to config.dit.layers - 1, each at least once, in order.
+
+    Raises:
+        ValueError: other layers.
+    """
+    if sorted(layers) != layers or {*layers} != {*range(config.dit.layers)}:
+        raise ValueError(f"layers must be 0 to {config.dit.layers - 1}, each at least once, in order, not {layers}")
+    again = [number for number, layer in enumerate(layers) if layer in layers[:number]]
+
+    def grow(path, leaf):
+        stacked = np.asarray(leaf.read() if isinstance(leaf, Tensor) else leaf)[layers]
+        if any(key.key in _LAST for key in path):
+            stacked[again] = 0
+        return stacked
+
+    is_leaf = lambda leaf: isinstance(leaf, Tensor)  # noqa: E731
+    blocks = jax.tree.map_with_path(grow, params["dit"]["blocks"], is_leaf=is_leaf)
+    config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, layers=len(layers)))
+    return config, {**params, "dit": {**params["dit"], "blocks": blocks}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", required=True, type=lambda text: [int(word) for word in text.split(",")])
+    options = parser.parse_args()
+    config, tensors, tokenizer = open_model(options.model, "float32")
+    try:
+        config, params = deepen(config, tensors, options.layers)
+    except ValueError as error:
+        parser.error(str(error))
+    print(write_model_folder(options.out, config, params, tokenizer=getattr(tokenizer, "json", None)))
+
+
+if __name__ == "__main__":
+    main()
