@@ -252,6 +252,10 @@ def test_offloaded_training_leaves_tokens_with_the_host(offload):
     with jax.set_mesh(mesh):
         traced = str(jax.make_jaxpr(function)(*arguments))
     assert ("<host>" in traced) == offload
+    # 30 layers, each given two latent frames of one token, 1,536 bfloat16 numbers.
+    said = plan.describe(job, {"train": plan.Need(hbm=2**30)}, 1)
+    assert ("GiB of its host" in said) == offload
+    assert not offload or plan.for_scripts(job, {"train": plan.Need()}, 1)["with_hosts"] == 30 * 2 * 1536 * 2
 
 
 def test_training_is_planned_for_what_it_can_be():

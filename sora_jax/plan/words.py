@@ -1,6 +1,7 @@
 """A plan in words, and the same for scripts."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,14 @@ def occupied(job: Job, need: Need) -> int:
     return need.hbm + (0 if job.offload else need.others)
 
 
+def with_hosts(job: Job) -> int:
+    """Bytes that offloaded training leaves in the hosts' memory, for each chip: the tokens that each block is given."""
+    config, (_, number) = model_config(job.model), chips(job.topology)
+    F, Y, X, _ = config.codec.latent_shape(job.frames, *job.size)
+    tokens = job.batch * F * Y * X // math.prod(config.dit.patch)
+    return config.dit.layers * tokens * config.dit.width * (4 if job.dtype == "float32" else 2) // number
+
+
 def fits(job: Job, needs: dict[str, Need]) -> bool:
     """Whether every part compiles, and within the chip's memory."""
     chip, _ = chips(job.topology)
@@ -61,9 +70,11 @@ def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
     if "train" in needs:
         need = needs["train"]
         words = "fits" if fits(job, needs) else "does not fit"
+        hosts = f", and {with_hosts(job) / GIB:.1f} GiB of its host" if job.offload else ""
         seconds = at_least(job, needs, steps)
         return (
-            f"{words}: {need.hbm / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip; a step takes {seconds:.2f} s at least"
+            f"{words}: {need.hbm / GIB:.2f} of {chip.hbm / GIB:.1f} GiB a chip{hosts}; "
+            f"a step takes {seconds:.2f} s at least"
         )
     # The parts run one after the other.
     most = {part: occupied(job, need) for part, need in needs.items()}
@@ -128,6 +139,7 @@ def for_scripts(job: Job, needs: dict[str, Need], steps: int) -> dict[str, Any]:
         "parts": parts,
         "steps": steps,
         "fits": fits(job, needs),
+        **({"with_hosts": with_hosts(job)} if "train" in needs and job.offload else {}),
         "at_least": at_least(job, needs, steps) if works else None,
         "verdict": verdict(job, needs, steps),
     }
