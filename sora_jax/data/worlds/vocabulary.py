@@ -30,9 +30,9 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 # One line for someone whose prompt has words outside of all this.
 DESCRIPTION = (
-    "one or two red, orange, yellow, green, blue, purple, pink or white balls, cubes, pyramids and stars, small or "
-    "large, that rest, move, fall, rise or bounce, or pass behind a gray wall or pillar; a gray truck driving past; "
-    "a camera that pans or zooms; plain or gradient backgrounds, grass, snow, night"
+    "a red, orange, yellow, green, blue, purple, pink or white ball, cube, pyramid or star, small or large, alone or "
+    "next to another; it rests, moves, rolls, flies, falls, rises or bounces, or passes behind a gray wall or pillar; "
+    "a gray truck drives past; the camera pans or zooms; a plain or gradient background, grass, snow, night"
 )
 
 # Pairs kept out of training, so that drawing them shows that colour and shape were learned apart.
