@@ -18,7 +18,7 @@ from sora_jax.errors import InputError
 from sora_jax.safety.names import NameFinder
 from sora_jax.safety.normalize import MAX_LENGTH, Forms, forms, pieces, repaired
 from sora_jax.safety.phrases import compile_phrases
-from sora_jax.safety.policy import Policy
+from sora_jax.safety.policy import PROTECTED, Policy, load_policy
 from sora_jax.safety.semantic import classifier, encoder, windows
 
 _PEOPLE = "real_people"
@@ -63,6 +63,9 @@ class Gate:
             for one in self._categories
         }
         self._names = NameFinder(policy.names) if _PEOPLE in self._rules else None
+        # Where children are named, what the package's policy refuses is harm to them, whatever else is relaxed.
+        self._strict = None if policy == load_policy() else load_gate(load_policy())
+        self._children = compile_phrases(("[child]",), lists, PROTECTED)
         self._encode, self._classify = encoder(), classifier()
         # A category of the user's own is known by its examples.
         self._examples = {
@@ -81,6 +84,10 @@ class Gate:
         for text in dict.fromkeys((prompt, repaired(prompt))):
             read = forms(text)
             verdict = self._check(text, read) if read else too_long
+            if verdict.allowed and self._strict and any(map(self._children.found_in, (read.words, *read.decoded))):
+                strict = self._strict._check(text, read)
+                if {*strict.categories} - {_PEOPLE}:
+                    verdict = Verdict(False, (PROTECTED,), self._descriptions[PROTECTED], strict.layer)
             if not verdict.allowed:
                 break
         return verdict

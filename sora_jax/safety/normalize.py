@@ -1,8 +1,8 @@
 """Prompts to the forms that the gate's layers read: as written, plain ASCII, and what is left without disguises.
 
 Compatibility forms, lookalike letters, invisible characters, accents and other alphabets become ASCII letters. Digits
-and symbols that stand for letters, letters set apart and stretched words are undone beside the plain form, not in it,
-so that "10 balls" stays what it is.
+and symbols that stand for letters, letters set apart, words run together and letters doubled or swapped are undone
+beside the plain form, not in it, so that "10 balls" stays what it is.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ _BETWEEN = r"(?: |[.,;:=_\-*/\\~^|>]{1,2} ?)"  # letters that are set apart; two
 _SPACED = re.compile(rf"(?<![^\s(\"']){_SINGLE}(?:{_BETWEEN}{_SINGLE}){{2,}}(?![A-Za-z0-9])")
 _BRACKETED = re.compile(r"(?:\(\w\)|\[\w\]){3,}")
 _LONGEST_WORD = 20
+# Words run together: capitals inside, more than once, or no word is so long.
+_RUN_TOGETHER = re.compile(rf"[A-Za-z]*[a-z][A-Z]+[a-z]+[A-Z][A-Za-z]*|[A-Za-z]{{{_LONGEST_WORD + 1},}}")
+_CAPITALS = re.compile(r"[a-z][A-Z]|[A-Z]{2}[^a-z]+[A-Z]{2}")  # inside of words, or several words of them
+_MARKS = re.compile(r"\w_\w+_\w|([\"'*~])\w+\1 \1\w+\1")  # between words, or around each
+_ENGLISH = 0.6  # the share of known words from which respelled text is taken for what was meant
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])|\s*\n\s*")
 _CLAUSE_END = re.compile(r"(?<=[,:])\s+|(?<=[，：、])")
 _MANY_WORDS = 20  # a sentence of more is read by clauses too
@@ -75,11 +80,18 @@ def forms(prompt: str) -> Forms | None:
         return None
     text = " ".join(ascii_text.split())
     words = to_words(text)
-    readings = []
+    readings, is_plain = [], prompt.isascii()  # other alphabets become words that are no English
     for split in (False, True):
-        read = to_words(_unleet(_glue(_join_spaced(ascii_text, split))))
+        joined = _join_spaced(ascii_text, split)
+        if is_plain:
+            joined = _RUN_TOGETHER.sub(_apart, joined)
+        read = to_words(_unleet(_glue(joined)))
+        readings += [_respelled(read)] * is_plain
         readings += [re.sub(r"([a-z])\1{2,}", short, read) for short in (r"\1", r"\1\1")]
-    return Forms(visible(prompt), text, words, tuple(dict.fromkeys(read for read in readings if read != words)))
+    # The encoder takes other capitals for other words, and a word between marks for another one.
+    marked = is_plain and bool(_MARKS.search(text) or _CAPITALS.search(text) or text.istitle())
+    decoded = dict.fromkeys(read for read in readings if read != words or marked)
+    return Forms(visible(prompt), text, words, tuple(decoded))
 
 
 def alphabetic(read: Forms) -> Forms:
@@ -222,6 +234,12 @@ def _join_spaced(text: str, split: bool) -> str:
     return _SPACED.sub(joined, text)
 
 
+def _apart(match: re.Match) -> str:
+    """ "AManRuns" at its capitals, "amanruns" and "aMaNrUnS" where words may end."""
+    parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", match[0])
+    return " ".join(parts) if len(match[0]) >= 3 * len(parts) > 3 else _split(match[0])
+
+
 def _split(letters: str) -> str:
     """Letters without spaces as the likeliest words, where those of rank n are 1/n as frequent (Zipf's law)."""
     known, lower = lexicon(), letters.lower()
@@ -238,6 +256,35 @@ def _split(letters: str) -> str:
 
 def _cost(word: str, known: dict[str, int]) -> float:
     return math.log(known[word]) if word in known else 12.0 * len(word)
+
+
+def _respelled(words: str) -> str:
+    """Words that the lexicon lacks, with letters doubled or inner letters swapped, as it has them: if they are several,
+    and most are English then. One alone is a slip."""
+    known = lexicon()
+    given = re.sub(r"\b([ai])\1\b", r"\1", words).split()
+    found = [word if word in known else _in_lexicon(word) for word in given]
+    changed = sum(before != after for before, after in zip(words.split(), found, strict=True))
+    letters = [word for word in found if word.isalpha()]
+    english = sum(word in known for word in letters) >= _ENGLISH * len(letters)
+    return " ".join(found) if english and changed > 1 else words
+
+
+def _in_lexicon(word: str) -> str:
+    known = lexicon()
+    runs = re.findall(r"(([a-z])\2*)", word)
+    if sum(len(run) > 1 for run, _ in runs) <= 6:
+        choices = ((letter, 2 * letter) if len(run) > 1 else (run,) for run, letter in runs)
+        variants = map("".join, itertools.product(*choices))
+        if spelled := [one for one in variants if one in known or one.removesuffix("s") in known]:
+            return min(spelled, key=lambda one: known.get(one, 1 << 30))
+    return _by_letters().get((word[0], word[-1], *sorted(word)), word)
+
+
+@functools.cache
+def _by_letters() -> dict[tuple[str, ...], str]:
+    """The commonest word by its first and last letter and all that it has."""
+    return {(word[0], word[-1], *sorted(word)): word for word in reversed(lexicon())}
 
 
 def _glue(text: str) -> str:

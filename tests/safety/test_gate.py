@@ -114,12 +114,14 @@ def test_verdicts_name_layer_and_category_and_never_the_prompt(gate):
     assert layers == {"", "rules", "names", "meaning"}
 
 
-def test_disguises_are_seen_through(gate):
-    """Refused prompts of the first round stay refused in nearly all disguises."""
+@pytest.mark.parametrize("which", range(evaluation.DISGUISES))
+def test_disguises_are_seen_through(gate, which):
+    """Refused prompts of the first round stay refused in nearly all disguises; fewer where only a spelling that is none
+    of a word's could be any, as the lexicon does not hold all words."""
     rng = np.random.default_rng(1)
     refused = [prompt for _, prompt in ROUNDS["round1"] if not gate.check(prompt).allowed][:40]
-    seen = [not gate.check(evaluation.obfuscated(prompt, rng)).allowed for prompt in refused]
-    assert np.mean(seen) > 0.9
+    seen = [not gate.check(evaluation.obfuscated(prompt, rng, which)).allowed for prompt in refused]
+    assert np.mean(seen) > (0.9 if which < 10 else 0.7)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +316,16 @@ def test_minors_are_protected_whoever_makes_the_policy():
     for change in (dict(lists=()), dict(categories=(*own.categories, Category("minors")))):
         with pytest.raises(InputError, match="cannot relax"):
             Gate(dataclasses.replace(own, **change))
+
+
+def test_relaxing_all_else_leaves_minors_protected(tmp_path, gate):
+    others = ("violence", "sexual", "hate", "self_harm", "real_people")
+    relaxed = load_gate(policy(tmp_path, "\n".join(f"[categories.{name}]\nenabled = false" for name in others)))
+    assert relaxed.check("a man is stabbed in an alley").allowed
+    prompts = [prompt for found in ROUNDS.values() for category, prompt in found if category == "minors"]
+    refused = [prompt for prompt in prompts if not gate.check(prompt).allowed]
+    still = [relaxed.check(prompt) for prompt in refused]
+    assert len(refused) > 100 and np.mean([verdict.categories == ("minors",) for verdict in still]) > 0.97
 
 
 def test_an_operator_may_add_and_relax(tmp_path, gate):
