@@ -6,8 +6,8 @@ neither gate nor examples) and the fourth (by the author of the examples, to be 
 all else was frozen; then examples like theirs were added, and the fifth and, after more examples, the sixth (by others
 who had seen nothing, half of them roundabout or disguised) were read for the first time. The seventh and the eighth,
 by two more who had seen nothing, were read in the same way; then came examples of long prompts, by people who had seen
-neither of them. The ninth, by somebody who had seen nothing either, was read once when all else was frozen, and so,
-each after examples by six more people, were the tenth and the eleventh.
+neither of them. The ninth, by somebody who had seen nothing either, was read once when all else was frozen, and so were
+all later ones, each by another who had seen nothing; the fourteenth and the sixteenth are in other languages.
 """
 
 from __future__ import annotations
