@@ -25,7 +25,7 @@ def deepen(config: ModelConfig, params: dict, layers: list[int]) -> tuple[ModelC
     """Config and parameters with these layers of the transformer; repeated ones are the identity.
 
     Args:
-        params: {"text": ..., "codec": ..., "dit": ...}, arrays or tensors that are yet to be read.
+        params: {"text": ..., "codec": ..., "dit": ...}, tensors that are yet to be read.
         layers: 0 to config.dit.layers - 1, each at least once, in order.
 
     Raises:
@@ -35,14 +35,13 @@ def deepen(config: ModelConfig, params: dict, layers: list[int]) -> tuple[ModelC
         raise ValueError(f"layers must be 0 to {config.dit.layers - 1}, each at least once, in order, not {layers}")
     again = [number for number, layer in enumerate(layers) if layer in layers[:number]]
 
-    def grow(path, leaf):
-        stacked = np.asarray(leaf.read() if isinstance(leaf, Tensor) else leaf)[layers]
+    def grow(path, tensor: Tensor) -> np.ndarray:
+        stacked = tensor.read()[layers]
         if any(key.key in _LAST for key in path):
             stacked[again] = 0
         return stacked
 
-    is_leaf = lambda leaf: isinstance(leaf, Tensor)  # noqa: E731
-    blocks = jax.tree.map_with_path(grow, params["dit"]["blocks"], is_leaf=is_leaf)
+    blocks = jax.tree.map_with_path(grow, params["dit"]["blocks"])
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, layers=len(layers)))
     return config, {**params, "dit": {**params["dit"], "blocks": blocks}}
 
