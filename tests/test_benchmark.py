@@ -1,11 +1,11 @@
 """The benchmark counts operations as one would by hand."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from scripts import script
 
 from sora_jax.codec import Codec
 from sora_jax.codec.layers import convolve
@@ -17,11 +17,7 @@ from sora_jax.plan import model_config
 
 @pytest.fixture(scope="module")
 def operations():
-    path = Path(__file__).parents[1] / "experiments" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.operations
+    return script("experiments/benchmark.py").operations
 
 
 def test_products_in_loops_and_compiled_functions_count(operations):

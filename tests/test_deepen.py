@@ -1,19 +1,13 @@
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from scripts import script
 
 from sora_jax.models import load, read_config
 
 
 @pytest.fixture(scope="module")
 def deepen():
-    path = Path(__file__).parents[1] / "experiments" / "deepen.py"
-    spec = importlib.util.spec_from_file_location("deepen", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments/deepen.py")
 
 
 def test_a_deeper_model_computes_the_same(deepen, tiny_folder, tmp_path, monkeypatch, capsys):

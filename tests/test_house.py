@@ -1,11 +1,11 @@
 """Rules of the house: which way imports point, what is never imported, and that the package opens quickly."""
 
 import ast
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from scripts import script
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sora_jax"
@@ -110,9 +110,7 @@ def test_no_file_names_a_place_on_somebodys_machine():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_a_config_says_what_it_is_and_can_be_made(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script(path)
     assert module.__doc__ and module.__doc__.strip()
     config = module.get_config()
     assert config.task in ("codec", "dit")

@@ -1,19 +1,14 @@
 """The programs that are planned run here: on a tiny model, and their operations are those of the formula."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from scripts import script
 
 
 @pytest.fixture(scope="module")
 def mfu():
-    path = Path(__file__).parents[1] / "experiments" / "mfu.py"
-    spec = importlib.util.spec_from_file_location("mfu", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments/mfu.py")
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Reading, placing and writing in pieces gives what doing it at once would."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from scripts import script
 
 from sora_jax import tensors as tensors_lib
 from sora_jax.errors import InputError
@@ -142,10 +142,7 @@ def test_eight_devices_share_what_one_would_hold(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to tell the peak of memory")
 def test_the_host_never_holds_the_model():
-    path = ROOT / "experiments" / "loading_memory.py"
-    spec = importlib.util.spec_from_file_location("loading_memory", path)
-    memory = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(memory)
+    memory = script("experiments/loading_memory.py")
     bound, took = memory.figures(layers=32, shards=2, rows=("load", "convert"))
     assert bound < 180e6  # the parameters are 268e6
     assert max(took.values()) < bound, took

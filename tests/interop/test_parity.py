@@ -6,7 +6,6 @@ Every day draws other sizes; PARITY_SEED=N, the number in a test's name, draws t
 """
 
 import datetime
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import script
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("torch")
@@ -55,9 +55,7 @@ from sora_jax.text import T5Encoder  # noqa: E402
 from sora_jax.text.tokenizer import FileTokenizer  # noqa: E402
 from sora_jax.vision import VisionEncoder, preprocess  # noqa: E402
 
-_spec = importlib.util.spec_from_file_location("golden_make", Path(__file__).parents[1] / "golden" / "make.py")
-make = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make)
+make = script("tests/golden/make.py")
 
 TOLERANCE = 1e-5
 LEVEL = 1 / (255 * 0.26)  # of 8 bits, as the image encoder sees it
