@@ -114,13 +114,12 @@ def test_verdicts_name_layer_and_category_and_never_the_prompt(gate):
     assert layers == {"", "rules", "names", "meaning"}
 
 
-@pytest.mark.parametrize("which", range(evaluation.DISGUISES))
+@pytest.mark.parametrize("which", range(len(evaluation.DISGUISES)))
 def test_disguises_are_seen_through(gate, which):
     """Refused prompts of the first round stay refused in nearly all disguises; fewer where only a spelling that is none
     of a word's could be any, as the lexicon does not hold all words."""
-    rng = np.random.default_rng(1)
     refused = [prompt for _, prompt in ROUNDS["round1"] if not gate.check(prompt).allowed][:40]
-    seen = [not gate.check(evaluation.obfuscated(prompt, rng, which)).allowed for prompt in refused]
+    seen = [not gate.check(evaluation.DISGUISES[which](prompt)).allowed for prompt in refused]
     assert np.mean(seen) > (0.9 if which < 10 else 0.7)
 
 
