@@ -32,6 +32,7 @@ NEVER = {"torch", "tensorflow", "diffusers", "transformers", "pickle"}
 # What compares with the public implementations, where they are installed.
 COMPARES = {
     ROOT / "tests/golden/make.py",
+    ROOT / "tests/golden/published.py",
     ROOT / "tests/interop/test_parity.py",
     ROOT / "experiments/benchmark_vs_diffusers.py",
 }

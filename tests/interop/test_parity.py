@@ -26,7 +26,6 @@ import jax  # noqa: E402
 import safetensors.numpy  # noqa: E402
 import torch  # noqa: E402
 from diffusers import (  # noqa: E402
-    AutoencoderKLWan,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -34,13 +33,7 @@ from diffusers import (  # noqa: E402
 )
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
-from transformers import (  # noqa: E402
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    PreTrainedTokenizerFast,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel  # noqa: E402
 
 import sora_jax  # noqa: E402
 from sora_jax import sampler  # noqa: E402
@@ -48,14 +41,11 @@ from sora_jax.codec import Codec  # noqa: E402
 from sora_jax.codec.vae import stream  # noqa: E402
 from sora_jax.dit import DiT  # noqa: E402
 from sora_jax.interop.configs import codec_config, dit_config, text_config, vision_config  # noqa: E402
-from sora_jax.interop.diffusers import _flatten, _sources, _unneeded  # noqa: E402
-from sora_jax.interop.presets import CODEC_2_2, PRESETS  # noqa: E402
-from sora_jax.model_folder import abstract_params  # noqa: E402
 from sora_jax.text import T5Encoder  # noqa: E402
 from sora_jax.text.tokenizer import FileTokenizer  # noqa: E402
 from sora_jax.vision import VisionEncoder, preprocess  # noqa: E402
 
-make = script("tests/golden/make.py")
+make, published = script("tests/golden/make.py"), script("tests/golden/published.py")
 
 TOLERANCE = 1e-5
 LEVEL = 1 / (255 * 0.26)  # of 8 bits, as the image encoder sees it
@@ -324,83 +314,22 @@ def test_solvers(solver, steps, shift):
     assert difference(sampler.sample(velocity, start, schedule, solver), expected) < TOLERANCE
 
 
-def reference(part, name, preset):
-    """The public class with a preset's published sizes, without memory for its weights."""
-    with torch.device("meta"):
-        if part == "text":
-            return UMT5EncoderModel(
-                UMT5Config(
-                    vocab_size=256384,
-                    d_model=4096,
-                    d_kv=64,
-                    d_ff=10240,
-                    num_layers=24,
-                    num_heads=64,
-                    feed_forward_proj="gated-gelu",
-                )
-            )
-        if part == "codec":
-            if preset.codec != CODEC_2_2:
-                return AutoencoderKLWan()
-            return AutoencoderKLWan(
-                base_dim=160,
-                decoder_base_dim=256,
-                z_dim=48,
-                is_residual=True,
-                in_channels=12,
-                out_channels=12,
-                patch_size=2,
-                latents_mean=list(CODEC_2_2.latents_mean),
-                latents_std=list(CODEC_2_2.latents_std),
-            )
-        if part == "vision":
-            sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-            return CLIPVisionModel(
-                CLIPVisionConfig(**sizes, num_attention_heads=16, image_size=224, patch_size=14, hidden_act="gelu")
-            )
-        return WanTransformer3DModel(**TRANSFORMERS[name])
-
-
-# What the configs of the published transformers say beyond the defaults of their class, which are those of the 14B.
-_LARGE = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
-_IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
-TRANSFORMERS = {
-    "wan2.1-t2v-1.3b": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
-    "wan2.1-t2v-14b": _LARGE,
-    "wan2.1-i2v-14b": {**_LARGE, **_IMAGE},
-    "wan2.1-flf2v-14b": {**_LARGE, **_IMAGE, "pos_embed_seq_len": 514},
-    "wan2.2-t2v-a14b": _LARGE,
-    "wan2.2-i2v-a14b": {**_LARGE, "in_channels": 36},
-    "wan2.2-ti2v-5b": {
-        **{"num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "num_layers": 30},
-        **{"in_channels": 48, "out_channels": 48},
-    },
-}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_published_sizes(name, tmp_path):
-    """Every name, shape and parameter of the published classes, and nothing else."""
-    preset = PRESETS[name]
-    abstract = abstract_params(preset)
-    for part in preset.parts:
-        module = reference(part, name, preset)
-        theirs = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        theirs = {key: shape for key, shape in theirs.items() if not _unneeded(preset, part)(key)}
-        ours = _flatten(abstract[part])
-        used = []
-        for key, source in _sources(preset, part, ours).items():
-            for tensor in source.names:
-                shape = jax.eval_shape(source.convert, jax.ShapeDtypeStruct(theirs[tensor], "float32")).shape
-                assert shape == (ours[key].shape[1:] if source.stacked else ours[key].shape)
-                used.append(tensor)
-        assert sorted(used) == sorted(theirs)
-        assert sum(leaf.size for leaf in ours.values()) == sum(int(np.prod(shape)) for shape in theirs.values())
-        save = module.config.save_pretrained if part in ("text", "vision") else module.save_config
-        save(tmp_path / part)
-        if part != "dit_low":
-            read = {"text": text_config, "codec": codec_config, "dit": dit_config, "vision": vision_config}[part]
-            assert read(tmp_path / part / "config.json") == getattr(preset, part)
+@pytest.mark.parametrize("model", published.MODELS)
+def test_published_sizes(model, tmp_path):
+    """What `test_published.py` compares the presets with is what the classes are, whose configs are read alike."""
+    made, stored = published.module(model), json.loads(published.FILE.read_text())[model]
+    assert {"class": type(made).__name__, **published.tensors(made)} == {
+        name: value for name, value in stored.items() if name != "config"
+    }
+    read = {
+        "UMT5EncoderModel": text_config,
+        "CLIPVisionModel": vision_config,
+        "AutoencoderKLWan": codec_config,
+        "WanTransformer3DModel": dit_config,
+    }[stored["class"]]
+    for number, config in enumerate((published.config(made), stored["config"])):
+        (tmp_path / f"{number}.json").write_text(json.dumps(config))
+    assert read(tmp_path / "0.json") == read(tmp_path / "1.json")
 
 
 @pytest.mark.parametrize("layout", ["peft", "wan"])
