@@ -1,13 +1,20 @@
 """Run by test_mesh.py in a process of its own, with eight devices: every mesh computes what one device does."""
 
+import json
 import math
 import re
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
+import golden_pipelines
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax.core import meta
+from golden_pipelines import GOLDEN
 from ml_collections import ConfigDict
 
 from sora_jax import mesh as mesh_lib
@@ -256,6 +263,61 @@ def generate():
             # Rounding to 8 bits may fall to either side.
             assert np.abs(ours.astype(int) - one).max() <= 1
         print("equal on", words, flush=True)
+
+
+def wan():
+    """Every kind of Wan's pipelines gives, split along `context` and more, the frames of the public one."""
+    meshes = {
+        "t2v": "context=8",
+        "ti2v": "data=4,context=2",
+        "a14b": "fsdp=4,context=2",
+        "i2v": "data=2,context=4",
+        "flf": "data=2,fsdp=2,context=2",
+        "i2v-a14b": "fsdp=2,context=4",
+    }
+    assert meshes.keys() == set(golden_pipelines.KINDS)
+    for kind, words in meshes.items():
+        expected = golden_pipelines.expected(kind)
+        given, frames = golden_pipelines.options(kind, expected), expected["frames"]
+        if kind == "ti2v":  # with a picture there is more to split
+            given, frames = {"image": expected["image"]}, expected["frames_from_image"]
+        found = split(GOLDEN / kind, words, expected["noise"], given)
+        assert np.abs(found - 255 * frames).max() < 1, words  # one of the two levels beside each value
+        print("equal on", words, flush=True)
+    for kind, words in (("ti2v", "context=4,tensor=2"), ("i2v", "fsdp=2,context=2,tensor=2")):
+        expected = golden_pipelines.expected(kind)
+        given = {"image": expected["image"]}
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(GOLDEN / kind, folder, dirs_exist_ok=True)
+            leave_two_heads(Path(folder) / "text_encoder")
+            one = golden_pipelines.run(load(folder), expected["noise"], **given)
+            found = split(folder, words, expected["noise"], given)
+        assert np.abs(found - one.astype(int)).max() <= 1, words
+        print("equal on", words, flush=True)
+
+
+def split(folder, words, noise, given):
+    """The frames of a golden pipeline on a mesh among whose devices its transformer is split."""
+    mesh = mesh_lib.parse_mesh(words)
+    generator = load(folder, mesh=mesh)
+    up = generator.params["dit"]["blocks"]["up"]["kernel"]
+    shares = mesh.size // mesh.shape["data"]
+    assert up.size == shares * math.prod(up.sharding.shard_shape(up.shape))
+    return golden_pipelines.run(generator, noise, **given)
+
+
+def leave_two_heads(folder):
+    """Takes from a published text encoder all heads but two: `tensor` divides no three."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_heads": 2}))
+    width, path = 2 * config["d_kv"], folder / "model.safetensors"
+    kept = {**dict.fromkeys("qkv", np.s_[:width]), "o": np.s_[:, :width], "relative_attention_bias": np.s_[:, :2]}
+    tensors = {
+        name: np.ascontiguousarray(tensor[kept.get(name.split(".")[-2], ...)])
+        for name, tensor in safetensors.numpy.load_file(path).items()
+    }
+    safetensors.numpy.save_file(tensors, path)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ def test_the_same_seed_gives_the_same_video_on_any_mesh():
     assert on_eight_devices("generate").count("equal on") == 2
 
 
+@pytest.mark.slow
+def test_every_kind_of_wan_gives_the_same_video_on_a_mesh():
+    assert on_eight_devices("wan").count("equal on") == 8
+
+
 def test_every_mesh_computes_what_one_device_does():
     assert on_eight_devices("dit").count("equal on") == 7
 

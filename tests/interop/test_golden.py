@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import golden_pipelines
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from golden_pipelines import GOLDEN, KINDS
 
 import sora_jax
 from sora_jax import generate, media, sampler
@@ -23,7 +25,6 @@ from sora_jax.text import T5Encoder
 from sora_jax.video import Video
 from sora_jax.vision import VisionEncoder, preprocess
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-5  # of the norm, in float32
 
 
@@ -33,7 +34,7 @@ def difference(found, expected) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.fixture(scope="module", params=["t2v", "ti2v", "a14b", "i2v", "flf", "i2v-a14b"])
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request):
     return request.param
 
@@ -45,7 +46,7 @@ def generator(kind):
 
 @pytest.fixture(scope="module")
 def expected(kind):
-    return np.load(GOLDEN / kind / "expected.npz")
+    return golden_pipelines.expected(kind)
 
 
 def test_dit(generator, expected, kind):
@@ -95,20 +96,9 @@ BEST = 10 * np.log10(12 * 255.0**2)  # dB: what rounding to 8 bits leaves, unifo
 
 def quality(generator, noise, expected, **options) -> float:
     """PSNR in dB of the frames of the pipeline."""
-    stride = generator.config.codec.stride_space
-    video = generator.generate(
-        "a red ball rolls behind a gray wall",
-        negative_prompt="a blue cube",
-        noise=noise,
-        size=(8 * stride, 4 * stride),
-        frames=9,
-        steps=6,
-        guidance=4.0,
-        progress=False,
-        **options,
-    )
     assert expected.std() > 0.05  # there is something to compare
-    return -10 * np.log10(np.mean((video.frames / 255.0 - expected) ** 2))
+    frames = golden_pipelines.run(generator, noise, **options)
+    return -10 * np.log10(np.mean((frames / 255.0 - expected) ** 2))
 
 
 @pytest.mark.parametrize("kind", ["a14b"], indirect=True)
@@ -120,13 +110,7 @@ def test_one_guidance_is_that_of_both_transformers(kind, generator, expected):
 
 
 def test_pipeline(generator, expected, kind):
-    options = {
-        "a14b": {"guidance_low": 2.0},
-        "i2v": {"image": "image"},
-        "i2v-a14b": {"image": "image", "guidance_low": 2.0},
-        "flf": {"image": "image", "last_image": "last_image"},
-    }.get(kind, {})
-    options = {name: expected[value] if isinstance(value, str) else value for name, value in options.items()}
+    options = golden_pipelines.options(kind, expected)
     assert quality(generator, expected["noise"], expected["frames"], **options) > BEST - 0.5
 
 
