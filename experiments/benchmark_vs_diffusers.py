@@ -34,10 +34,13 @@ from typing import Any
 
 import numpy as np
 
+from sora_jax.cli import words
+
 ROOT = Path(__file__).parents[1]
 PROMPT, NEGATIVE = "a red ball rolls behind a gray wall", "a blue cube"
 STEPS = 4
 WARM_UPS = 20  # of the product, which is too short to bring a GPU to its clock by itself
+NEEDED = ("torch", "diffusers", "transformers")
 PARTS = ("text", "dit", "encode", "decode", "whole")
 
 
@@ -146,6 +149,7 @@ class Side:
         fetch: a result as an array of NumPy.
         peak_bytes: the most memory so far.
         load_seconds: from the folder to parameters on the device.
+        versions: of the packages that compute.
         facts: name of the device and operations of the transformer's step, where this side knows them.
     """
 
@@ -154,6 +158,7 @@ class Side:
     fetch: Callable[[Any], np.ndarray]
     peak_bytes: Callable[[], int]
     load_seconds: float
+    versions: dict[str, str]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -213,13 +218,16 @@ def ours(folder: Path, setting: Setting) -> Side:
         fetch=lambda result: np.asarray(result, np.float32),
         peak_bytes=lambda: (device.memory_stats() or {}).get("peak_bytes_in_use") or process_peak_bytes(),
         load_seconds=load_seconds,
+        versions={"jax": jax.__version__},
         facts={"device": device.device_kind, "dit_operations": count_operations(jax.make_jaxpr(dit)(*step).jaxpr)},
     )
 
 
 def theirs(folder: Path, setting: Setting) -> Side:
     """The same of diffusers and transformers."""
+    import diffusers
     import torch
+    import transformers
     from diffusers import AutoencoderKLWan, WanPipeline
 
     is_gpu, dtype = setting.on == "gpu", getattr(torch, setting.dtype)
@@ -271,13 +279,14 @@ def theirs(folder: Path, setting: Setting) -> Side:
         fetch=lambda result: result if isinstance(result, np.ndarray) else result.float().cpu().numpy(),
         peak_bytes=torch.cuda.max_memory_allocated if is_gpu else process_peak_bytes,
         load_seconds=load_seconds,
+        versions={package.__name__: package.__version__ for package in (torch, diffusers, transformers)},
     )
 
 
 def worker(which: str, folder: Path, setting: Setting, pipe: Any) -> None:
     """Loads, then answers (part) with (seconds, result) until there is no more to do, and ends with its peak memory."""
     side = {"ours": ours, "theirs": theirs}[which](folder, setting)
-    pipe.send((side.load_seconds, side.facts))
+    pipe.send((side.load_seconds, side.versions, side.facts))
     while part := pipe.recv():
         start = time.perf_counter()
         result = side.calls[part]()
@@ -297,12 +306,14 @@ def compare(setting: Setting, parts: Sequence[str], repeats: int, save: Callable
         if maker.exitcode:
             raise EOFError  # as where a worker fails
         pipes, facts = {}, {}
-        results = {"setting": dataclasses.asdict(setting), "parts": {}, "load_seconds": {}, "peak_bytes": {}}
+        results = {"setting": dataclasses.asdict(setting), "versions": {}, "parts": {}}
+        results |= {"load_seconds": {}, "peak_bytes": {}}
         for which in ("ours", "theirs"):
             pipes[which], end = spawn.Pipe()
             spawn.Process(target=worker, args=(which, folder, setting, end), daemon=True).start()
             end.close()  # so that a worker that dies ends the wait for it
-            results["load_seconds"][which], known = pipes[which].recv()
+            results["load_seconds"][which], versions, known = pipes[which].recv()
+            results["versions"] |= versions
             facts |= known
 
         def call(which, part):
@@ -322,7 +333,8 @@ def compare(setting: Setting, parts: Sequence[str], repeats: int, save: Callable
             own, other = seconds[part] = [statistics.median(times[which]) for which in pipes]
             name = setting.names()[part]
             print(f"{name:56}{own:9.3f}{other:10.3f}{other / own:7.2f}{apart:10.1e}", flush=True)
-            results["parts"][part] = {"ours": own, "theirs": other, "apart": apart, "times": times}
+            results["parts"][part] = {"name": name, "ours": own, "theirs": other, "ratio": other / own}
+            results["parts"][part] |= {"apart": apart, "times": times}
             save(results)
         for which, pipe in pipes.items():
             pipe.send("")
@@ -354,14 +366,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--on", choices=SETTINGS, default="cpu", help="default: cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="of text encoder and transformer (default: see above)")
-    add("--repeats", type=int, default=5, help="timed calls of each part (default: 5)")
+    add("--repeats", type=words.whole(1), default=5, help="timed calls of each part (default: 5)")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     add("--quick", action="store_true", help="a few channels and pixels: does it run?")
     add("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     options = parser.parse_args(arguments)
+    if options.json and not options.json.absolute().parent.is_dir():  # and not after all the measuring
+        print(f"benchmark: error: there is no folder for --json {options.json}", file=sys.stderr)
+        return 2
     setting = SETTINGS[options.on]
     setting = dataclasses.replace(setting, dtype=options.dtype or setting.dtype, **(QUICK if options.quick else {}))
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers", "transformers")):
+    if any(importlib.util.find_spec(name) is None for name in NEEDED):
         print("benchmark: error: this needs diffusers: pip install -e '.[parity]'", file=sys.stderr)
         return 2
     import torch
