@@ -49,7 +49,7 @@ def make_signed(folder: Path, format: str, signer: Signer, seed: int = 0) -> Pat
     frames = np.random.default_rng(seed).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     plain = media.encode(frames[:1] if format == "png" else frames, 8, f".{format}")
     target = folder / f"signed-{seed}.{format}"
-    claim = Claim(target.name, "bundled", "00" * 32, {"steps": 30, "size": [32, 32]}, "11" * 32, 7)
+    claim = Claim("model", target.name, "bundled", "00" * 32, {"steps": 30, "size": [32, 32]}, "11" * 32, 7)
     target.write_bytes(sign(plain, f".{format}", claim, signer))
     return target
 
@@ -139,7 +139,8 @@ def _format_rows(folder: Path, format: str, signer: Signer, flips: int) -> Itera
     yield tried("cut off: last byte, half, last part, nearly all", *(data[:cut] for cut in cuts))
     for change, variant in tampering.additions(data, format):
         yield tried(change, variant)
-    yield tried("assertion edited: another seed", data.replace(b'"seed":7', b'"seed":8'))
+    edited = tampering.with_store(data, format, lambda store: store.replace(b'"seed":7', b'"seed":8'))
+    yield tried("assertion edited: another seed", edited)
     yield tried("forged: other pictures in the room of the signature's padding", tampering.forged(data, format, folder))
     other = make_signed(folder, format, signer, seed=1).read_bytes()
     yield tried("manifest of another file", tampering.transplanted(data, other, format))
@@ -167,6 +168,10 @@ HEAD = """# What reading a signed file says after a change
 Written by `python experiments/provenance_matrix.py --out docs/provenance.md`. Trusted and valid are intact, by a signer
 known here or not; rejected has a bad certificate; tampered was changed; none has no manifest. Numbers count what was
 tried, such as single bytes. "Pixels" says whether a player shows the same frames, other ones, or none.
+
+What a model made says so (`trainedAlgorithmicMedia`). What it did not make says only what is known: a video that was
+read from a file and saved again was opened, encoded anew and marked, with the file's own manifest within its own;
+frames of unknown origin were put into an empty file.
 
 """
 

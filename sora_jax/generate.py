@@ -214,6 +214,7 @@ class Generator:
             said["noise_sha256"] = hashlib.sha256(request.noise[number].tobytes()).hexdigest()
         prompt = request.prompts[number]
         return Claim(
+            origin="model",
             model=self.name,
             weights_sha256=self.weights(),
             config=said,

@@ -89,7 +89,7 @@ class Video:
 
 
 def read_video(path: str | os.PathLike) -> Video:
-    """Reads every frame of a video, GIF or picture file; saved again, it is an edit of that file.
+    """Reads every frame of a video, GIF or picture file; saved again, it says that it is a copy of that file.
 
     Raises:
         InputError: if it cannot be opened or holds no video.
@@ -97,7 +97,7 @@ def read_video(path: str | os.PathLike) -> Video:
     from sora_jax.safety.provenance import Claim, Source
 
     source = Source.read(path, "video")
-    return Video(*media.decode(source.data, path), Claim(ingredients=(source,)))
+    return Video(*media.decode(source.data, path), Claim(origin="file", ingredients=(source,)))
 
 
 def contact_sheet(videos: Sequence[Video | np.ndarray], columns: int = 6, gap: int = 2) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mimetypes
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -21,6 +21,7 @@ from sora_jax.safety import boxes
 STATES = ("trusted", "valid", "rejected", "tampered", "none", "unreadable")
 GENERATION = "org.sora-jax.generation"
 LEFT_OUT = "left_out_boxes_sha256"  # in our assertion: the digest of the boxes that the C2PA hash leaves out
+BY_MODEL = "trainedAlgorithmicMedia"  # the source type of what a generative model made
 OFFLINE = {"remote_manifest_fetch": False, "ocsp_fetch": False}  # to read a file is to contact nobody
 _CONTENT = "the picture data or another part of the file was changed after signing"
 _WORDS = {  # C2PA 2.2, 15.2: status codes
@@ -46,11 +47,19 @@ _BOUND = ("assertion.dataHash.match", "assertion.bmffHash.match", "assertion.box
 
 @dataclass(frozen=True)
 class Ingredient:
-    """A file that went into another: its name, what it was used for, and the state of its own manifest."""
+    """A file that went into another, and what its own manifest says.
+
+    Attributes:
+        title: its name.
+        relationship: what it was used for.
+        state: of its manifest, see `Manifest`.
+        by_model: whether that says that a generative model made it, or made what it is a copy or an edit of.
+    """
 
     title: str
     relationship: str
     state: str
+    by_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,8 +156,7 @@ def _generation(report: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]
 
 def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO) -> Manifest:
     active = report["manifests"][report["active_manifest"]]
-    assertions = [one for one in active.get("assertions", ()) if one["label"].startswith("c2pa.actions")]
-    actions = [action for assertion in assertions for action in assertion["data"]["actions"]]
+    actions = _actions(active)
     certificate = active.get("signature_info") or {}
     state, problems = _state(report["validation_results"])
     own = f"{report['active_manifest']}/c2pa.signature"  # stamps of ingredients are listed here too
@@ -169,7 +177,7 @@ def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO)
             for info in active.get("claim_generator_info", ())
         ),
         actions=tuple(plain(action["action"]) for action in actions),
-        source_types=tuple(plain(a["digitalSourceType"]).split("/")[-1] for a in actions if "digitalSourceType" in a),
+        source_types=_source_types(actions),
         generation=generation,
         signer=", ".join(plain(certificate[part]) for part in ("common_name", "issuer") if certificate.get(part)),
         serial_number=plain(certificate.get("cert_serial_number", "")),
@@ -180,10 +188,32 @@ def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO)
                 plain(one.get("title", "")),
                 plain(one.get("relationship", "")),
                 _ingredient_state(one),
+                _by_model(report["manifests"], one.get("active_manifest")),
             )
             for one in active.get("ingredients", ())
         ),
     )
+
+
+def _actions(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    assertions = [one for one in manifest.get("assertions", ()) if one["label"].startswith("c2pa.actions")]
+    return [action for assertion in assertions for action in assertion["data"]["actions"]]
+
+
+def _source_types(actions: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    return tuple(plain(one["digitalSourceType"]).split("/")[-1] for one in actions if "digitalSourceType" in one)
+
+
+def _by_model(manifests: dict[str, Any], label: str | None) -> bool:
+    """Whether a manifest says that a generative model made its file, or that of its parent, and so on."""
+    seen: set[str | None] = set()
+    while label in manifests and label not in seen:
+        seen.add(label)
+        if BY_MODEL in _source_types(_actions(manifests[label])):
+            return True
+        parents = [one for one in manifests[label].get("ingredients", ()) if one.get("relationship") == "parentOf"]
+        label = parents[0].get("active_manifest") if parents else None
+    return False
 
 
 def _state(results: dict[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Provenance: what a generated file says about itself, signed with C2PA."""
+"""Provenance: what a file says about itself, signed with C2PA."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ import sora_jax
 from sora_jax.errors import InputError, one_line
 from sora_jax.safety import boxes
 from sora_jax.safety.keys import Signer
-from sora_jax.safety.manifest import GENERATION, LEFT_OUT, OFFLINE, Manifest, media_type, read_manifest
+from sora_jax.safety.manifest import BY_MODEL, GENERATION, LEFT_OUT, OFFLINE, Manifest, media_type, read_manifest
 
 _ACTIONS = "c2pa.actions.v2"
-_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_BY_MODEL = f"http://cv.iptc.org/newscodes/digitalsourcetype/{BY_MODEL}"
+# c2pa.created must have a type, and every other one says how the frames came about. This one says that the file was
+# begun empty, which is so; c2pa.unknown then says that something happened which cannot be named here.
+_EMPTY = "http://c2pa.org/digitalsourcetype/empty"
 _SIGNING = {
     "builder": {
         "thumbnail": {"enabled": False},
@@ -64,9 +67,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a generated file says about itself; what is not known stays empty.
+    """What a file says about itself; what is not known stays empty.
 
     Attributes:
+        origin: where its frames come from: "model" if a generative model made them, "file" if they are those of the
+            first ingredient, encoded anew.
         title: what kind of file it is, such as "video.mp4": its own name may be made from the prompt.
         model, weights_sha256: the model's name and the digest of its weights, hexadecimal.
         config: the request and the model's configuration, as JSON has it.
@@ -79,6 +84,7 @@ class Claim:
         ingredients: what it was made from; the file is then an edit of the first.
     """
 
+    origin: str = ""
     title: str = ""
     model: str = ""
     weights_sha256: str = ""
@@ -149,7 +155,7 @@ def rehearse(signer: Signer) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "signed.png")
-        path.write_bytes(sign(base64.b64decode(_PIXEL), ".png", Claim("a first pixel", "none", "", {}, "", 0), signer))
+        path.write_bytes(sign(base64.b64decode(_PIXEL), ".png", Claim(title="a first pixel"), signer))
         verify_signed(path, signer)
 
 
@@ -175,14 +181,19 @@ def _manifest(claim: Claim, left_out: str | None) -> dict[str, Any]:
     if claim.prompt is None:
         del generation["prompt"]
     identifiers = [_identifier(number) for number in range(len(claim.ingredients))]
-    made = {"digitalSourceType": _SOURCE_TYPE, "softwareAgent": agent}
-    if identifiers:  # the standard wants what was edited to be opened first
-        actions = [
-            {"action": "c2pa.opened", "parameters": {"ingredientIds": identifiers[:1]}},
-            {"action": "c2pa.edited", "parameters": {"ingredientIds": identifiers[1:]}, **made},
-        ]
+    # The standard wants what was edited to be opened first.
+    opened = [{"action": "c2pa.opened", "parameters": {"ingredientIds": identifiers[:1]}}] if identifiers else []
+    if claim.origin == "model":
+        made = {"action": "c2pa.created", "digitalSourceType": _BY_MODEL, "softwareAgent": agent}
+        if opened:
+            made |= {"action": "c2pa.edited", "parameters": {"ingredientIds": identifiers[1:]}}
+        actions = [*opened, made]
     else:
-        actions = [{"action": "c2pa.created", **made}]
+        done = "c2pa.transcoded" if claim.origin == "file" else "c2pa.unknown"
+        marked = [{"action": "c2pa.watermarked.unbound"}] if "mark" in claim.checks else []  # C2PA 2.3: no soft binding
+        created = {"action": "c2pa.created", "digitalSourceType": _EMPTY}
+        actions = [*(opened or [created]), {"action": done}, *marked]
+        actions = [one | {"softwareAgent": agent} for one in actions]
     return {
         "claim_generator_info": [agent],
         "title": claim.title,

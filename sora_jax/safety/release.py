@@ -39,7 +39,8 @@ def release(
     Args:
         frames_THWC: uint8 [T, H, W, 3], RGB.
         fps: frames per second.
-        claim: what the file says of how it was made; the checks and the mark are added to it.
+        claim: what the file says of how it was made; the checks and the mark are added to it. That the frames are those
+            of a file is said only if they are.
         signer: by default the installation's own.
         scanner: looks at the frames too, beside the one that comes with the package.
 
@@ -61,8 +62,9 @@ def release(
         raise Refused(f"the frame scan withholds {path}; {report} says why")
     payload = mark_of(claim)
     checks = {**claim.checks, "frames": scans, "mark": f"{payload:04x}"}
+    origin = "" if claim.origin == "file" and not _is_copy(frames_THWC, fps, claim) else claim.origin
     # Not the file's name, which is often made from the prompt.
-    claim = dataclasses.replace(claim, title=f"video{ending}", checks=checks)
+    claim = dataclasses.replace(claim, title=f"video{ending}", checks=checks, origin=origin)
     marked_THWC = mark.embed(frames_THWC, payload, keys.watermark_key())
     with media.complete_or_absent(path) as hidden:
         encoded = media.encode(marked_THWC, fps, ending)
@@ -72,6 +74,13 @@ def release(
         if written != len(frames_THWC):
             raise InputError(f"cannot write {path}: only {written} of {len(frames_THWC)} frames arrived")
     return path
+
+
+def _is_copy(frames_THWC: np.ndarray, fps: float, claim: Claim) -> bool:
+    """Whether these are the frames of the first ingredient: they may have been changed since they were read."""
+    source = claim.ingredients[0]
+    theirs_THWC, speed = media.decode(source.data, source.title)
+    return fps == speed and np.array_equal(frames_THWC, theirs_THWC)
 
 
 def mark_of(claim: Claim) -> int:

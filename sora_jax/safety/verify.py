@@ -13,7 +13,7 @@ from cryptography import x509
 from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.safety import keys, mark, scan
-from sora_jax.safety.manifest import Manifest, plain, read_manifest
+from sora_jax.safety.manifest import BY_MODEL, Manifest, plain, read_manifest
 
 # What `sora-jax verify` ends with.
 EXIT_CODES = {"trusted": 0, "valid": 4, "rejected": 5, "tampered": 5, "none": 6, "unreadable": 2}
@@ -92,9 +92,9 @@ def _of_manifest(manifest: Manifest) -> list[str]:
         ]
     if manifest.state == "unreadable":
         return [f"It cannot be read: {'; '.join(manifest.problems)}."]
-    said = f"It says that it was made with {manifest.generator or 'an unnamed program'}"
-    if "trainedAlgorithmicMedia" in manifest.source_types:
-        said += ", by a generative model"
+    said = f"It says that it was written with {manifest.generator or 'an unnamed program'}"
+    if BY_MODEL in manifest.source_types:
+        said += ", and made by a generative model"
     said += f" ({', '.join(manifest.actions)})." if manifest.actions else "."
     if manifest.state == "tampered":
         return [f"It was changed after it was signed: {'; '.join(manifest.problems)}.", f"{said} Do not rely on it."]
@@ -108,19 +108,26 @@ def _of_manifest(manifest: Manifest) -> list[str]:
         lines.append(
             f"It was signed no later than {manifest.time}, says a time-stamp server that this installation {known}."
         )
-    lines += [said, *_of_generation(manifest.generation)]
+    lines += [said, *_of_generation(manifest)]
     for one in manifest.ingredients:
-        lines.append(f"It was made from {one.title}, whose own manifest is: {one.state}.")
+        model = "; that says that a generative model made it" if one.by_model else ""
+        lines.append(f"It was made from {one.title}, whose own manifest is: {one.state}{model}.")
     lines += [f"Note: {problem}." for problem in manifest.problems]
     return [*lines, "A signature shows that a file is unchanged, not that what it says is true."]
 
 
-def _of_generation(said: Mapping[str, Any]) -> list[str]:
+def _of_generation(manifest: Manifest) -> list[str]:
+    said = manifest.generation
     if not said:  # by another program
         return _of_scans(None)
-    lines = [f"Model {plain(said.get('model') or 'not named')}, seed {plain(said.get('seed'))}."]
+    if BY_MODEL in manifest.source_types:
+        line = f"Model {plain(said.get('model') or 'not named')}, seed {plain(said.get('seed'))}."
+    elif "c2pa.transcoded" in manifest.actions:
+        line = "Its frames are those of the file that it was made from, encoded anew and marked."
+    else:
+        line = "It does not say where its frames come from."
     checks = said.get("checks")
-    return lines + _of_scans(checks.get("frames") if isinstance(checks, Mapping) else None)
+    return [line, *_of_scans(checks.get("frames") if isinstance(checks, Mapping) else None)]
 
 
 def _of_scans(said: Any) -> list[str]:

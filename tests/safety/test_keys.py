@@ -33,7 +33,7 @@ from sora_jax.safety.provenance import Claim, read_manifest, verify_signed
 ROOT_KEY, OTHER_KEY, KEY = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
 ROOT, LEAF = (certificates.name(part, "Example") for part in ("root", "signer"))
 NOW = datetime.now(UTC)
-CLAIM = Claim("x", "bundled", "00" * 32, {}, "11" * 32, 0)
+CLAIM = Claim("model", "x", "bundled", "00" * 32, {}, "11" * 32, 0)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ import tampering  # noqa: E402
 from time_stamps import time_stamp_server  # noqa: E402
 
 CLAIM = Claim(
+    origin="model",
     title="clip",
     model="bundled",
     weights_sha256="0f" * 32,

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import signal
@@ -33,7 +34,8 @@ def noisy_clip(T=5, side=64):
     t, y, x = np.meshgrid(np.arange(T), *[np.arange(side)] * 2, indexing="ij")
     smooth = 128 + 60 * np.sin(x / 9 + t / 3) + 30 * np.cos(y / 7)
     rough = smooth[..., None] * [1.0, 0.9, 0.8] + np.random.default_rng(0).normal(0, 4, (T, side, side, 1))
-    return Video(np.clip(rough, 0, 255).astype(np.uint8), 8.0, Claim(model="tiny", seed=3, prompt="a red ball"))
+    claim = Claim(origin="model", model="tiny", seed=3, prompt="a red ball")
+    return Video(np.clip(rough, 0, 255).astype(np.uint8), 8.0, claim)
 
 
 def save(video, path, score=0.0, **how):
@@ -59,15 +61,30 @@ def test_every_file_is_signed_and_says_how_it_was_made(tmp_path, name):
 
 def test_a_file_without_a_known_origin_is_signed_too(tmp_path):
     path = save(Video(noisy_clip().frames), tmp_path / "clip.mp4")
-    assert provenance.read_manifest(path, keys.local_anchor()).state == "trusted"
+    manifest = provenance.read_manifest(path, keys.local_anchor())
+    assert (manifest.state, manifest.problems) == ("trusted", ())
+    assert manifest.actions == ("c2pa.created", "c2pa.unknown", "c2pa.watermarked.unbound")
+    assert manifest.source_types == ("empty",)
 
 
-def test_what_was_read_from_a_file_is_an_edit_of_it(tmp_path):
-    """A video by others that is saved again does not pass for one that was made here."""
+def test_what_was_read_from_a_file_is_a_copy_of_it(tmp_path):
+    """A video by others that is saved again does not pass for one that was made or edited here, nor by a model."""
     theirs = write(tmp_path / "theirs.mp4", noisy_clip().frames, 8.0)
-    manifest = provenance.read_manifest(save(read_video(theirs), tmp_path / "again.mp4"), keys.local_anchor())
-    assert manifest.actions == ("c2pa.opened", "c2pa.edited")
-    assert [(one.title, one.state) for one in manifest.ingredients] == [("video.mp4", "none")]
+    manifest = provenance.read_manifest(save(read_video(theirs), tmp_path / "again.gif"), keys.local_anchor())
+    assert manifest.actions == ("c2pa.opened", "c2pa.transcoded", "c2pa.watermarked.unbound")
+    assert manifest.source_types == () and manifest.generation["origin"] == "file"
+    assert [(one.title, one.relationship, one.state) for one in manifest.ingredients] == [
+        ("video.mp4", "parentOf", "none")
+    ]
+
+
+def test_what_was_changed_since_it_was_read_is_no_copy(tmp_path):
+    video = read_video(write(tmp_path / "theirs.mp4", noisy_clip().frames, 8.0))
+    for change in ({"frames": 255 - video.frames}, {"frames": video.frames[1:]}, {"fps": 9.0}):
+        path = save(dataclasses.replace(video, **change), tmp_path / "again.mp4")
+        manifest = provenance.read_manifest(path, keys.local_anchor())
+        assert manifest.actions == ("c2pa.opened", "c2pa.unknown", "c2pa.watermarked.unbound")
+        assert manifest.generation["origin"] == ""
 
 
 def test_a_scanner_of_ones_own_looks_beside_the_packages(tmp_path):

@@ -4,12 +4,14 @@ import shutil
 import av
 import numpy as np
 import pytest
+from files import write
 from test_release import noisy_clip, save
 
 from sora_jax.cli import main
 from sora_jax.safety import keys
 from sora_jax.safety.manifest import Manifest
 from sora_jax.safety.verify import _of_generation, _of_mark, verify
+from sora_jax.video import Video, read_video
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,23 @@ UNSCANNED = "It says nothing of a scan of its frames, and none is made here."
     ],
 )
 def test_what_a_manifest_says_of_scans_is_quoted_and_not_believed(said, words):
-    assert _of_generation({"checks": {"frames": said}})[1:] == words
-    assert _of_generation({}) == [UNSCANNED]  # a manifest of others
+    assert _of_generation(Manifest("trusted", generation={"checks": {"frames": said}}))[1:] == words
+    assert _of_generation(Manifest("trusted")) == [UNSCANNED]  # a manifest of others
+
+
+def test_a_file_that_no_model_made_is_told_apart(signed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs = write(tmp_path / "theirs.mp4", noisy_clip().frames, 8.0)
+    copied = "Its frames are those of the file that it was made from, encoded anew and marked."
+    for source, parent in [(theirs, "none."), (signed, "valid; that says that a generative model made it.")]:
+        for _ in range(2):  # also a copy of a copy
+            source = save(read_video(source), tmp_path / "copy.mp4")
+            text = verify(source).text
+            assert copied in text and "and made by a generative model" not in text
+            assert f"It was made from video.mp4, whose own manifest is: {parent}" in text
+            parent = parent.replace("none", "valid")
+    text = verify(save(Video(noisy_clip().frames), tmp_path / "own.mp4")).text
+    assert "It does not say where its frames come from." in text and "generative model" not in text
 
 
 def test_anchors_must_be_certificates(copy, tmp_path, capsys):
