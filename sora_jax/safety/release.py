@@ -60,7 +60,7 @@ def release(
         with media.complete_or_absent(report) as hidden:
             hidden.write_text(json.dumps(scans, indent=1) + "\n")
         raise Refused(f"the frame scan withholds {path}; {report} says why")
-    payload = mark_of(claim)
+    payload = mark_of(claim, frames_THWC)
     checks = {**claim.checks, "frames": scans, "mark": f"{payload:04x}"}
     origin = "" if claim.origin == "file" and not _is_copy(frames_THWC, fps, claim) else claim.origin
     # Not the file's name, which is often made from the prompt.
@@ -83,7 +83,12 @@ def _is_copy(frames_THWC: np.ndarray, fps: float, claim: Claim) -> bool:
     return fps == speed and np.array_equal(frames_THWC, theirs_THWC)
 
 
-def mark_of(claim: Claim) -> int:
-    """The 16 bits that the invisible mark carries, from a hash of the claim: the same video has the same mark."""
+def mark_of(claim: Claim, frames_THWC: np.ndarray) -> int:
+    """The 16 bits that the invisible mark carries, so that the same video has the same mark.
+
+    From a hash of the claim where it says which video of its model this is, else of the frames themselves.
+    """
     said = [claim.model, claim.weights_sha256, claim.config, claim.prompt_sha256, claim.seed]
+    if claim.seed is None:
+        said = [frames_THWC.shape, hashlib.sha256(np.ravel(frames_THWC)).hexdigest()]
     return int.from_bytes(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:2])

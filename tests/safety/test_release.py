@@ -54,7 +54,7 @@ def test_every_file_is_signed_and_says_how_it_was_made(tmp_path, name):
     said = manifest.generation
     assert (manifest.title, said["model"], said["seed"]) == (f"video{path.suffix}", "tiny", 3)
     assert [one["scanner"] for one in said["checks"]["frames"]] == ["fake"]
-    assert said["checks"]["mark"] == f"{release.mark_of(video.claim):04x}"
+    assert said["checks"]["mark"] == f"{release.mark_of(video.claim, video.frames):04x}"
     assert b"a red ball" not in path.read_bytes() and b"a-red-ball" not in path.read_bytes()
     assert b"a red ball" in save(video, path, embed_prompt=True).read_bytes()
 
@@ -102,7 +102,7 @@ def test_what_is_written_is_marked_and_looks_the_same(tmp_path):
     video = noisy_clip(9, 128)
     frames = read_video(save(video, tmp_path / "clip.mp4")).frames
     found = mark.detect(frames, keys.watermark_key())
-    assert found.found and found.payload == release.mark_of(video.claim)
+    assert found.found and found.payload == release.mark_of(video.claim, video.frames)
     assert not mark.detect(video.frames, keys.watermark_key()).found, "raw frames stay raw"
     assert 10 * np.log10(255**2 / np.mean((frames.astype(float) - video.frames) ** 2)) > 33
 
@@ -110,7 +110,16 @@ def test_what_is_written_is_marked_and_looks_the_same(tmp_path):
 def test_the_same_video_has_the_same_frames_whoever_saves_it(tmp_path):
     files = [save(noisy_clip(), tmp_path / name) for name in ("a.mp4", "b.mp4")]
     assert np.array_equal(*[read_video(file).frames for file in files])
-    assert release.mark_of(Claim(seed=1)) != release.mark_of(Claim(seed=2))
+    frames = noisy_clip().frames
+    assert release.mark_of(Claim(seed=1), frames) != release.mark_of(Claim(seed=2), frames)
+    assert release.mark_of(Claim(seed=1), frames) == release.mark_of(Claim(seed=1), frames[1:])
+
+
+def test_videos_of_unknown_origin_have_marks_of_their_own(tmp_path):
+    frames = noisy_clip().frames
+    clips = (frames, frames[:, ::-1], frames[:4], 255 - frames, frames.reshape(5, 128, 32, 3))
+    marks = [release.mark_of(Claim(), clip) for clip in clips]
+    assert len({*marks}) == len(marks) and marks[0] == release.mark_of(Claim(), frames.copy())
 
 
 def test_a_hit_withholds_the_file_and_leaves_a_report(tmp_path):

@@ -1,5 +1,7 @@
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -9,9 +11,13 @@ from test_release import noisy_clip, save
 
 from sora_jax.cli import main
 from sora_jax.safety import keys
-from sora_jax.safety.manifest import Manifest
+from sora_jax.safety.manifest import Manifest, read_manifest
+from sora_jax.safety.provenance import Claim
 from sora_jax.safety.verify import _of_generation, _of_mark, verify
 from sora_jax.video import Video, read_video
+
+sys.path.append(str(Path(__file__).parents[2] / "experiments"))
+import tampering  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +134,19 @@ def test_the_mark_is_compared_with_what_the_manifest_says(copy):
     assert f"(bits {verify(copy).mark_bits}, as its manifest says)" in line
     other = Manifest("trusted", generation={"checks": {"mark": "other"}})
     assert "not what its manifest says" in _of_mark("found", "1a2b", other)[0]
+
+
+@pytest.mark.parametrize("claim", [Claim(origin="model", seed=4), None], ids=["another seed", "unknown origin"])
+def test_a_manifest_on_other_frames_does_not_name_their_mark(tmp_path, claim):
+    video = noisy_clip(9, 128)
+    one = save(video, tmp_path / "one.gif")
+    other = save(Video(video.frames[:, ::-1], video.fps, claim), tmp_path / "other.gif")
+    bits = verify(other).mark_bits
+    assert bits == read_manifest(other).generation["checks"]["mark"] != verify(one).mark_bits
+    other.write_bytes(tampering.transplanted(other.read_bytes(), one.read_bytes(), "gif"))
+    found = verify(other)
+    assert found.manifest.state == "tampered" and found.mark_bits == bits
+    assert f"(bits {bits}, not what its manifest says)" in found.text
 
 
 def test_another_installation_does_not_know_the_signer(copy, tmp_path, monkeypatch, capsys):
