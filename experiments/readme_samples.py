@@ -8,6 +8,7 @@ import sys
 import numpy as np
 
 import sora_jax
+from sora_jax.safety.provenance import together
 
 PROMPTS = (
     "a large red ball rolls to the right",
@@ -25,7 +26,8 @@ def main() -> None:
     videos = generator.generate(PROMPTS, seed=[0] * len(PROMPTS))
     frames = [video.frames for video in videos]
     rows = [np.concatenate(frames[i : i + COLUMNS], axis=2) for i in range(0, len(frames), COLUMNS)]
-    print(sora_jax.Video(np.concatenate(rows, axis=1), videos[0].fps).save(sys.argv[1]))
+    claim = together([video.claim for video in videos])
+    print(sora_jax.Video(np.concatenate(rows, axis=1), videos[0].fps, claim).save(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from sora_jax.evaluation.reader import Reading, read
 from sora_jax.generate import Generator
 from sora_jax.intervals import wilson
 from sora_jax.models import load
+from sora_jax.safety.provenance import Claim, together
 from sora_jax.training.codec_task import HELD_OUT_SEED
 from sora_jax.video import Video, contact_sheet
 
@@ -259,7 +260,8 @@ def _write(folder, report, samples, figure):
             shown.append(sample)
     with contextlib.suppress(Refused):
         if shown:
-            _picture(_draw_samples(shown, figure)).save(folder / "samples.png")
+            claim = together([video.claim or Claim() for _, video, _ in shown])
+            Video(_pixels(_draw_samples(shown, figure)), claim=claim).save(folder / "samples.png")
     _draw_rows(report["rows"], figure).savefig(folder / "figures.png")
     pictures = [name for name in ("figures.png", "samples.png") if (folder / name).exists()]
     (folder / "report.md").write_text(_markdown(report, pictures), encoding="utf-8")
@@ -316,13 +318,13 @@ def _figure_class():
     return partial(Figure, dpi=100, layout="constrained")
 
 
-def _picture(page):
-    """What is drawn on a page, as a video of one frame: pictures of generated frames leave the way videos do."""
+def _pixels(page):
+    """What is drawn on a page, uint8 [1, H, W, 3]: pictures of generated frames leave the way videos do."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(page)
     canvas.draw()
-    return Video(np.asarray(canvas.buffer_rgba())[None, ..., :3].copy())
+    return np.asarray(canvas.buffer_rgba())[None, ..., :3].copy()
 
 
 def _draw_rows(rows, figure):

@@ -21,7 +21,8 @@ from sora_jax.safety import boxes
 STATES = ("trusted", "valid", "rejected", "tampered", "none", "unreadable")
 GENERATION = "org.sora-jax.generation"
 LEFT_OUT = "left_out_boxes_sha256"  # in our assertion: the digest of the boxes that the C2PA hash leaves out
-BY_MODEL = "trainedAlgorithmicMedia"  # the source type of what a generative model made
+# Source types (IPTC) of what a generative model made, and of what it made in part.
+BY_MODEL, PARTLY_BY_MODEL = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
 OFFLINE = {"remote_manifest_fetch": False, "ocsp_fetch": False}  # to read a file is to contact nobody
 _CONTENT = "the picture data or another part of the file was changed after signing"
 _WORDS = {  # C2PA 2.2, 15.2: status codes
@@ -53,7 +54,8 @@ class Ingredient:
         title: its name.
         relationship: what it was used for.
         state: of its manifest, see `Manifest`.
-        by_model: whether that says that a generative model made it, or made what it is a copy or an edit of.
+        by_model: whether that says that a generative model made it, or made what it is a copy or an edit of; if only
+            in part.
     """
 
     title: str
@@ -209,7 +211,7 @@ def _by_model(manifests: dict[str, Any], label: str | None) -> bool:
     seen: set[str | None] = set()
     while label in manifests and label not in seen:
         seen.add(label)
-        if BY_MODEL in _source_types(_actions(manifests[label])):
+        if {BY_MODEL, PARTLY_BY_MODEL} & {*_source_types(_actions(manifests[label]))}:
             return True
         parents = [one for one in manifests[label].get("ingredients", ()) if one.get("relationship") == "parentOf"]
         label = parents[0].get("active_manifest") if parents else None

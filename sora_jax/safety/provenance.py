@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,22 @@ import sora_jax
 from sora_jax.errors import InputError, one_line
 from sora_jax.safety import boxes
 from sora_jax.safety.keys import Signer
-from sora_jax.safety.manifest import BY_MODEL, GENERATION, LEFT_OUT, OFFLINE, Manifest, media_type, read_manifest
+from sora_jax.safety.manifest import (
+    BY_MODEL,
+    GENERATION,
+    LEFT_OUT,
+    OFFLINE,
+    PARTLY_BY_MODEL,
+    Manifest,
+    media_type,
+    read_manifest,
+)
 
 _ACTIONS = "c2pa.actions.v2"
-_BY_MODEL = f"http://cv.iptc.org/newscodes/digitalsourcetype/{BY_MODEL}"
+_SOURCE_TYPES = {
+    origin: f"http://cv.iptc.org/newscodes/digitalsourcetype/{name}"
+    for origin, name in {"model": BY_MODEL, "partly model": PARTLY_BY_MODEL}.items()
+}
 # c2pa.created must have a type, and every other one says how the frames came about. This one says that the file was
 # begun empty, which is so; c2pa.unknown then says that something happened which cannot be named here.
 _EMPTY = "http://c2pa.org/digitalsourcetype/empty"
@@ -70,8 +82,8 @@ class Claim:
     """What a file says about itself; what is not known stays empty.
 
     Attributes:
-        origin: where its frames come from: "model" if a generative model made them, "file" if they are those of the
-            first ingredient, encoded anew.
+        origin: where its frames come from: "model" if a generative model made them, "partly model" if other pictures
+            are on them too, "file" if they are those of the first ingredient, encoded anew.
         title: what kind of file it is, such as "video.mp4": its own name may be made from the prompt.
         model, weights_sha256: the model's name and the digest of its weights, hexadecimal.
         config: the request and the model's configuration, as JSON has it.
@@ -96,6 +108,22 @@ class Claim:
     version: str = sora_jax.__version__
     checks: Mapping[str, Any] = field(default_factory=dict)
     ingredients: tuple[Source, ...] = ()
+
+
+def together(claims: Sequence[Claim]) -> Claim:
+    """What a picture of several videos says: what all of them say alike, and the prompt's digest and seed of each."""
+    first, *others = claims
+    alike = {
+        name: getattr(first, name)
+        for name in ("origin", "model", "weights_sha256", "mesh", "version", "checks")
+        if all(getattr(one, name) == getattr(first, name) for one in others)
+    }
+    config = {
+        name: value for name, value in first.config.items() if all(one.config.get(name) == value for one in others)
+    }
+    each = {"prompts_sha256": [one.prompt_sha256 for one in claims], "seeds": [one.seed for one in claims]}
+    ingredients = dict.fromkeys(source for one in claims for source in one.ingredients)
+    return Claim(**alike, config=config | each, ingredients=tuple(ingredients))
 
 
 def sign(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
@@ -183,8 +211,8 @@ def _manifest(claim: Claim, left_out: str | None) -> dict[str, Any]:
     identifiers = [_identifier(number) for number in range(len(claim.ingredients))]
     # The standard wants what was edited to be opened first.
     opened = [{"action": "c2pa.opened", "parameters": {"ingredientIds": identifiers[:1]}}] if identifiers else []
-    if claim.origin == "model":
-        made = {"action": "c2pa.created", "digitalSourceType": _BY_MODEL, "softwareAgent": agent}
+    if claim.origin in _SOURCE_TYPES:
+        made = {"action": "c2pa.created", "digitalSourceType": _SOURCE_TYPES[claim.origin], "softwareAgent": agent}
         if opened:
             made |= {"action": "c2pa.edited", "parameters": {"ingredientIds": identifiers[1:]}}
         actions = [*opened, made]

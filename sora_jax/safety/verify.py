@@ -13,7 +13,7 @@ from cryptography import x509
 from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.safety import keys, mark, scan
-from sora_jax.safety.manifest import BY_MODEL, Manifest, plain, read_manifest
+from sora_jax.safety.manifest import BY_MODEL, PARTLY_BY_MODEL, Manifest, plain, read_manifest
 
 # What `sora-jax verify` ends with.
 EXIT_CODES = {"trusted": 0, "valid": 4, "rejected": 5, "tampered": 5, "none": 6, "unreadable": 2}
@@ -95,6 +95,8 @@ def _of_manifest(manifest: Manifest) -> list[str]:
     said = f"It says that it was written with {manifest.generator or 'an unnamed program'}"
     if BY_MODEL in manifest.source_types:
         said += ", and made by a generative model"
+    elif PARTLY_BY_MODEL in manifest.source_types:
+        said += ", and made in part by a generative model"
     said += f" ({', '.join(manifest.actions)})." if manifest.actions else "."
     if manifest.state == "tampered":
         return [f"It was changed after it was signed: {'; '.join(manifest.problems)}.", f"{said} Do not rely on it."]
@@ -120,8 +122,9 @@ def _of_generation(manifest: Manifest) -> list[str]:
     said = manifest.generation
     if not said:  # by another program
         return _of_scans(None)
-    if BY_MODEL in manifest.source_types:
-        line = f"Model {plain(said.get('model') or 'not named')}, seed {plain(said.get('seed'))}."
+    if {BY_MODEL, PARTLY_BY_MODEL} & {*manifest.source_types}:
+        seed = "" if said.get("seed") is None else f", seed {plain(said['seed'])}"
+        line = f"Model {plain(said.get('model') or 'not named')}{seed}."
     elif "c2pa.transcoded" in manifest.actions:
         line = "Its frames are those of the file that it was made from, encoded anew and marked."
     else:

@@ -22,6 +22,8 @@ from sora_jax.data.worlds.render import render, render_at
 from sora_jax.data.worlds.scenes import sample_scene
 from sora_jax.errors import InputError
 from sora_jax.model_folder import read_codec
+from sora_jax.safety.provenance import Claim
+from sora_jax.video import Video
 
 HELD_OUT_SEED = 2**31  # training seeds are small: held-out clips come from keys that training never uses
 
@@ -183,10 +185,11 @@ class CodecTask:
         loss = weights.absolute * absolute + weights.squared * squared + weights.kl * kl
         return loss, {"absolute": absolute, "psnr": psnr(video, video_BTHWC), "kl": kl}
 
-    def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Held-out PSNR, and held-out clips above their reconstructions, uint8 (T, H, W, 3)."""
+    def preview(self, params) -> tuple[dict[str, float], dict[str, Video]]:
+        """Held-out PSNR, and held-out clips above their reconstructions."""
         video = self._held_out_clips
         rebuilt = hosts.whole(self._reconstruct({"params": meta.unbox(params)}, video))
         pair = np.concatenate([np.concatenate(list(v), axis=2) for v in (video[:4], rebuilt[:4])], axis=1)
         frames = np.round((pair + 1) * 127.5).astype(np.uint8)
-        return {"held_out_psnr": float(psnr(video, rebuilt))}, {"reconstruction": frames}
+        shown = Video(frames, claim=Claim(origin="partly model"))
+        return {"held_out_psnr": float(psnr(video, rebuilt))}, {"reconstruction": shown}

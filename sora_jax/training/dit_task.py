@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,10 +32,12 @@ from sora_jax.layers import Dense, layer_norm
 from sora_jax.model_folder import ModelConfig, SamplingConfig, read_codec, read_model_folder, write_codec
 from sora_jax.request import admit
 from sora_jax.safety.policy import load_policy
+from sora_jax.safety.provenance import Claim
 from sora_jax.text import T5Encoder, TextConfig, tokenize
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.codec_task import codec_config as codec_config_of
 from sora_jax.training.codec_task import fields_of
+from sora_jax.video import Video
 
 _ENCODE_BATCH = 8
 _STATISTICS_CLIPS = 256
@@ -352,7 +355,7 @@ class DiTTask:
         weight_BFYX = weight_BFYX.repeat(self.dit_config.patch[1], 2).repeat(self.dit_config.patch[2], 3)
         return (weight_BFYX / weight_BFYX.mean())[..., None]
 
-    def preview(self, params) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    def preview(self, params) -> tuple[dict[str, float], dict[str, Video]]:
         """Loss on held-out clips at fixed levels and noise, and samples of the configured prompts side by side."""
         if self._held_out is None:
             clips, available = _clips(self.config, held_out=True)
@@ -384,8 +387,8 @@ class DiTTask:
 
         return jax.jit(sample)
 
-    def _samples(self, params) -> np.ndarray:
-        """The configured prompts, four to a row: uint8 (T, H, W, 3)."""
+    def _samples(self, params) -> Video:
+        """The configured prompts, four to a row."""
         prompts = list(self.config.prompts)
         ids_BL = tokenize([*prompts, *[""] * len(prompts)], self.text_config.length)
         noise = jax.random.normal(jax.random.key(0), (len(prompts), *self.latent_shape))
@@ -393,4 +396,7 @@ class DiTTask:
         frames = np.round((video + 1) * 127.5).astype(np.uint8)
         frames = np.pad(frames, [(0, -len(prompts) % 4), *[(0, 0)] * 4])
         rows = [np.concatenate(list(frames[i : i + 4]), axis=2) for i in range(0, len(frames), 4)]
-        return np.concatenate(rows, axis=1)
+        digests = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
+        said = {**self.config.sampling, "prompts_sha256": digests}
+        checks = {"prompt": {"policy_sha256": load_policy().digest, "allowed": True}}
+        return Video(np.concatenate(rows, axis=1), claim=Claim(origin="model", config=said, checks=checks))

@@ -4,6 +4,8 @@ With several processes (see `hosts.py`) each runs all of this, and the first alo
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -232,6 +234,9 @@ class _Log:
             # What was logged after the checkpoint is logged again.
             _forget_after(self._path, start)
             self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            # What previews say of the weights, with the step: to gather them for a digest would take too long.
+            self._model = workdir.resolve().name
+            self._run = {"run_sha256": hashlib.sha256((workdir / "config.json").read_bytes()).hexdigest()}
 
     def advance(self) -> None:
         self._bar.update()
@@ -252,20 +257,23 @@ class _Log:
         if shown:
             self._bar.set_postfix(shown, refresh=False)
 
-    def videos(self, step: int, videos: dict[str, np.ndarray]) -> None:
-        """Videos, uint8 (T, H, W, 3), for TensorBoard, which plays an animated GIF given as an image."""
+    def videos(self, step: int, videos: dict[str, Video]) -> None:
+        """Videos for TensorBoard, which plays an animated GIF given as an image."""
         if not self._first:
             return
         from tensorboardX.proto.summary_pb2 import Summary
 
-        for name, frames in videos.items():
+        for name, video in videos.items():
+            config = {**video.claim.config, **self._run, "step": step}
+            claim = dataclasses.replace(video.claim, model=self._model, config=config)
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    gif = Video(frames, fps=8).save(Path(folder, "preview.gif")).read_bytes()
+                    path = dataclasses.replace(video, claim=claim).save(Path(folder, "preview.gif"))
+                    gif = path.read_bytes()
             except (Refused, InputError) as reason:  # no reason to lose a run
                 self.say(f"the preview of step {step} is not shown: {reason}")
                 continue
-            _, height, width, _ = frames.shape
+            _, height, width, _ = video.frames.shape
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
             if not self._has_tensorboard():
                 return

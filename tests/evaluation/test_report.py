@@ -1,6 +1,7 @@
 """The report: its numbers, its files, and that it is there completely or not at all."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import sora_jax
 from sora_jax.errors import InputError
 from sora_jax.evaluation import report as report_module
 from sora_jax.evaluation.prompts import evaluation_prompts
@@ -17,6 +19,8 @@ from sora_jax.generate import Generator
 from sora_jax.intervals import wilson
 from sora_jax.model_folder import SamplingConfig
 from sora_jax.safety import scan
+from sora_jax.safety.manifest import read_manifest
+from sora_jax.safety.provenance import Claim
 from sora_jax.video import Video, read_video
 
 COUNT = 13  # more than a batch, and not a multiple of it
@@ -37,7 +41,13 @@ class FakeGenerator(Generator):
         filled = [self.scenes[prompts[min(i, len(prompts) - 1)]] for i in range(8)]
         clips = report_module._draw(jax.tree.map(lambda *a: np.stack(a), *filled), 9, (64, 64))
         frames = np.round(np.asarray(clips) * 255).astype(np.uint8)
-        return [Video(self.change(clip)) for clip in frames[: len(prompts)]]
+        digests = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
+        made = {"origin": "model", "model": "fake", "weights_sha256": "0f" * 32}
+        claims = [
+            Claim(config={"steps": 2, "odd": one % 2}, seed=one, prompt_sha256=digest, **made)
+            for one, digest in zip(seed, digests, strict=True)
+        ]
+        return [Video(self.change(clip), 8.0, claim) for clip, claim in zip(frames, claims, strict=False)]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +95,17 @@ def test_the_files_are_complete(perfect):
         assert row["label"] in table
     assert "32 dB PSNR" in table and "13 prompts, seed 0, 3 steps, guidance 2" in table
     assert len(result["prompts"]) == COUNT
+
+
+def test_the_picture_of_the_samples_says_how_they_were_made(perfect):
+    manifest = read_manifest(perfect[0] / "samples.png")
+    assert manifest.source_types == ("trainedAlgorithmicMedia",)
+    said = manifest.generation
+    assert (said["model"], said["weights_sha256"], said["version"]) == ("fake", "0f" * 32, sora_jax.__version__)
+    prompts = [prompt.text for prompt in evaluation_prompts(COUNT)][:12]
+    digests = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
+    assert said["config"] == {"steps": 2, "prompts_sha256": digests, "seeds": list(range(12))}
+    assert not any(prompt.encode() in (perfect[0] / "samples.png").read_bytes() for prompt in prompts)
 
 
 def test_a_sample_that_is_withheld_costs_the_picture_alone(tiny_config, tiny_params, tmp_path, monkeypatch):

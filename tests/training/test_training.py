@@ -1,6 +1,7 @@
 """Training on tiny models: what is interrupted goes on exactly, what fails says so, what is exported generates."""
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from flax import traverse_util
 from flax.core import meta
 from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event
 from tiny import TINY_CODEC, TINY_DIT
 
 from sora_jax.cli import main
@@ -23,6 +25,8 @@ from sora_jax.data.latents import first_latents, write_shards
 from sora_jax.errors import InputError, Refused
 from sora_jax.model_folder import read_codec, read_model_folder
 from sora_jax.models import load
+from sora_jax.safety.manifest import read_manifest
+from sora_jax.safety.provenance import Claim
 from sora_jax.text import tokenize
 from sora_jax.training import loop
 from sora_jax.training import state as state_lib
@@ -52,6 +56,21 @@ def assert_same(a, b):
     assert len(a) == len(b) > 10
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def previews(workdir):
+    """The manifests of the pictures in a run's TensorBoard files, each record of which has a frame of 12 + 4 bytes."""
+    found = []
+    for events in (workdir / "tensorboard").glob("events*"):
+        data = events.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            for value in Event.FromString(data[12 : 12 + size]).summary.value:
+                if value.HasField("image"):
+                    (workdir / "preview.gif").write_bytes(value.image.encoded_image_string)
+                    found.append(read_manifest(workdir / "preview.gif"))
+            data = data[16 + size :]
+    return found
 
 
 def random_params(task):
@@ -189,7 +208,9 @@ def test_training_lowers_the_loss_and_logs_it(tmp_path):
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
     assert any("held_out_psnr" in record for record in records)
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    (manifest,) = previews(tmp_path)
+    assert manifest.source_types == ("compositeWithTrainedAlgorithmicMedia",)
+    assert manifest.generation["model"] == tmp_path.name and manifest.generation["config"]["step"] == 20
 
 
 def test_sigterm_saves_and_returns(tmp_path, monkeypatch, toy):
@@ -388,6 +409,11 @@ def test_both_tasks_train_on_a_stored_data_set(data_dir, tmp_path):
     loop.train(dit, tmp_path / "dit")
     records = [json.loads(line) for line in (tmp_path / "dit" / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(records[-1]["held_out_velocity_loss"])
+    (manifest,) = previews(tmp_path / "dit")
+    assert manifest.source_types == ("trainedAlgorithmicMedia",)
+    said = manifest.generation["config"]
+    assert said["run_sha256"] == hashlib.sha256((tmp_path / "dit" / "config.json").read_bytes()).hexdigest()
+    assert said["step"] == 4 and len(said["prompts_sha256"]) == len(dit.prompts)
     # Stored worlds are encoded to what drawn ones are, with the same layout and captions.
     latents = {}
     for name, overrides in {"stored": [f"--config.data.dir={data_dir}"], "drawn": ["--config.data.seed=0"]}.items():
@@ -482,7 +508,8 @@ def test_a_preview_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeyp
         raise InputError("cannot make the signing key")
 
     monkeypatch.setattr(Video, "save", no_key)
-    monkeypatch.setattr(Toy, "preview", lambda *_: ({}, {"clip": np.zeros((2, 8, 8, 3), np.uint8)}))
+    clip = Video(np.zeros((2, 8, 8, 3), np.uint8), claim=Claim())
+    monkeypatch.setattr(Toy, "preview", lambda *_: ({}, {"clip": clip}))
     assert loop.train(codec_config("--config.steps=2", "--config.preview_every=2"), tmp_path / "run")
     assert "is not shown: cannot make the signing key" in "".join(capsys.readouterr())
 
