@@ -7,17 +7,20 @@ beside the plain form, not in it, so that "10 balls" stays what it is.
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import html
+import importlib.metadata
 import itertools
 import math
 import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, one_line
 
 DATA = Path(__file__).parent / "data"
 SUMS = "SHA256SUMS"  # of the files that decide about prompts, as `sha256sum` writes them
@@ -121,8 +124,7 @@ def repaired(prompt: str) -> str:
     Entities, escape sequences of terminals and text in a wrong encoding hide words from whoever reads the prompt as it
     stands, so that the gate reads this too.
     """
-    import ftfy
-
+    ftfy = package("ftfy")
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
@@ -145,6 +147,28 @@ def own_file(name: str) -> Path:
     return path
 
 
+@functools.cache
+def package(module: str) -> Any:
+    """A module of a package that the gate reads with, as it was installed: installers note the digests of all files.
+
+    Raises:
+        InputError: it is missing or was changed: the gate would let pass what it does not read.
+    """
+    name = module.partition(".")[0]
+    try:
+        for file in importlib.metadata.files(name) or ():
+            if file.parts[0] == name and file.hash and file.hash.mode == "sha256":
+                digest = hashlib.sha256(file.read_binary()).digest()
+                if base64.urlsafe_b64encode(digest).decode().rstrip("=") != file.hash.value:
+                    raise ValueError(f"{file} is damaged")
+        return importlib.import_module(module)
+    except Exception as error:  # a package that is broken can fail in any way
+        raise InputError(
+            f"the prompt gate cannot use the package {name}: {one_line(error)}; "
+            f"repair it with: pip install --force-reinstall {name}"
+        ) from error
+
+
 def visible(text: str) -> str:
     """Text in compatibility forms, without what is drawn as nothing; single spaces."""
     if not text.isascii():
@@ -158,7 +182,7 @@ def visible(text: str) -> str:
 
 def to_ascii(text: str) -> str:
     """Latin letters for letters of any alphabet, names for emoji; white space is kept."""
-    from anyascii import anyascii
+    anyascii = package("anyascii").anyascii
 
     if not text.isascii():
         text = "".join(character for character in text if not _is_invisible(character))
@@ -189,7 +213,7 @@ def _is_invisible(character: str) -> bool:
 
 def _ascii_word(match: re.Match) -> str:
     """One word: lookalikes by shape where that makes it Latin, else by sound."""
-    from anyascii import anyascii
+    anyascii = package("anyascii").anyascii
 
     word = match[0]
     if word.isascii():
@@ -206,9 +230,8 @@ def _ascii_word(match: re.Match) -> str:
 @functools.cache
 def _lookalikes() -> tuple[dict[int, str], dict[int, str]]:
     """Characters that are drawn like an ASCII letter (Unicode's confusables); also those that are in capitals."""
-    from anyascii import anyascii
-    from confusable_homoglyphs import confusables
-
+    anyascii = package("anyascii").anyascii
+    confusables = package("confusable_homoglyphs.confusables")
     strict = {}
     for character, found in confusables.confusables_data.items():
         letters = [one["c"] for one in found if len(one["c"]) == 1 and one["c"].isascii() and one["c"].isalpha()]
