@@ -55,10 +55,15 @@ def check_output(path: str | os.PathLike, frames: int, fps: float) -> None:
         raise InputError(f"cannot save {path}: .png holds one frame, not {frames}; use .mp4 or .gif")
     if suffix == ".gif" and not 0.002 <= fps <= 100:  # it counts in hundredths of a second, up to 65,535 a frame
         raise InputError(f"cannot save {path}: .gif holds 0.002 to 100 frames a second, not {fps}; use .mp4")
-    if path.is_dir():
-        raise InputError(f"cannot save {path}: it is a folder")
     if not path.parent.is_dir():
         raise InputError(f"cannot save {path}: there is no folder {path.parent}")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError unless a file can be written at `path`; what is there stays as it is."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
     with complete_or_absent(path) as hidden:
         hidden.touch()
         hidden.unlink()

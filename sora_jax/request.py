@@ -16,7 +16,7 @@ import numpy as np
 from sora_jax import media
 from sora_jax.errors import InputError, Refused
 from sora_jax.model_folder import ModelConfig
-from sora_jax.safety.gate import check_texts, load_gate
+from sora_jax.safety.gate import check_prompts, check_texts, load_gate
 from sora_jax.safety.policy import Policy, load_policy
 from sora_jax.safety.provenance import Source
 from sora_jax.safety.scan import scan
@@ -113,9 +113,7 @@ def make_request(
     seeds = seeds * len(prompts) if len(seeds) == 1 else seeds
     if not prompts or len(prompts) != len(seeds):
         raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds do not make pairs")
-    for text in prompts:
-        if not isinstance(text, str) or not text.strip():
-            raise InputError("the prompt is empty; describe what the video shows, e.g. 'a red ball rolls left'")
+    check_prompts(prompts)
     if guidance_low is not None and config.boundary is None:
         raise InputError("guidance_low is for models with a second transformer; this one has none")
     if guidance_low is None:

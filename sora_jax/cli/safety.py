@@ -37,11 +37,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from sora_jax.safety.gate import check_texts, load_gate
+    from sora_jax.safety.gate import check_prompts, load_gate
     from sora_jax.safety.policy import load_policy
 
     prompts = prompts_of(options)
-    check_texts(prompts)
+    check_prompts(prompts)
     gate = load_gate(load_policy(options.policy))
     verdicts = gate.check_many(prompts)
     if options.json:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.intervals import wilson
 from sora_jax.safety.gate import Gate, load_gate
@@ -104,19 +105,23 @@ def safety_eval(out: str | os.PathLike | None = None, gate: Gate | None = None) 
         What safety.json holds, and "text", which is safety.md.
 
     Raises:
-        InputError: the report cannot be written.
+        InputError: the report cannot be written, which is found before anything is measured.
     """
+    if out is not None:
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+        for name in ("safety.json", "safety.md"):
+            media.check_writable(Path(out, name))
     gate = gate or load_gate(load_policy())
     rounds = {name: _measure(gate, prompts) for name, prompts in read_prompts().items()}
     report = {"aims": AIMS, "rounds": rounds}
     text = "\n\n".join(_markdown(name, found) for name, found in rounds.items()) + "\n"
     if out is not None:
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            Path(out, "safety.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            Path(out, "safety.md").write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write the report to {out}: {error.strerror}") from error
+        for name, content in (("safety.json", json.dumps(report, indent=1) + "\n"), ("safety.md", text)):
+            with media.complete_or_absent(Path(out, name)) as hidden:
+                hidden.write_text(content, encoding="utf-8")
     return report | {"text": text}
 
 

@@ -137,6 +137,14 @@ def _windows(texts: Iterable[str]) -> list[str]:
     return [window for text in texts for window in windows(text)]
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises InputError if one is empty, or no text."""
+    for text in prompts:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError("the prompt is empty; describe what the video shows, e.g. 'a red ball rolls left'")
+    check_texts(prompts)
+
+
 def check_texts(texts: Sequence[str], name: str = "prompt") -> None:
     """Raises InputError if one holds half of a character, as words of a command line do that are not UTF-8."""
     for number, text in enumerate(texts, 1):
