@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
         help="what a file says of how it was made, and whether it was changed",
         allow_abbrev=False,
         epilog="Exit codes: 0 intact, by a signer that is known here; 4 intact, by one that is not; 5 changed since it "
-        "was signed, or signed with a certificate that does not hold; 6 no manifest; 2 not readable.",
+        "was signed; 6 no manifest; 7 unchanged, but signed with a certificate that does not hold; 2 not readable.",
     )
     verify.set_defaults(run=_verify)
     verify.add_argument("file", metavar="FILE", help="a video or picture, ours or of others")

@@ -82,6 +82,7 @@ class Manifest:
         generation: our own assertion, empty in files by others; its strings are as they were signed, not made safe
             for a terminal.
         signer: common name and organization in the certificate.
+        issuer: common name and organization of who issued it.
         time: of a time stamp that fits the signature (ISO 8601), or "".
         time_is_trusted: whether the certificate of the time-stamp server leads to an anchor.
         ingredients: files that this one was made from.
@@ -96,6 +97,7 @@ class Manifest:
     source_types: tuple[str, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     signer: str = ""
+    issuer: str = ""
     serial_number: str = ""
     time: str = ""
     time_is_trusted: bool = False
@@ -145,18 +147,19 @@ def _read(file: BinaryIO, kind: str | None, settings: dict[str, Any]) -> Manifes
     except (c2pa.C2paError, ValueError) as error:
         return Manifest("unreadable", (plain(error),))
     try:
-        return _checked(report, _generation(report, exact), file)
+        return _checked(report, _active(exact, report["active_manifest"]), file)
     except (AttributeError, KeyError, StopIteration, TypeError, ValueError):  # by others, in a form of their own
         return Manifest("unreadable", ("its manifest does not have the form of the standard",))
 
 
-def _generation(report: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
-    # The plain report of c2pa shows lists of numbers as base64.
-    active = next(one for one in exact["manifests"] if one["label"] == report["active_manifest"])
-    return dict(active["assertions"].get(GENERATION, {}))
+def _active(exact: dict[str, Any], label: str) -> dict[str, Any]:
+    """The active manifest in c2pa's other report: the plain one shows lists of numbers as base64, and no issuer."""
+    return next(one for one in exact["manifests"] if one["label"] == label)
 
 
-def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO) -> Manifest:
+def _checked(report: dict[str, Any], exact: dict[str, Any], file: BinaryIO) -> Manifest:
+    generation = dict(exact["assertions"].get(GENERATION, {}))
+    issuer = exact.get("signature", {}).get("certificateInfo", {}).get("issuer", {})
     active = report["manifests"][report["active_manifest"]]
     actions = _actions(active)
     certificate = active.get("signature_info") or {}
@@ -182,6 +185,7 @@ def _checked(report: dict[str, Any], generation: dict[str, Any], file: BinaryIO)
         source_types=_source_types(actions),
         generation=generation,
         signer=", ".join(plain(certificate[part]) for part in ("common_name", "issuer") if certificate.get(part)),
+        issuer=", ".join(plain(issuer[part]) for part in ("CN", "O") if issuer.get(part)),
         serial_number=plain(certificate.get("cert_serial_number", "")),
         time=plain(certificate.get("time", "")),
         time_is_trusted="timeStamp.trusted" in passed,

@@ -16,7 +16,7 @@ from sora_jax.safety import keys, mark, scan
 from sora_jax.safety.manifest import BY_MODEL, PARTLY_BY_MODEL, Manifest, plain, read_manifest
 
 # What `sora-jax verify` ends with.
-EXIT_CODES = {"trusted": 0, "valid": 4, "rejected": 5, "tampered": 5, "none": 6, "unreadable": 2}
+EXIT_CODES = {"trusted": 0, "valid": 4, "tampered": 5, "none": 6, "rejected": 7, "unreadable": 2}
 _MOST_FRAMES = 96  # of a long file the mark is looked for in so many, evenly spread
 
 
@@ -105,6 +105,10 @@ def _of_manifest(manifest: Manifest) -> list[str]:
     known = "knows" if manifest.state == "trusted" else "does not know"
     who = f"{manifest.signer or 'somebody without a name'}, whom this installation {known}"
     lines = [f"It is unchanged since it was signed by {who}."]
+    if manifest.state == "valid" and manifest.issuer:  # whether a link is missing, or only the root, is not reported
+        lines.append(
+            f"The certificate was issued by {manifest.issuer}; no chain leads from there to a root that is known here."
+        )
     if manifest.time:
         known = "knows" if manifest.time_is_trusted else "does not know"
         lines.append(

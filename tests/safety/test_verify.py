@@ -1,22 +1,25 @@
 import json
 import shutil
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from files import write
 from test_release import noisy_clip, save
 
 from sora_jax.cli import main
-from sora_jax.safety import keys
-from sora_jax.safety.manifest import Manifest, read_manifest
+from sora_jax.safety import certificates, keys
+from sora_jax.safety.manifest import STATES, Manifest, read_manifest
 from sora_jax.safety.provenance import Claim
-from sora_jax.safety.verify import _of_generation, _of_mark, verify
+from sora_jax.safety.verify import EXIT_CODES, _of_generation, _of_mark, verify
 from sora_jax.video import Video, read_video
 
 sys.path.append(str(Path(__file__).parents[2] / "experiments"))
+import provenance_matrix as matrix  # noqa: E402
 import tampering  # noqa: E402
 
 
@@ -104,6 +107,35 @@ def test_a_changed_byte_is_told(copy, capsys):
     copy.write_bytes(content)
     assert main(["verify", "clip.mp4"]) == 5
     assert "changed after it was signed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("problem", ["expired", "usage", "purpose"])
+def test_a_certificate_that_does_not_hold_is_told_apart_from_a_change(tmp_path, capsys, problem):
+    path, anchor, _ = matrix.with_certificate(tmp_path, "png", problem)
+    (tmp_path / "anchor.pem").write_text(anchor)
+    assert main(["verify", str(path), "--anchors", str(tmp_path / "anchor.pem")]) == 7
+    assert "It is unchanged, but its signer's certificate does not hold" in capsys.readouterr().out
+    path.write_bytes(tampering.flip(path.read_bytes(), path.stat().st_size - 20))
+    assert main(["verify", str(path), "--anchors", str(tmp_path / "anchor.pem")]) in (2, 5)
+    assert len({*EXIT_CODES.values()}) == len(EXIT_CODES) == len(STATES)
+
+
+def test_who_issued_the_certificate_of_an_unknown_signer_is_said(tmp_path, capsys):
+    """A chain without the certificate in between: its root is known, but nothing leads there."""
+    start, end = (datetime.now(UTC) + timedelta(days=days) for days in (-1, 1))
+    issuers = [certificates.name(name, "Example") for name in ("root", "in between", "signer")]
+    root_key, middle_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
+    authority = {"authority": True, "usage": "key_cert_sign", "uses": ()}
+    root = certificates.issue(issuers[0], root_key.public_key(), issuers[0], root_key, start, end, **authority)
+    middle = certificates.issue(issuers[1], middle_key.public_key(), issuers[0], root_key, start, end, **authority)
+    leaf = certificates.issue(issuers[2], key.public_key(), issuers[1], middle_key, start, end)
+    (tmp_path / "root.pem").write_text(certificates.pem([root]))
+    for chain, code in (([leaf], 4), ([leaf, middle], 0)):
+        signer = keys.Signer(certificates.pem(chain), "es256", lambda data: matrix._ecdsa(key, data))
+        path = matrix.make_signed(tmp_path, "png", signer)
+        assert main(["verify", str(path), "--anchors", str(tmp_path / "root.pem")]) == code
+        said = "The certificate was issued by in between, Example; no chain leads from there"
+        assert (said in capsys.readouterr().out) == (code == 4)
 
 
 def test_without_its_manifest_a_file_still_has_the_mark(copy, tmp_path, capsys):
