@@ -56,6 +56,7 @@ class Video:
         embed_prompt: bool = False,
         signer: Signer | None = None,
         scanner: Scanner | None = None,
+        report: Path | None = None,
     ) -> Path:
         """Writes the video as .mp4 (H.264, yuv420p), .gif, or .png (one frame) and returns the path.
 
@@ -66,6 +67,7 @@ class Video:
             embed_prompt: the file's manifest holds the prompt itself, not only its digest.
             signer: who signs, of `sora_jax.safety.keys.load_signer`; by default this installation.
             scanner: looks at the frames too, beside the one that comes with the package.
+            report: where it is written why a video is withheld; by default beside `path`, under its name.
 
         Raises:
             Refused: the scan found what must not leave.
@@ -76,7 +78,7 @@ class Video:
 
         claim = self.claim or Claim()
         claim = claim if embed_prompt else dataclasses.replace(claim, prompt=None)
-        return release(path, self.frames, self.fps, claim, signer, scanner)
+        return release(path, self.frames, self.fps, claim, signer, scanner, report)
 
     def _repr_html_(self) -> str:
         """The video itself, for a notebook."""

@@ -15,7 +15,7 @@ from sora_jax.cli.config_file import load_config
 from sora_jax.cli.generate import _Target
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
-from sora_jax.safety import provenance
+from sora_jax.safety import provenance, scan
 from sora_jax.safety.policy import load_policy
 from sora_jax.safety.provenance import read_manifest
 from sora_jax.video import read_video
@@ -73,6 +73,28 @@ def test_several_seeds_and_prompts(generate, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("# prompts\n\na red ball\n  red  \n")
     assert generate("--prompts", "prompts.txt") == 0
     assert capsys.readouterr().out.split()[-2:] == ["a-red-ball.mp4", "red.mp4"]
+
+
+@pytest.mark.parametrize("chosen", [[], ["-o", "."], ["-o", "mine.mp4"]])
+def test_a_report_of_a_withheld_video_does_not_repeat_the_prompt(generate, monkeypatch, capsys, tmp_path, chosen):
+    monkeypatch.setattr(scan.OpenNSFW, "scores", lambda _, frames_THWC: [0.9] * len(frames_THWC))
+    names = ["mine.mp4.withheld.json"] if "mine.mp4" in chosen else ["withheld-seed-7-2.json", "withheld-seed-7.json"]
+    for _ in names:
+        assert generate("a red ball", "--seed", "7", *chosen) == 3
+        said = capsys.readouterr()
+        (line,) = [line for line in said.err.splitlines() if line.startswith("sora-jax: refused: ")]
+        assert "withheld" in line and line.endswith("says why") and "ball" not in line + said.out
+    assert sorted(os.listdir(tmp_path)) == names
+    assert all('"passed": false' in (tmp_path / name).read_text() for name in names)
+
+
+def test_the_first_use_says_what_the_key_proves_and_no_later_one(generate, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for times in (1, 0):
+        assert generate("a red ball") == 0
+        said = capsys.readouterr().err
+        assert said.count("note: a signing key was made for this installation.") == times
+        assert "UserWarning" not in said
 
 
 def test_the_policy_of_an_operator_decides(generate, capsys, tmp_path):

@@ -186,15 +186,15 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
         _say(note)
     withheld = []
 
-    def save(video: Video, title: str) -> None:
-        path = task.target.path(title)
-        video.save(path, embed_prompt=options.embed_prompt, signer=signer)
+    def save(video: Video, prompt: str, seed: int) -> None:
+        path = task.target.path(f"{prompt} seed {seed}" if options.num > 1 else prompt)
+        video.save(path, embed_prompt=options.embed_prompt, signer=signer, report=task.target.report(seed))
         tqdm.write(str(path))  # to stdout, past the progress bar
 
     with contextlib.closing(generator.run(request, progress=True)) as videos:
         for (prompt, seed), video in zip(jobs, videos, strict=True):
             try:
-                hosts.by_first(partial(save, video, f"{prompt} seed {seed}" if options.num > 1 else prompt))
+                hosts.by_first(partial(save, video, prompt, seed))
             except Refused as refusal:
                 withheld.append(str(refusal))
     if withheld:
@@ -221,14 +221,10 @@ def _signer(options: argparse.Namespace) -> Any:
     """Who signs the files; a key that cannot sign is found before anything is made."""
     from sora_jax.safety import keys, provenance
 
-    is_first = not options.signing_cert and not keys.local_anchor()
-    signer = keys.load_signer(options.signing_cert, options.signing_key, options.timestamp_url)
-    if is_first:
-        print(
-            "note: a signing key was made for this installation. What it signs can be checked to be unchanged; it does "
-            "not prove who made it",
-            file=sys.stderr,
-        )
+    with warnings.catch_warnings(record=True, action="always", category=UserWarning) as notes:
+        signer = keys.load_signer(options.signing_cert, options.signing_key, options.timestamp_url)
+    for note in notes:
+        print(note.message, file=sys.stderr)
     if not signer.local or signer.timestamp_url:
         provenance.rehearse(signer)
     return signer
@@ -260,7 +256,13 @@ class _Target:
         if self.file is not None:
             return self.file
         name = re.sub(r"\W+", "-", title.lower()).strip("-")[:60].strip("-") or "video"
-        suffix = ".mp4" if self.frames > 1 else ".png"
+        return self._free(name, ".mp4" if self.frames > 1 else ".png")
+
+    def report(self, seed: int) -> Path | None:
+        """Where it is said why a video is withheld: not under a name that is made from the prompt."""
+        return None if self.file else self._free(f"withheld-seed-{seed}", ".json")
+
+    def _free(self, name: str, suffix: str) -> Path:
         path, number = self.folder / f"{name}{suffix}", 1
         while path.exists():
             number += 1

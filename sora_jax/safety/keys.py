@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -61,7 +62,7 @@ def load_signer(
     timestamp_url: str | None = None,
     callback: Callable[[bytes], bytes] | None = None,
 ) -> Signer:
-    """The signer of files: of the user's own certificates, or else the installation's, made on first use.
+    """The signer of files: of the user's own certificates, or else the installation's, made on first use (it warns).
 
     Everything that can be wrong with them is found here, before anything is generated: a callback signs a few bytes,
     and the certificate must confirm the signature.
@@ -82,7 +83,14 @@ def load_signer(
     if cert is None:
         if key is not None or callback is not None:
             raise InputError("a signing key needs its certificate: give a PEM file with the certificate chain as well")
+        is_first = not os.path.lexists(_folder() / "signing.pem")
         path = _local()
+        if is_first:
+            warnings.warn(
+                "note: a signing key was made for this installation. What it signs can be checked to be unchanged; it "
+                "does not prove who made it",
+                stacklevel=2,
+            )
         text, where = _read(path), str(path)
         private = _private_key(text, where)
     else:

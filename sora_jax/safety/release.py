@@ -31,6 +31,7 @@ def release(
     claim: Claim,
     signer: Signer | None = None,
     scanner: Scanner | None = None,
+    report: Path | None = None,
 ) -> Path:
     """Writes frames as .mp4, .gif or .png (one frame), scanned, marked and signed; returns the path.
 
@@ -43,9 +44,11 @@ def release(
             of a file is said only if they are.
         signer: by default the installation's own.
         scanner: looks at the frames too, beside the one that comes with the package.
+        report: where it is written what the scan found, if that must not leave; by default beside `path`, under its
+            name. Given where that name is made from the prompt, which refusals never repeat.
 
     Raises:
-        Refused: the scan found what must not leave; a report without the pictures is written beside `path`.
+        Refused: the scan found what must not leave; a report without the pictures is written.
         InputError: name or folder do not fit (see `media.check_output`), or the file cannot be written or signed.
     """
     path = Path(path)
@@ -56,10 +59,11 @@ def release(
     found = [scan.scan(frames_THWC, one) for one in scanners]
     scans = [one.report for one in found]
     if not all(one.passed for one in found):
-        report = path.with_name(f"{path.name}.withheld.json")
+        what = "a video" if report else path
+        report = report or path.with_name(f"{path.name}.withheld.json")
         with media.complete_or_absent(report) as hidden:
             hidden.write_text(json.dumps(scans, indent=1) + "\n")
-        raise Refused(f"the frame scan withholds {path}; {report} says why")
+        raise Refused(f"the frame scan withholds {what}; {report} says why")
     payload = mark_of(claim, frames_THWC)
     checks = {**claim.checks, "frames": scans, "mark": f"{payload:04x}"}
     origin = "" if claim.origin == "file" and not _is_copy(frames_THWC, fps, claim) else claim.origin

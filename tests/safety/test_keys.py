@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -70,12 +71,21 @@ def png(folder):
 
 def test_a_key_is_made_on_first_use_and_kept(config):
     assert local_anchor() == ""
-    first = load_signer()
+    with pytest.warns(UserWarning, match="a signing key was made .* does not prove who made it"):
+        first = load_signer()
     made = config.read_bytes()
     assert first.local and load_signer().chain == first.chain and config.read_bytes() == made
     assert stat.S_IMODE(config.stat().st_mode) == 0o600 and stat.S_IMODE(config.parent.stat().st_mode) == 0o700
     assert os.listdir(config.parent) == ["signing.pem"]
     assert local_anchor() == first.anchor != ""
+
+
+def test_whoever_knows_the_key_is_told_nothing(config, tmp_path):
+    load_signer()
+    with warnings.catch_warnings(action="error"):
+        load_signer()
+        config.unlink()
+        load_signer(*write(tmp_path, chain()))  # of the user's own
 
 
 def test_the_key_of_an_installation_has_the_profile_of_c2pa(config):
