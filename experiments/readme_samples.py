@@ -27,7 +27,8 @@ def main() -> None:
     frames = [video.frames for video in videos]
     rows = [np.concatenate(frames[i : i + COLUMNS], axis=2) for i in range(0, len(frames), COLUMNS)]
     claim = together([video.claim for video in videos])
-    print(sora_jax.Video(np.concatenate(rows, axis=1), videos[0].fps, claim).save(sys.argv[1]))
+    sheet = sora_jax.Video(np.concatenate(rows, axis=1), videos[0].fps, claim)
+    print(sheet.save(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -261,7 +261,8 @@ def _write(folder, report, samples, figure):
     with contextlib.suppress(Refused):
         if shown:
             claim = together([video.claim or Claim() for _, video, _ in shown])
-            Video(_pixels(_draw_samples(shown, figure)), claim=claim).save(folder / "samples.png")
+            picture = Video(_pixels(_draw_samples(shown, figure)), claim=claim)
+            picture.save(folder / "samples.png")
     _draw_rows(report["rows"], figure).savefig(folder / "figures.png")
     pictures = [name for name in ("figures.png", "samples.png") if (folder / name).exists()]
     (folder / "report.md").write_text(_markdown(report, pictures), encoding="utf-8")

@@ -268,8 +268,8 @@ class _Log:
             claim = dataclasses.replace(video.claim, model=self._model, config=config)
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    path = dataclasses.replace(video, claim=claim).save(Path(folder, "preview.gif"))
-                    gif = path.read_bytes()
+                    shown = dataclasses.replace(video, claim=claim)
+                    gif = shown.save(Path(folder, "preview.gif")).read_bytes()
             except (Refused, InputError) as reason:  # no reason to lose a run
                 self.say(f"the preview of step {step} is not shown: {reason}")
                 continue
