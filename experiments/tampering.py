@@ -3,6 +3,7 @@
 Bytes go in and come out; `look` and `pixels` tell what a player shows before and after.
 """
 
+import io
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 from sora_jax import media
 
 MANIFESTS = {"mp4": "uuid", "gif": "C2PA_GIF", "png": "caBX"}
+_PIECE = 100  # bytes: of coded pictures that are cut anew
 _CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"dinf", b"edts")
 
 
@@ -90,8 +92,9 @@ def chunk(kind: bytes, body: bytes = b"") -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def sub_blocks(body: bytes) -> bytes:
-    return b"".join(bytes([len(body[n : n + 255])]) + body[n : n + 255] for n in range(0, len(body), 255)) + b"\0"
+def sub_blocks(body: bytes, size: int = 255) -> bytes:
+    pieces = (body[start : start + size] for start in range(0, len(body), size))
+    return b"".join(bytes([len(piece)]) + piece for piece in pieces) + b"\0"
 
 
 def additions(data: bytes, format: str) -> Iterator[tuple[str, bytes]]:
@@ -214,11 +217,31 @@ def transplanted(data: bytes, other: bytes, format: str) -> bytes:
     return data[:start] + _part(other, regions(other, format), name) + data[end:]
 
 
-def remux(source: Path, target: Path) -> None:
-    """Copies the packets of a video into a new file, as tools for cutting do."""
-    with av.open(str(source)) as old, av.open(str(target), "w") as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in old.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                new.mux(packet)
+def remuxed(data: bytes, format: str, keep: bool = False) -> bytes:
+    """The same coded pictures written anew, as tools for cutting and shrinking do, in other chunks and blocks.
+
+    Such tools leave out what they do not know, as the manifest. With `keep` (not for mp4) it stays.
+    """
+    if format == "mp4":
+        file = io.BytesIO()
+        with av.open(io.BytesIO(data)) as old, av.open(file, "w", format="mp4") as new:
+            stream = new.add_stream_from_template(old.streams.video[0])
+            for packet in old.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    new.mux(packet)
+        return file.getvalue()
+    written, pictures = b"", b""
+    for name, start, end in regions(data, format):
+        part = data[start:end]
+        if name == "IDAT":
+            pictures += part[8:-4]
+            continue
+        while pictures:
+            written, pictures = written + chunk(b"IDAT", pictures[:_PIECE]), pictures[_PIECE:]
+        if name == "image":
+            head = 11 + (3 << (part[9] & 7) + 1 if part[9] & 0x80 else 0)
+            part = part[:head] + sub_blocks(_joined(part, head), _PIECE)
+        if keep or name != MANIFESTS[format]:
+            written += part
+    return written

@@ -242,6 +242,9 @@ def test_additions_cuts_and_transplants_are_noticed(rows, format):
     for change in changes:
         assert states(rows[format, change]) <= {"tampered", "unreadable"}, change
     assert states(rows[format, "encoded again"]) == {"none"}
+    assert states(rows[format, "remuxed"]) == {"none"} and set(rows[format, "remuxed"].pixels) == {"same"}
+    if format != "mp4":
+        assert set(rows[format, "cut into other blocks around the manifest"].pixels) == {"same"}
     assert states(rows[format, "assertion edited: another seed"]) == {"tampered"}
     assert states(rows[format, "none"]) == {"trusted"}
     assert states(rows[format, "none, and the signer is not known"]) == {"valid"}
