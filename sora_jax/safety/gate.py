@@ -9,14 +9,14 @@ says how often.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sora_jax.errors import InputError
 from sora_jax.safety.names import NameFinder
-from sora_jax.safety.normalize import MAX_LENGTH, Forms, forms, pieces, repaired
+from sora_jax.safety.normalize import MAX_LENGTH, Forms, alphabetic, forms, is_english, pieces, repaired
 from sora_jax.safety.phrases import compile_phrases
 from sora_jax.safety.policy import PROTECTED, Policy, load_policy
 from sora_jax.safety.semantic import classifier, encoder, windows
@@ -116,10 +116,8 @@ class Gate:
         ]
 
     def _by_meaning(self, read: Forms, parts: Sequence[Forms], hinted: Sequence[str]) -> list[str]:
-        # As it is written, in plain letters, and what is left when disguises are off.
         whole, rest = (
-            _windows(dict.fromkeys(text for read in some for text in (read.original, read.text, *read.decoded[:1])))
-            for some in ([read], parts)
+            _windows(dict.fromkeys(text for read in some for text in _said(read))) for some in ([read], parts)
         )
         texts = [*whole, *rest]
         vectors_ND = self._encode(texts)
@@ -131,6 +129,15 @@ class Gate:
             scores[name] = (p_N / (p_N + against_N)).max()
         scores |= {name: (vectors_ND @ examples_MD.T).max() for name, examples_MD in self._examples.items()}
         return [one.name for one in self._categories if scores.get(one.name, -1.0) >= one.threshold]
+
+
+def _said(read: Forms) -> Iterator[str]:
+    """As it is written, in plain letters if that may be what was meant, and what is left when disguises are off."""
+    yield read.original
+    plain = alphabetic(read)
+    if is_english(plain.words):  # of other languages they hold but the sound, which says nothing to the encoder
+        yield plain.text
+    yield from read.decoded[:1]
 
 
 def _windows(texts: Iterable[str]) -> list[str]:

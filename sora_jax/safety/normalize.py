@@ -51,7 +51,7 @@ _LONGEST_WORD = 20
 _RUN_TOGETHER = re.compile(rf"[A-Za-z]*[a-z][A-Z]+[a-z]+[A-Z][A-Za-z]*|[A-Za-z]{{{_LONGEST_WORD + 1},}}")
 _CAPITALS = re.compile(r"[a-z][A-Z]|[A-Z]{2}[^a-z]+[A-Z]{2}")  # inside of words, or several words of them
 _MARKS = re.compile(r"\w_\w+_\w|([\"'*~])\w+\1 \1\w+\1")  # between words, or around each
-_ENGLISH = 0.6  # the share of known words from which respelled text is taken for what was meant
+_ENGLISH = 0.6  # the share of known words from which a text is taken for English
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])|\s*\n\s*")
 _CLAUSE_END = re.compile(r"(?<=[,:])\s+|(?<=[，：、])")
 _MANY_WORDS = 20  # a sentence of more is read by clauses too
@@ -206,6 +206,12 @@ def lexicon() -> dict[str, int]:
     return {word: rank for rank, word in enumerate(words) if word.isascii() and word.isalpha()}
 
 
+def is_english(words: str) -> bool:
+    """Whether most of the words (`Forms.words`) that are letters alone are in the lexicon."""
+    letters = [word for word in words.split() if word.isalpha()]
+    return sum(word in lexicon() for word in letters) >= _ENGLISH * len(letters)
+
+
 @functools.lru_cache(maxsize=65536)
 def _is_invisible(character: str) -> bool:
     return unicodedata.category(character) in _INVISIBLE or character in _BLANK
@@ -288,9 +294,8 @@ def _respelled(words: str) -> str:
     given = re.sub(r"\b([ai])\1\b", r"\1", words).split()
     found = [word if word in known else _in_lexicon(word) for word in given]
     changed = sum(before != after for before, after in zip(words.split(), found, strict=True))
-    letters = [word for word in found if word.isalpha()]
-    english = sum(word in known for word in letters) >= _ENGLISH * len(letters)
-    return " ".join(found) if english and changed > 1 else words
+    respelled = " ".join(found)
+    return respelled if changed > 1 and is_english(respelled) else words
 
 
 def _in_lexicon(word: str) -> str:
