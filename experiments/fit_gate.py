@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 
 import jax
@@ -51,7 +52,6 @@ _AFTER = (
 
 def read_examples() -> list[tuple[str, int, str]]:
     """Category, line and text of every example that is drawn, the same every time."""
-    random = np.random.default_rng(0)
     category, examples = None, []
     for number, line in enumerate((DATA / "examples.txt").read_text(encoding="utf-8").splitlines(), 1):
         if line.startswith("["):
@@ -59,8 +59,10 @@ def read_examples() -> list[tuple[str, int, str]]:
         elif line and not line.startswith("#"):
             parts = [part.split("|") for part in re.split(r"[{}]", line)]
             texts = ["".join(choice) for choice in itertools.product(*parts)]
+            random = np.random.default_rng(zlib.crc32(line.encode()))  # no line changes what others give
             chosen = random.permutation(len(texts))[:PER_LINE]
             examples += [(category, number, _dressed(texts[i], random)) for i in chosen]
+    random = np.random.default_rng(0)
     examples += list(_long(examples, random))
     # Every kind of scene counts as a line.
     return examples + [(BENIGN, number + 1 + kind, text) for kind, text in _captions(random)]
@@ -98,41 +100,49 @@ def _dressed(text: str, random: np.random.Generator) -> str:
     return text
 
 
-def features(vectors: np.ndarray, tokens: list[list[int]]) -> sparse.csr_matrix:
-    """[N, WIDTH + BUCKETS]: the embeddings, and in what buckets the tokens of a text are, of norm `WORDS`."""
+def words_of(tokens: list[list[int]]) -> sparse.csr_matrix:
+    """[N, BUCKETS]: in what buckets the tokens of a text are, of norm `WORDS`."""
     found = [buckets(one) for one in tokens]
     counts = np.array([len(rows) for rows in found])
     values = np.repeat(WORDS / np.maximum(counts, 1) ** 0.5, counts)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    words = sparse.csr_matrix((values, np.concatenate(found).astype(np.int64), starts), (len(tokens), BUCKETS))
-    return sparse.hstack([sparse.csr_matrix(vectors, dtype=np.float64), words]).tocsr()
+    return sparse.csr_matrix((values, np.concatenate(found).astype(np.int64), starts), (len(tokens), BUCKETS))
 
 
 def fit(
-    inputs: sparse.csr_matrix, labels: np.ndarray, weights: np.ndarray, classes: int
-) -> tuple[np.ndarray, np.ndarray]:
+    vectors: np.ndarray, words: sparse.csr_matrix, labels: np.ndarray, weights: np.ndarray, classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Softmax regression.
 
     Args:
-        inputs: [N, D], see `features`; labels: int [N]; weights: [N], how much each example counts.
+        vectors: [N, WIDTH], embeddings; words: [N, BUCKETS], see `words_of`.
+        labels: int [N]; weights: [N], how much each example counts.
 
     Returns:
-        weight [D, classes] and bias [classes], float32.
+        [WIDTH, classes], [BUCKETS, classes] and the bias [classes], float32.
     """
-    D = inputs.shape[1]
-    turned = inputs.T.tocsr()
+    turned = words.T.tocsr()
     target = np.eye(classes)[labels]
     weights = weights / weights.sum()
+    ends = np.cumsum([WIDTH * classes, BUCKETS * classes])
+
+    def parts(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        of_vectors, of_words, bias = np.split(flat, ends)
+        return of_vectors.reshape(-1, classes), of_words.reshape(-1, classes), bias
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weight, bias = flat[:-classes].reshape(D, classes), flat[-classes:]
-        log_p = log_softmax(inputs @ weight + bias, axis=1)
+        of_vectors, of_words, bias = parts(flat)
+        log_p = log_softmax(vectors @ of_vectors + words @ of_words + bias, axis=1)
         error = weights[:, None] * (np.exp(log_p) - target)
-        value = -(weights * log_p[np.arange(len(labels)), labels]).sum() + PENALTY / 2 * (weight**2).sum()
-        return value, np.concatenate([(turned @ error + PENALTY * weight).ravel(), error.sum(0)])
+        penalised = flat[: ends[-1]]
+        value = -(weights * log_p[np.arange(len(labels)), labels]).sum() + PENALTY / 2 * (penalised**2).sum()
+        gradient = np.concatenate([(vectors.T @ error).ravel(), (turned @ error).ravel(), error.sum(0)])
+        gradient[: ends[-1]] += PENALTY * penalised
+        return value, gradient
 
-    found = minimize(loss, np.zeros((D + 1) * classes), jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    return found.x[:-classes].reshape(D, classes).astype(np.float32), found.x[-classes:].astype(np.float32)
+    start = np.zeros(ends[-1] + classes)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    return tuple(part.astype(np.float32) for part in parts(found.x))
 
 
 def write_sums() -> None:
@@ -151,17 +161,16 @@ def main() -> None:
     classes = [*names, BENIGN]
     encode = encoder()
     texts = [windows(forms(text).original)[0] for _, _, text in examples]
-    vectors, tokens = encode(texts), [encode.tokens(text) for text in texts]
     labels = np.array([classes.index(category) for category, _, _ in examples])
     # Every line counts as much as the root of how many examples it gave, harmful and benign ones the same in all.
     lines = np.array([number for _, number, _ in examples])
     weights = 1 / np.sqrt(np.bincount(lines)[lines])
     is_benign = labels == len(names)
     weights[is_benign] *= weights[~is_benign].sum() / weights[is_benign].sum()
-    fitted, bias = fit(features(vectors, tokens), labels, weights, len(classes))
-    fitted, bias = fitted[:, :-1] - fitted[:, -1:], bias[:-1] - bias[-1]
-    weight = np.ascontiguousarray(fitted[:WIDTH])
-    words = (fitted[WIDTH:] * WORDS).astype(np.float16)
+    vectors, words = encode(texts), words_of([encode.tokens(text) for text in texts])
+    fitted = fit(vectors.astype(np.float64), words, labels, weights, len(classes))
+    weight, words, bias = (part[..., :-1] - part[..., -1:] for part in fitted)
+    words = (words * WORDS).astype(np.float16)
     tensors = {"weight": weight, "words": words, "bias": bias}
     safetensors.numpy.save_file(tensors, DATA / CLASSIFIER, {"names": " ".join(names)})
     write_sums()
