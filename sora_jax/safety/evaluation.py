@@ -7,7 +7,8 @@ all else was frozen; then examples like theirs were added, and the fifth and, af
 who had seen nothing, half of them roundabout or disguised) were read for the first time. The seventh and the eighth,
 by two more who had seen nothing, were read in the same way; then came examples of long prompts, by people who had seen
 neither of them. The ninth, by somebody who had seen nothing either, was read once when all else was frozen, and so were
-all later ones, each by another who had seen nothing; the fourteenth and the sixteenth are in other languages.
+all later ones, each by another who had seen nothing; the fourteenth, the sixteenth and the eighteenth are in other
+languages, the nineteenth is all short and plain.
 """
 
 from __future__ import annotations
