@@ -219,7 +219,7 @@ class _Log:
     """What one sees of a run: metrics.jsonl, TensorBoard and a progress bar, by the first process alone."""
 
     def __init__(self, config: ConfigDict, workdir: Path, start: int):
-        self._first, self._path = hosts.is_first(), workdir / "metrics.jsonl"
+        self._first, self._workdir, self._path = hosts.is_first(), workdir, workdir / "metrics.jsonl"
         self._bar = tqdm(
             total=config.steps,
             initial=start,
@@ -234,9 +234,6 @@ class _Log:
             # What was logged after the checkpoint is logged again.
             _forget_after(self._path, start)
             self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-            # What previews say of the weights, with the step: to gather them for a digest would take too long.
-            self._model = workdir.resolve().name
-            self._run = {"run_sha256": hashlib.sha256((workdir / "config.json").read_bytes()).hexdigest()}
 
     def advance(self) -> None:
         self._bar.update()
@@ -263,9 +260,11 @@ class _Log:
             return
         from tensorboardX.proto.summary_pb2 import Summary
 
+        # In place of a digest of the weights, for which they would have to be gathered.
+        run = hashlib.sha256((self._workdir / "config.json").read_bytes()).hexdigest()
         for name, video in videos.items():
-            config = {**video.claim.config, **self._run, "step": step}
-            claim = dataclasses.replace(video.claim, model=self._model, config=config)
+            config = {**video.claim.config, "run_sha256": run, "step": step}
+            claim = dataclasses.replace(video.claim, model=self._workdir.resolve().name, config=config)
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     shown = dataclasses.replace(video, claim=claim)
