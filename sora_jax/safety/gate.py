@@ -16,7 +16,7 @@ import numpy as np
 
 from sora_jax.errors import InputError
 from sora_jax.safety.names import NameFinder
-from sora_jax.safety.normalize import MAX_LENGTH, Forms, alphabetic, forms, is_english, pieces, repaired
+from sora_jax.safety.normalize import MAX_LENGTH, Forms, alphabetic, forms, is_english, pieces, repaired, visible
 from sora_jax.safety.phrases import compile_phrases
 from sora_jax.safety.policy import PROTECTED, Policy, load_policy
 from sora_jax.safety.semantic import classifier, encoder, windows
@@ -145,11 +145,11 @@ def _windows(texts: Iterable[str]) -> list[str]:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises InputError if one is empty, or no text."""
+    """Raises InputError if one is empty, to the eye at least, or no text."""
+    check_texts([text for text in prompts if isinstance(text, str)])
     for text in prompts:
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not visible(text[:MAX_LENGTH]):
             raise InputError("the prompt is empty; describe what the video shows, e.g. 'a red ball rolls left'")
-    check_texts(prompts)
 
 
 def check_texts(texts: Sequence[str], name: str = "prompt") -> None:

@@ -8,7 +8,7 @@ from sora_jax.cli import main
 from sora_jax.safety import evaluation, gate
 
 
-@pytest.mark.parametrize("prompt", ["", " \n"])
+@pytest.mark.parametrize("prompt", ["", " \n", "\u200b\ufeff"])
 def test_an_empty_prompt_is_not_allowed_but_a_mistake(monkeypatch, capsys, prompt):
     monkeypatch.setattr(gate, "load_gate", lambda _: pytest.fail("the gate is being loaded"))
     assert main(["check", prompt]) == 2
