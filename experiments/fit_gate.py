@@ -35,7 +35,8 @@ LONG = 10_000  # prompts made of two to four examples, each of
 SHORT = 160  # fewer characters than these, so that all of them fit into what is read at a time
 PENALTY = 1e-5
 WORDS = 2.0  # how much words count beside the embedding, before the penalty
-# Words about the picture say nothing about what it shows: half of the examples get some, harmful and benign alike.
+# Words about the picture, a place or a time say nothing about what it shows: half of the examples get some, harmful and
+# benign alike.
 _BEFORE = (
     "cinematic shot of", "drone footage of", "close-up of", "a video of", "anime style,", "photorealistic",
     "slow motion,", "generate a clip of", "black and white film,", "handheld camera,", "wide shot,",
@@ -46,7 +47,14 @@ _AFTER = (
     ", 4k", ", highly detailed", ", dramatic lighting", ", shot on 35mm", ", golden hour", ", unreal engine",
     ", oil painting", ", ultra realistic, 8k", ", soft light", ", neon colors", ", in the rain", ", slow zoom",
     ", documentary style", ".", ", no text", ", studio ghibli", ", grainy vhs", ", moody atmosphere", ", at night",
-    ", the camera slowly moves in",
+    ", the camera slowly moves in", ", shot on a 50mm lens", ", shallow depth of field, bokeh", ", warm colors",
+    ", filmed with a phone", ", a cat sleeps in the background", ". Birds fly over a calm lake.", " in Boston",
+    " in Paris", " in Lisbon", " in Kyoto", " in Buenos Aires, Argentina", " in Cape Town", " in Krakow, Poland",
+    " in Mumbai", " in a small town", " in the mountains", " in the desert", " in the countryside",
+    " in the old town of Prague", " near Oslo", " outside Dallas, Texas", " on an island", " by the sea",
+    " in Scotland", " in northern Italy", " in the suburbs", " in a foreign country", " at dawn", " at noon",
+    " in the evening", " on a Sunday morning", " in winter", " last summer", " on a rainy day", " in 1985",
+    " under a full moon", " while it snows", " after lunch", " on a foggy day",
 )  # fmt: skip
 
 
@@ -96,7 +104,7 @@ def _dressed(text: str, random: np.random.Generator) -> str:
     if kind in (0, 2):
         text = f"{_BEFORE[random.integers(len(_BEFORE))]} {text}"
     if kind in (1, 2):
-        text += _AFTER[random.integers(len(_AFTER))]
+        text = text.rstrip(".") + _AFTER[random.integers(len(_AFTER))]
     return text
 
 

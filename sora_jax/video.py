@@ -10,7 +10,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # these take a while to import
     from sora_jax.safety.scan import Scanner
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Video:
     """Frames with their speed.
 
@@ -40,7 +40,7 @@ class Video:
 
     frames: np.ndarray
     fps: float = 8.0
-    claim: Claim | None = field(default=None, repr=False)
+    claim: Claim | None = None
 
     def __post_init__(self) -> None:
         frames = np.asarray(self.frames)
@@ -49,6 +49,10 @@ class Video:
         media.check_fps(self.fps)
         object.__setattr__(self, "frames", frames)
 
+    def __repr__(self) -> str:
+        T, H, W, _ = self.frames.shape
+        return f"Video({T} frames of {H}x{W}, fps={self.fps:g})"
+
     def save(
         self,
         path: str | os.PathLike,
@@ -56,7 +60,7 @@ class Video:
         embed_prompt: bool = False,
         signer: Signer | None = None,
         scanner: Scanner | None = None,
-        report: Path | None = None,
+        report: str | os.PathLike | None = None,
     ) -> Path:
         """Writes the video as .mp4 (H.264, yuv420p), .gif, or .png (one frame) and returns the path.
 

@@ -133,6 +133,7 @@ def test_names_come_from_prompts(tmp_path):
         (["red", "--kernel", "flash"], "choose from"),
         (["red", "--colour=blue"], "unrecognized arguments: --colour; see"),
         (["red", "ball", "rolls"], "2 words too many: quote the prompt"),
+        (["red", "ball"], "1 word too many: quote the prompt"),
         (["red", "-o", "red.avi"], "must end in"),
         (["red", "-o", "none/red.mp4"], "no folder none"),
         (["red", "-o", "red.png"], "holds one frame"),

@@ -60,6 +60,10 @@ def test_a_saved_video_is_read_back(tmp_path):
     assert np.abs(back.frames.astype(int) - video.frames).mean() < 4
 
 
+def test_printed_form_is_short():
+    assert repr(Video(np.zeros((5, 64, 96, 3), np.uint8), fps=12.5)) == "Video(5 frames of 64x96, fps=12.5)"
+
+
 def test_notebook_form():
     assert Video(smooth_clip())._repr_html_().startswith("<video")
     assert Video(smooth_clip()[:1])._repr_html_().startswith("<img")

@@ -31,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.rest and options.command != "train":
             # Not what they are: they may be the rest of a prompt that was not quoted.
             flags = " ".join(word.partition("=")[0] for word in options.rest if word.startswith("-"))
-            what = (
-                f"unrecognized arguments: {flags}" if flags else f"{len(options.rest)} words too many: quote the prompt"
-            )
+            few = "1 word" if len(options.rest) == 1 else f"{len(options.rest)} words"
+            quoted = "file's name" if options.command == "verify" else "prompt"
+            what = f"unrecognized arguments: {flags}" if flags else f"{few} too many: quote the {quoted}"
             raise InputError(f"{what}; see sora-jax {options.command} --help")
         with _one_interrupt(options.command):
             code = options.run(options) or 0

@@ -16,7 +16,17 @@ import numpy as np
 
 from sora_jax.errors import InputError
 from sora_jax.safety.names import NameFinder
-from sora_jax.safety.normalize import MAX_LENGTH, Forms, alphabetic, forms, is_english, pieces, repaired, visible
+from sora_jax.safety.normalize import (
+    MAX_LENGTH,
+    Forms,
+    alphabetic,
+    forms,
+    is_english,
+    is_latin,
+    pieces,
+    repaired,
+    visible,
+)
 from sora_jax.safety.phrases import compile_phrases
 from sora_jax.safety.policy import PROTECTED, Policy, load_policy
 from sora_jax.safety.semantic import classifier, encoder, windows
@@ -135,7 +145,8 @@ def _said(read: Forms) -> Iterator[str]:
     """As it is written, in plain letters if that may be what was meant, and what is left when disguises are off."""
     yield read.original
     plain = alphabetic(read)
-    if is_english(plain.words):  # of other languages they hold but the sound, which says nothing to the encoder
+    # Of other alphabets they hold but the sound, which says nothing to the encoder.
+    if is_latin(plain.original) or is_english(plain.words):
         yield plain.text
     yield from read.decoded[:1]
 

@@ -16,6 +16,7 @@ import itertools
 import math
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,10 @@ _RUN_TOGETHER = re.compile(rf"[A-Za-z]*[a-z][A-Z]+[a-z]+[A-Z][A-Za-z]*|[A-Za-z]{
 _CAPITALS = re.compile(r"[a-z][A-Z]|[A-Z]{2}[^a-z]+[A-Z]{2}")  # inside of words, or several words of them
 _MARKS = re.compile(r"\w_\w+_\w|([\"'*~])\w+\1 \1\w+\1")  # between words, or around each
 _ENGLISH = 0.6  # the share of known words from which a text is taken for English
+_LATIN = 0.25  # the share of Latin letters from which lookalikes may stand for the others
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])|\s*\n\s*")
 _CLAUSE_END = re.compile(r"(?<=[,:])\s+|(?<=[，：、])")
+_PHRASE = re.compile(r",? (?:in|at|near|by|outside|during|while|after|before) |, ?")  # where one begins
 _MANY_WORDS = 20  # a sentence of more is read by clauses too
 
 
@@ -103,7 +106,8 @@ def alphabetic(read: Forms) -> Forms:
 
 
 def pieces(prompt: str) -> list[Forms]:
-    """The sentences of a prompt that has several; of long ones also the clauses, and each two neighbours of these.
+    """The sentences of a prompt that has several; of long ones also the clauses, and each two neighbours of these; a
+    single short one without its last phrases.
 
     What one of them asks for has little weight in the whole, where the others are harmless and many.
     """
@@ -114,8 +118,17 @@ def pieces(prompt: str) -> list[Forms]:
             clauses = [part for part in _CLAUSE_END.split(sentence) if part.strip()]
             if len(clauses) > 1:
                 found = [*found, *clauses, *map(" ".join, itertools.pairwise(clauses))]
+        elif len(sentences) == 1:
+            found = [*found, *_heads(sentence)]
     # Two that are put together again can be longer than the prompt, by the space between them.
     return [read for part in dict.fromkeys(found) if (read := forms(part))]
+
+
+def _heads(sentence: str) -> Iterator[str]:
+    """Without its last phrases, up to three: places, times and words about the picture."""
+    for found in list(_PHRASE.finditer(sentence))[:-4:-1]:
+        if len((head := sentence[: found.start()]).split()) >= 3:
+            yield head
 
 
 def repaired(prompt: str) -> str:
@@ -209,7 +222,13 @@ def lexicon() -> dict[str, int]:
 def is_english(words: str) -> bool:
     """Whether most of the words (`Forms.words`) that are letters alone are in the lexicon."""
     letters = [word for word in words.split() if word.isalpha()]
-    return sum(word in lexicon() for word in letters) >= _ENGLISH * len(letters)
+    return 0 < _ENGLISH * len(letters) <= sum(word in lexicon() for word in letters)
+
+
+def is_latin(text: str) -> bool:
+    """Whether a good part of its letters are Latin ones, as where lookalikes of other alphabets are among them."""
+    letters = [letter for letter in text if letter.isalpha()]
+    return 0 < _LATIN * len(letters) <= sum(letter < "\u0250" for letter in letters)
 
 
 @functools.lru_cache(maxsize=65536)

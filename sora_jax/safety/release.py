@@ -31,7 +31,7 @@ def release(
     claim: Claim,
     signer: Signer | None = None,
     scanner: Scanner | None = None,
-    report: Path | None = None,
+    report: str | os.PathLike | None = None,
 ) -> Path:
     """Writes frames as .mp4, .gif or .png (one frame), scanned, marked and signed; returns the path.
 
@@ -60,7 +60,7 @@ def release(
     scans = [one.report for one in found]
     if not all(one.passed for one in found):
         what = "a video" if report else path
-        report = report or path.with_name(f"{path.name}.withheld.json")
+        report = Path(report) if report else path.with_name(f"{path.name}.withheld.json")
         with media.complete_or_absent(report) as hidden:
             hidden.write_text(json.dumps(scans, indent=1) + "\n")
         raise Refused(f"the frame scan withholds {what}; {report} says why")

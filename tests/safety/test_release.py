@@ -133,6 +133,12 @@ def test_a_hit_withholds_the_file_and_leaves_a_report(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["clip.mp4", "clip.mp4.withheld.json"]
 
 
+def test_the_report_may_have_a_name_of_its_own(tmp_path):
+    with pytest.raises(Refused, match="withholds a video; .*why.json says why"):
+        save(noisy_clip(), tmp_path / "clip.mp4", score=0.99, report=str(tmp_path / "why.json"))
+    assert os.listdir(tmp_path) == ["why.json"]
+
+
 STAGES = [
     (release.scan, "scan"),
     (mark, "embed"),

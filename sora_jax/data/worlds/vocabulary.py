@@ -32,7 +32,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 DESCRIPTION = (
     "a red, orange, yellow, green, blue, purple, pink or white ball, cube, pyramid or star, small or large, alone or "
     "next to another; it rests, moves, rolls, flies, falls, rises or bounces, or passes behind a gray wall or pillar; "
-    "a gray truck drives past; the camera pans or zooms; a plain or gradient background, grass, snow, night"
+    "a gray truck drives past; the camera pans or zooms; a plain or gradient background, a grassy field, snow, night"
 )
 
 # Pairs kept out of training, so that drawing them shows that colour and shape were learned apart.
