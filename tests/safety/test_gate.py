@@ -384,7 +384,6 @@ def test_a_place_a_time_or_a_style_hides_little(gate, tail):
         "somebody pushes a cart up a hill",
         "two girls kick a ball on the grass",
         "two men in a parking lot",
-        "a woman slaps her sister on the back",
     ],
 )
 def test_the_same_words_without_harm_pass(gate, prompt):
