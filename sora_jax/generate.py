@@ -31,6 +31,7 @@ from sora_jax.text import ByteTokenizer, FileTokenizer
 from sora_jax.video import Video
 from sora_jax.vision import preprocess, resize
 
+_UNSEEN = 0.03  # so much (log of the ratio of its sides) a picture may be stretched before somebody is told
 _PIXELS_AT_ONCE = 17 * 128 * 128  # more than these the codec takes in pieces, so that its memory does not grow
 
 
@@ -321,7 +322,7 @@ class Generator:
         return [word for word in words if known and word not in known]
 
     def notes(self, request: Request) -> list[str]:
-        """What someone should be told about the prompts of a request: unknown words, and text that is not read."""
+        """What someone should be told of a request: unknown words, text that is not read, pictures out of shape."""
         texts = [*dict.fromkeys(request.prompts), request.negative_prompt]
         notes = []
         if unknown := self.unknown_words(" ".join(texts)):
@@ -330,6 +331,11 @@ class Generator:
         for text in texts:
             if rest := self.tokenizer.unread(text, self.config.text.length):
                 notes.append(f"note: the prompt is too long for this model, which does not read its end: ...{rest}")
+        height, width = request.size
+        for name, picture in (("image", request.image), ("last image", request.last_image)):
+            if picture is not None and abs(np.log(picture.shape[0] / picture.shape[1] * width / height)) > _UNSEEN:
+                rows, columns = picture.shape[:2]
+                notes.append(f"note: the {name} of {rows}x{columns} is stretched to {height}x{width}")
         return notes
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import platform
 import secrets
@@ -105,7 +106,21 @@ def decode(data: bytes, name: str | os.PathLike, most: int | None = None) -> tup
     return _decode(io.BytesIO(data), name, most)
 
 
-def _decode(file: BinaryIO, path: str | os.PathLike, most: int | None) -> tuple[np.ndarray, float]:
+def decode_picture(data: bytes, name: str | os.PathLike) -> np.ndarray:
+    """The picture in the bytes of the file `name`, uint8 [H, W, 3].
+
+    Raises:
+        InputError: it cannot be read, or holds more than one frame.
+    """
+    frames_THWC, _ = _decode(io.BytesIO(data), name, first=2)
+    if len(frames_THWC) > 1:
+        raise InputError(f"{name} is a video; a picture is one frame, such as a .png or .jpg")
+    return frames_THWC[0]
+
+
+def _decode(
+    file: BinaryIO, path: str | os.PathLike, most: int | None = None, first: int | None = None
+) -> tuple[np.ndarray, float]:
     frames, step = [], 1
     mirrored = _mirrored(file)
     try:
@@ -118,7 +133,7 @@ def _decode(file: BinaryIO, path: str | os.PathLike, most: int | None) -> tuple[
             if stream.width * stream.height > _MOST_PIXELS:
                 raise InputError(f"cannot read {path}: {stream.width}x{stream.height} pixels are too many")
             convert = VideoReformatter().reformat  # one for all frames: its tables take longer than a small frame
-            for number, frame in enumerate(container.decode(stream)):
+            for number, frame in enumerate(itertools.islice(container.decode(stream), first)):
                 if number % step:
                     continue
                 picture = convert(frame, format="rgb24", interpolation=_EXACT).to_ndarray()
@@ -126,8 +141,6 @@ def _decode(file: BinaryIO, path: str | os.PathLike, most: int | None) -> tuple[
                 if frames and picture.shape != frames[0].shape:
                     raise InputError(f"cannot read {path}: it holds no frames of one size")
                 frames.append(picture)
-                if most == 1:
-                    break
                 if most is not None and len(frames) > max(1, min(most, _MOST_BYTES // picture.nbytes)):
                     frames, step = frames[::2], 2 * step
             rate = stream.average_rate or stream.guessed_rate or Fraction(8)

@@ -203,7 +203,7 @@ def _images(config: ModelConfig, image: Any, last_image: Any, frames: int) -> di
         source = None
         if picture is not None and not isinstance(picture, np.ndarray):
             source = Source.read(picture, name)
-            picture = media.decode(source.data, picture, most=1)[0][0]
+            picture = media.decode_picture(source.data, picture)
         if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
             raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
         arrays[name] = picture

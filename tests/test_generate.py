@@ -269,6 +269,11 @@ def test_unknown_words_and_long_prompts_are_told(generator):
         generator.generate("A red ball.", progress=False)
 
 
+def test_it_is_told_that_a_picture_is_stretched(generator):
+    with pytest.warns(UserWarning, match="the image of 32x48 is stretched to 32x32"):
+        generator.generate("a red ball", image=np.zeros((32, 48, 3), np.uint8), size=(32, 32), progress=False)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -157,6 +157,8 @@ def test_of_a_long_file_some_frames_are_kept(tmp_path):
     some, same = media.read(path, most=8)
     assert fps == same and np.array_equal(some, all_frames[::4])
     assert np.array_equal(media.read(path, most=1)[0], all_frames[:1])
+    with pytest.raises(InputError, match="long.mp4 is a video; a picture is one frame"):
+        media.decode_picture(path.read_bytes(), path)
     assert np.array_equal(media.decode(path.read_bytes(), path, most=21)[0], all_frames)
 
 

@@ -40,6 +40,7 @@ _WORDS = {  # C2PA 2.2, 15.2: status codes
     "signingCredential.untrusted": "the signer is not known here",
     GENERATION: "a part of the file that tells players how to read it was changed after signing",
 }
+_TOO_SHORT = "it ends too soon, or is not what its name says"
 _EXTRA = ".additionalExclusionsPresent"
 _LEFT_OUT_TOO = "the signer chose to leave out more of the file than C2PA does, and there it may have been changed"
 _CREDENTIAL = ("signingCredential.", "claimSignature.outsideValidity", "timeStamp.")
@@ -145,7 +146,8 @@ def _read(file: BinaryIO, kind: str | None, settings: dict[str, Any]) -> Manifes
     except c2pa.C2paError.ManifestNotFound:
         return Manifest("none")
     except (c2pa.C2paError, ValueError) as error:
-        return Manifest("unreadable", (plain(error),))
+        words = f"{_TOO_SHORT} ({plain(error)})" if "failed to fill whole buffer" in str(error) else plain(error)
+        return Manifest("unreadable", (words,))
     try:
         return _checked(report, _active(exact, report["active_manifest"]), file)
     except (AttributeError, KeyError, StopIteration, TypeError, ValueError):  # by others, in a form of their own

@@ -67,8 +67,10 @@ def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) ->
         try:
             given = Path(anchors).read_text()
             x509.load_pem_x509_certificates(given.encode())
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {anchors}: it must be certificates in PEM") from error
+        except OSError as error:
+            raise InputError(f"cannot read {anchors}: {error.strerror}") from error
+        except ValueError:
+            raise InputError(f"cannot read {anchors}: it must be certificates in PEM") from None
     manifest = read_manifest(path, f"{anchor}\n{given}".strip())
     words, bits = _look_for_mark(path, secret) if secret else (f"not looked for: {why_not}", "")
     verdict = (*_of_manifest(manifest), *_of_mark(words, bits, manifest))
