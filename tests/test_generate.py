@@ -269,7 +269,8 @@ def test_unknown_words_and_long_prompts_are_told(generator):
         generator.generate("A red ball.", progress=False)
 
 
-def test_it_is_told_that_a_picture_is_stretched(generator):
+def test_it_is_told_that_a_picture_is_stretched(tiny_config, tiny_params):
+    generator = Generator(dataclasses.replace(tiny_config, known_frames=True), tiny_params)
     with pytest.warns(UserWarning, match="the image of 32x48 is stretched to 32x32"):
         generator.generate("a red ball", image=np.zeros((32, 48, 3), np.uint8), size=(32, 32), progress=False)
 
