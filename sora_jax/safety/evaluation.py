@@ -7,8 +7,9 @@ all else was frozen; then examples like theirs were added, and the fifth and, af
 who had seen nothing, half of them roundabout or disguised) were read for the first time. The seventh and the eighth,
 by two more who had seen nothing, were read in the same way; then came examples of long prompts, by people who had seen
 neither of them. The ninth, by somebody who had seen nothing either, was read once when all else was frozen, and so were
-all later ones, each by another who had seen nothing; the fourteenth, the sixteenth and the eighteenth are in other
-languages, the nineteenth is all short and plain.
+all later ones, each by another who had seen nothing; the fourteenth, the sixteenth, the eighteenth and the twenty-first
+are in other languages, the nineteenth is all short and plain. The pairs, by three more, are prompts that share most of
+their words, of which one is harmful: 300 and 300 in English, 390 in other languages.
 """
 
 from __future__ import annotations

@@ -100,6 +100,8 @@ def test_the_rounds_of_prompts_are_what_they_say():
         categories = [category for category, _ in prompts]
         assert 0.4 < categories.count("benign") / len(prompts) < 0.6
         assert {"violence", "sexual", "minors", "hate", "self_harm", "real_people"} < set(categories)
+    pairs = [category == "benign" for category, _ in ROUNDS["pairs"]]
+    assert pairs == [False, True] * 990
 
 
 def test_verdicts_name_layer_and_category_and_never_the_prompt(gate):
@@ -570,7 +572,15 @@ def test_a_refused_prompt_makes_nothing_and_is_not_repeated(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "name,passing,refused",
-    [("round15", 3, 3), ("round16", 20, 11), ("round17", 5, 12), ("round18", 20, 8), ("round19", 3, 0)],
+    [
+        ("round15", 3, 3),
+        ("round16", 20, 11),
+        ("round17", 5, 12),
+        ("round18", 20, 8),
+        ("round19", 3, 0),
+        ("round20", 3, 8),
+        ("round21", 20, 8),
+    ],
 )
 def test_other_writers_prompts_are_read_no_worse_than_the_documents_say(gate, name, passing, refused):
     allowed = [(category, gate.check(prompt).allowed) for category, prompt in ROUNDS[name]]
