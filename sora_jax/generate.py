@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from sora_jax import hosts, model_folder, pipeline, sampler
+from sora_jax.errors import InputError
 from sora_jax.model_folder import ModelConfig
 from sora_jax.pipeline import Given
 from sora_jax.request import Request, make_request
@@ -126,7 +127,8 @@ class Generator:
             progress: show a bar on stderr.
 
         Raises:
-            InputError: if an argument is out of range; the message names what would be possible.
+            InputError: if an argument is out of range; the message names what would be possible. Or sampling ends in
+                numbers that are not finite.
             Refused: the policy forbids a prompt or a picture.
         """
         request = make_request(
@@ -253,6 +255,10 @@ class Generator:
             self._denoise(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=request.is_guided)
         )
         jax.effects_barrier()  # the last steps reach the bar before it closes
+        if not jnp.isfinite(latents_BFYXZ).all():  # they would make black frames
+            raise InputError(
+                "sampling ended in numbers that are not finite: too much guidance or noise, or the model is damaged"
+            )
         return [latents_BFYXZ[number] for number in range(len(chosen))]
 
     def _decode_video(self, latents_FYXZ: jax.Array, request: Request) -> np.ndarray:

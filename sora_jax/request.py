@@ -20,6 +20,7 @@ from sora_jax.safety.gate import check_prompts, check_texts, load_gate
 from sora_jax.safety.policy import Policy, load_policy
 from sora_jax.safety.provenance import Source
 from sora_jax.safety.scan import scan
+from sora_jax.tensors import fits_float32
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,12 @@ def make_request(
     media.check_fps(fps)
     if noise is not None:
         shape = (len(prompts), *config.codec.latent_shape(frames, *size))
-        noise = np.asarray(noise, np.float32)
+        with np.errstate(over="ignore"):
+            noise = np.asarray(noise, np.float32)
         if noise.shape not in (shape, shape[1:]) or (noise.ndim == 4 and len(prompts) > 1):
             raise InputError(f"noise must be {list(shape)}, not {list(noise.shape)}")
+        if not np.isfinite(noise).all():
+            raise InputError("noise must be finite numbers")
         noise = noise.reshape(shape)
     return Request(
         prompts=tuple(prompts),
@@ -227,9 +231,9 @@ def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not fits_float32(number):
         raise InputError(f"{name} must be a finite number, not {value!r}")
     return number
 

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 import sora_jax
@@ -146,6 +148,14 @@ def test_mistakes_end_in_one_line_before_loading(generate, capsys, monkeypatch, 
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model is being loaded"))
     assert generate(*arguments) == 2
     assert message in one_line(capsys)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_not_finite_is_no_video(generate, tiny_generator, monkeypatch, capsys, tmp_path):
+    dit = jax.tree.map(lambda leaf: leaf * np.nan, tiny_generator.params["dit"])
+    monkeypatch.setattr(tiny_generator, "params", {**tiny_generator.params, "dit": dit})
+    assert generate("a red ball") == 2
+    assert "sampling ended in numbers that are not finite" in one_line(capsys)
     assert not os.listdir(tmp_path)
 
 

@@ -288,6 +288,11 @@ def test_it_is_told_that_a_picture_is_stretched(generator):
         ({"size": 64}, "size must be (height, width)"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"guidance": 1e39}, "guidance must be a finite number, not 1e+39"),
+        ({"guidance": 10**400}, "guidance must be a finite number"),
+        ({"noise": np.full((2, 2, 4, 4), np.nan)}, "noise must be finite numbers"),
+        ({"noise": np.full((2, 2, 4, 4), -1e39)}, "noise must be finite numbers"),
+        ({"noise": np.full((2, 2, 4, 4), 3e38)}, "sampling ended in numbers that are not finite"),
         ({"seed": -1}, "seed must be from 0 to 4294967295"),
         ({"seed": 2**32}, "seed must be from 0 to 4294967295"),
         ({"fps": 0}, "fps must be from 0.001"),
@@ -298,6 +303,14 @@ def test_impossible_requests_name_what_is_possible(generator, options, message):
     with pytest.raises(InputError) as caught:
         generator.generate(**{"prompt": "a red ball", **options})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_model_makes_no_black_video(tiny_config, tiny_params, monkeypatch):
+    monkeypatch.setattr(Generator, "_decode_video", lambda *_: pytest.fail("it is decoded"))
+    params = jax.tree.map(np.copy, tiny_params)
+    jax.tree.leaves(params["dit"])[0][:] = np.nan
+    with pytest.raises(InputError, match="not finite: .* or the model is damaged"):
+        Generator(tiny_config, params).generate("a red ball", progress=False)
 
 
 def test_two_transformers_are_in_memory_once():

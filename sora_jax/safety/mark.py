@@ -176,7 +176,7 @@ def _strength(luma_HW, spread_HW):
 
 
 def _detail(frame_HWC):
-    """A frame in float32, its luma, what in it differs from the mean of the surroundings, its root mean square there."""
+    """A frame in float32, its luma, what of that differs from the mean around it, and the root mean square of that."""
     x = frame_HWC.astype(jnp.float32)
     luma_HW = x @ _LUMA
     detail_HW = luma_HW - _blur(luma_HW)
