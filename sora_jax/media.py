@@ -188,13 +188,45 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     try:
         yield hidden
         if hidden.exists():
-            with open(hidden, "rb") as file:
-                os.fsync(file.fileno())  # a power cut must not leave the name without what it names
+            _flush(hidden)
             os.replace(hidden, path)
     except (OSError, av.error.FFmpegError) as error:
         raise InputError(f"cannot write {path}: {_reason(error)}") from error
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def take_free_name(hidden: Path, path: Path) -> Path:
+    """Names a complete hidden file `path`, or with the first number from 2 on that is free; returns the name.
+
+    Whatever others write at the same time is kept, which looking first and renaming then would not promise.
+    """
+    _flush(hidden)
+    for name in numbered(path):
+        try:
+            os.link(hidden, name)
+            hidden.unlink()
+        except FileExistsError:
+            continue
+        except OSError:  # of a file system without hard links: an empty file holds the name until the next line
+            try:
+                name.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os.replace(hidden, name)
+        return name
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """NAME.mp4, NAME-2.mp4, NAME-3.mp4, ..."""
+    yield path
+    yield from (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+
+
+def _flush(path: Path) -> None:
+    """Waits for the disk: a power cut must not leave a name without what it names."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _reason(error: Exception) -> str:
