@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from sora_jax import hosts, model_folder, pipeline, sampler
 from sora_jax.errors import InputError
+from sora_jax.media import Picture
 from sora_jax.model_folder import ModelConfig
 from sora_jax.pipeline import Given
 from sora_jax.request import Request, make_request
@@ -98,11 +99,11 @@ class Generator:
         steps: int | None = None,
         guidance: float | None = None,
         guidance_low: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         fps: float | None = None,
         noise: np.ndarray | None = None,
-        image: str | os.PathLike | np.ndarray | None = None,
-        last_image: str | os.PathLike | np.ndarray | None = None,
+        image: str | os.PathLike | np.ndarray | Picture | None = None,
+        last_image: str | os.PathLike | np.ndarray | Picture | None = None,
         progress: bool = True,
     ) -> Video | list[Video]:
         """Makes a video of a prompt, or a list of videos if `prompt` or `seed` is a list.
@@ -122,8 +123,8 @@ class Generator:
             negative_prompt: takes the place of the empty prompt in "without".
             fps: frames per second of the result; it changes the speed, not the frames.
             noise: initial latents, float [B, F, Y, X, Z] or [F, Y, X, Z], in place of the seed's.
-            image, last_image: pictures that the video starts and ends with, uint8 [H, W, 3] or files, for models that
-                can; they are stretched to the size of the video.
+            image, last_image: pictures that the video starts and ends with, for models that can: files,
+                uint8 [H, W, 3], or pictures of PIL; they are stretched to the size of the video.
             progress: show a bar on stderr.
 
         Raises:

@@ -20,10 +20,11 @@ from typing import BinaryIO
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, one_line
 
+Picture = Image.Image
 SUFFIXES = (".mp4", ".gif", ".png")
 # What is read. FFmpeg knows hundreds of formats and goes by the content, and among them are playlists: a text that has
 # it read other files, or ask the network for them.
@@ -116,6 +117,14 @@ def decode_picture(data: bytes, name: str | os.PathLike) -> np.ndarray:
     if len(frames_THWC) > 1:
         raise InputError(f"{name} is a video; a picture is one frame, such as a .png or .jpg")
     return frames_THWC[0]
+
+
+def from_pil(picture: Picture) -> np.ndarray:
+    """A picture of PIL, uint8 [H, W, 3], RGB, upright; InputError if PIL cannot read the rest of its file."""
+    try:
+        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except Exception as error:  # whichever it is of the many that its readers raise
+        raise InputError(f"the picture cannot be read: {one_line(error)}") from error
 
 
 def _decode(
