@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from sora_jax import hosts, model_folder, pipeline, sampler
+from sora_jax.errors import InputError
+from sora_jax.media import Picture
 from sora_jax.model_folder import ModelConfig
 from sora_jax.pipeline import Given
 from sora_jax.request import Request, make_request
@@ -97,11 +99,11 @@ class Generator:
         steps: int | None = None,
         guidance: float | None = None,
         guidance_low: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         fps: float | None = None,
         noise: np.ndarray | None = None,
-        image: str | os.PathLike | np.ndarray | None = None,
-        last_image: str | os.PathLike | np.ndarray | None = None,
+        image: str | os.PathLike | np.ndarray | Picture | None = None,
+        last_image: str | os.PathLike | np.ndarray | Picture | None = None,
         progress: bool = True,
     ) -> Video | list[Video]:
         """Makes a video of a prompt, or a list of videos if `prompt` or `seed` is a list.
@@ -121,12 +123,13 @@ class Generator:
             negative_prompt: takes the place of the empty prompt in "without".
             fps: frames per second of the result; it changes the speed, not the frames.
             noise: initial latents, float [B, F, Y, X, Z] or [F, Y, X, Z], in place of the seed's.
-            image, last_image: pictures that the video starts and ends with, uint8 [H, W, 3] or files, for models that
-                can; they are stretched to the size of the video.
+            image, last_image: pictures that the video starts and ends with, for models that can: files,
+                uint8 [H, W, 3], or pictures of PIL; they are stretched to the size of the video.
             progress: show a bar on stderr.
 
         Raises:
-            InputError: if an argument is out of range; the message names what would be possible.
+            InputError: if an argument is out of range; the message names what would be possible. Or sampling ends in
+                numbers that are not finite.
             Refused: the policy forbids a prompt or a picture.
         """
         request = make_request(
@@ -253,6 +256,10 @@ class Generator:
             self._denoise(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=request.is_guided)
         )
         jax.effects_barrier()  # the last steps reach the bar before it closes
+        if not jnp.isfinite(latents_BFYXZ).all():  # they would make black frames
+            raise InputError(
+                "sampling ended in numbers that are not finite: too much guidance or noise, or the model is damaged"
+            )
         return [latents_BFYXZ[number] for number in range(len(chosen))]
 
     def _decode_video(self, latents_FYXZ: jax.Array, request: Request) -> np.ndarray:

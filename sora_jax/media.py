@@ -20,10 +20,11 @@ from typing import BinaryIO
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, one_line
 
+Picture = Image.Image
 SUFFIXES = (".mp4", ".gif", ".png")
 # What is read. FFmpeg knows hundreds of formats and goes by the content, and among them are playlists: a text that has
 # it read other files, or ask the network for them.
@@ -118,6 +119,14 @@ def decode_picture(data: bytes, name: str | os.PathLike) -> np.ndarray:
     return frames_THWC[0]
 
 
+def from_pil(picture: Picture) -> np.ndarray:
+    """A picture of PIL, uint8 [H, W, 3], RGB, upright; InputError if PIL cannot read the rest of its file."""
+    try:
+        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except Exception as error:  # whichever it is of the many that its readers raise
+        raise InputError(f"the picture cannot be read: {one_line(error)}") from error
+
+
 def _decode(
     file: BinaryIO, path: str | os.PathLike, most: int | None = None, first: int | None = None
 ) -> tuple[np.ndarray, float]:
@@ -188,13 +197,45 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     try:
         yield hidden
         if hidden.exists():
-            with open(hidden, "rb") as file:
-                os.fsync(file.fileno())  # a power cut must not leave the name without what it names
+            _flush(hidden)
             os.replace(hidden, path)
     except (OSError, av.error.FFmpegError) as error:
         raise InputError(f"cannot write {path}: {_reason(error)}") from error
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def take_free_name(hidden: Path, path: Path) -> Path:
+    """Names a complete hidden file `path`, or with the first number from 2 on that is free; returns the name.
+
+    Whatever others write at the same time is kept, which looking first and renaming then would not promise.
+    """
+    _flush(hidden)
+    for name in numbered(path):
+        try:
+            os.link(hidden, name)
+            hidden.unlink()
+        except FileExistsError:
+            continue
+        except OSError:  # of a file system without hard links: an empty file holds the name until the next line
+            try:
+                name.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os.replace(hidden, name)
+        return name
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """NAME.mp4, NAME-2.mp4, NAME-3.mp4, ..."""
+    yield path
+    yield from (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+
+
+def _flush(path: Path) -> None:
+    """Waits for the disk: a power cut must not leave a name without what it names."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _reason(error: Exception) -> str:

@@ -36,6 +36,7 @@ from flax import traverse_util
 from flax.core import meta
 from jax.sharding import Mesh
 
+from sora_jax import media
 from sora_jax import tensors as tensors_lib
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.dit import DiT, DiTConfig
@@ -43,7 +44,7 @@ from sora_jax.errors import InputError, one_line
 from sora_jax.json_files import read_json
 from sora_jax.mesh import check_heads, shardings
 from sora_jax.sampler import SCHEDULES, SOLVERS
-from sora_jax.tensors import FORMATS, Tensor, TensorFile
+from sora_jax.tensors import FORMATS, Tensor, TensorFile, fits_float32
 from sora_jax.text import T5Encoder, TextConfig
 from sora_jax.vision import VisionConfig, VisionEncoder
 
@@ -57,13 +58,16 @@ class SamplingConfig:
 
     Attributes:
         steps: steps of the solver, >= 1.
-        guidance: strength of classifier-free guidance; 1 means none.
+        guidance: strength of classifier-free guidance, finite; 1 means none.
         shift: time shift of the noise levels, > 0; larger spends more steps at high noise.
         solver, schedule: of `sora_jax.sampler`.
         guidance_low: the guidance of the transformer for low noise levels, where there is one; None is `guidance`.
         frames: frames per video.
         size: (height, width) in pixels.
-        fps: frames per second.
+        fps: frames per second, 0.001 to 1000.
+
+    Raises:
+        ValueError: a number out of range, or no such solver or schedule.
     """
 
     steps: int = 30
@@ -82,6 +86,15 @@ class SamplingConfig:
         return not self.guidance == 1.0 or self.guidance_low not in (None, 1.0)
 
     def __post_init__(self) -> None:
+        for name, least in (("steps", self.steps), ("frames", self.frames), ("size", min(self.size))):
+            if least < 1:
+                raise ValueError(f"{name} must be at least 1, not {least}")
+        for name in ("guidance", "guidance_low", "shift", "fps"):
+            if not fits_float32(getattr(self, name) or 0.0):
+                raise ValueError(f"{name} must be a finite number, not {getattr(self, name)}")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be above 0, not {self.shift}")
+        media.check_fps(self.fps)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} does not exist; there are {', '.join(SOLVERS)}")
         if self.schedule not in SCHEDULES:
@@ -132,6 +145,8 @@ class ModelConfig:
             raise ValueError(f"dit expects {self.dit.image_width} channels from vision, which has another width")
         if self.dit.condition_channels not in (0, self.codec.stride_time + self.codec.latent_channels):
             raise ValueError("the condition of dit is a mask of stride_time channels, and latents")
+        if self.boundary is not None and not 0 <= self.boundary <= 1:
+            raise ValueError(f"boundary must be a noise level, from 0 to 1, not {self.boundary}")
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> dict[str, Any]:

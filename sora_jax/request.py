@@ -20,6 +20,7 @@ from sora_jax.safety.gate import check_prompts, check_texts, load_gate
 from sora_jax.safety.policy import Policy, load_policy
 from sora_jax.safety.provenance import Source
 from sora_jax.safety.scan import scan
+from sora_jax.tensors import fits_float32
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Request:
         return not self.guidance == self.guidance_low == 1.0
 
     def __post_init__(self) -> None:
+        check_texts([self.negative_prompt], "negative prompt")
         admit(self.prompts, self.policy)
         if self.negative_prompt and min(self.guidance, self.guidance_low) < 1:  # such a guidance leads towards it
             admit([self.negative_prompt], self.policy, "negative prompt")
-        check_texts([self.negative_prompt], "negative prompt")
         for name, picture in (("image", self.image), ("last_image", self.last_image)):
             if picture is not None and not scan(picture[None]).passed:
                 raise Refused(f"the frame scan does not let {name} pass")
@@ -93,11 +94,11 @@ def make_request(
     steps: int | None = None,
     guidance: float | None = None,
     guidance_low: float | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = "",
     fps: float | None = None,
     noise: np.ndarray | None = None,
-    image: str | os.PathLike | np.ndarray | None = None,
-    last_image: str | os.PathLike | np.ndarray | None = None,
+    image: str | os.PathLike | np.ndarray | media.Picture | None = None,
+    last_image: str | os.PathLike | np.ndarray | media.Picture | None = None,
     policy: Policy | None = None,
 ) -> Request:
     """Checks the arguments of `Generator.generate` and fills in the model's defaults.
@@ -107,8 +108,8 @@ def make_request(
         Refused: the policy, by default that of the package, forbids a prompt or a picture.
     """
     defaults = config.sampling
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed] if np.ndim(seed) == 0 else list(seed)
+    prompts = [prompt] if isinstance(prompt, str) else _listed(prompt)
+    seeds = _listed(seed)
     prompts = prompts * len(seeds) if len(prompts) == 1 else prompts
     seeds = seeds * len(prompts) if len(seeds) == 1 else seeds
     if not prompts or len(prompts) != len(seeds):
@@ -131,14 +132,20 @@ def make_request(
     media.check_fps(fps)
     if noise is not None:
         shape = (len(prompts), *config.codec.latent_shape(frames, *size))
-        noise = np.asarray(noise, np.float32)
+        try:
+            with np.errstate(over="ignore"):
+                noise = np.asarray(noise, np.float32)
+        except (TypeError, ValueError):
+            raise InputError(f"noise must be numbers {list(shape)}, not {type(noise).__name__}") from None
         if noise.shape not in (shape, shape[1:]) or (noise.ndim == 4 and len(prompts) > 1):
             raise InputError(f"noise must be {list(shape)}, not {list(noise.shape)}")
+        if not np.isfinite(noise).all():
+            raise InputError("noise must be finite numbers")
         noise = noise.reshape(shape)
     return Request(
         prompts=tuple(prompts),
         seeds=tuple(_whole("seed", value, 0, 2**32 - 1) for value in seeds),
-        negative_prompt=negative_prompt,
+        negative_prompt="" if negative_prompt is None else negative_prompt,
         frames=frames,
         window=window,
         overlap=overlap,
@@ -201,15 +208,29 @@ def _images(config: ModelConfig, image: Any, last_image: Any, frames: int) -> di
     arrays, ingredients = {}, []
     for name, picture in (("image", image), ("last_image", last_image)):
         source = None
-        if picture is not None and not isinstance(picture, np.ndarray):
+        if isinstance(picture, str | os.PathLike):
             source = Source.read(picture, name)
             picture = media.decode_picture(source.data, picture)
-        if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3):
+        elif isinstance(picture, media.Picture):
+            picture = media.from_pil(picture)
+        elif picture is not None and not isinstance(picture, np.ndarray):
+            raise InputError(f"{name} must be a file, an array or a picture of PIL, not {type(picture).__name__}")
+        if picture is not None and (
+            picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape
+        ):
             raise InputError(f"{name} must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
         arrays[name] = picture
         if picture is not None:
             ingredients.append(source or Source(f"{name}.png", media.png(picture)))
     return {**arrays, "ingredients": tuple(ingredients)}
+
+
+def _listed(value: Any) -> list[Any]:
+    """The entries of a list, or the one that is given in place of a list."""
+    try:
+        return list(value)
+    except TypeError:
+        return [value]
 
 
 def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -227,17 +248,18 @@ def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not fits_float32(number):
         raise InputError(f"{name} must be a finite number, not {value!r}")
     return number
 
 
 def _pair(size: Any) -> tuple[Any, Any]:
-    if isinstance(size, str) or np.shape(size) != (2,):
+    sides = _listed(size)
+    if isinstance(size, str) or len(sides) != 2:
         raise InputError(f"size must be (height, width), not {size!r}")
-    return tuple(size)
+    return tuple(sides)
 
 
 def _check_multiple(name: str, value: int, step: int, offset: int) -> None:

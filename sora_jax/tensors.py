@@ -215,6 +215,11 @@ class TensorFile:
             yield from ahead(partial(self.read, name, rows) for rows in spans(shape[0], size // shape[0]))
 
 
+def fits_float32(number: float) -> bool:
+    """Whether a number is finite, and still is in float32."""
+    return abs(number) <= float(np.finfo(np.float32).max)
+
+
 def _is_finite(array: np.ndarray) -> bool:
     if array.dtype not in _EXPONENT:
         return bool(np.isfinite(array).all())

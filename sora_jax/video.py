@@ -61,6 +61,7 @@ class Video:
         signer: Signer | None = None,
         scanner: Scanner | None = None,
         report: str | os.PathLike | None = None,
+        replace: bool = True,
     ) -> Path:
         """Writes the video as .mp4 (H.264, yuv420p), .gif, or .png (one frame) and returns the path.
 
@@ -72,6 +73,7 @@ class Video:
             signer: who signs, of `sora_jax.safety.keys.load_signer`; by default this installation.
             scanner: looks at the frames too, beside the one that comes with the package.
             report: where it is written why a video is withheld; by default beside `path`, under its name.
+            replace: what has that name is replaced; else the file gets the first number that is free, as in NAME-2.mp4.
 
         Raises:
             Refused: the scan found what must not leave.
@@ -82,7 +84,7 @@ class Video:
 
         claim = self.claim or Claim()
         claim = claim if embed_prompt else dataclasses.replace(claim, prompt=None)
-        return release(path, self.frames, self.fps, claim, signer, scanner, report)
+        return release(path, self.frames, self.fps, claim, signer, scanner, report, replace)
 
     def _repr_html_(self) -> str:
         """The video itself, for a notebook."""

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 import sora_jax
@@ -108,9 +110,8 @@ def test_the_policy_of_an_operator_decides(generate, capsys, tmp_path):
     assert [one["policy_sha256"] for one in said] == [load_policy(path).digest for path in (None, "policy.toml")]
 
 
-def test_names_come_from_prompts(tmp_path):
-    (tmp_path / "a-red-ball.png").touch()
-    assert str(_Target(None, several=False, frames=1, fps=8.0).path("A red ball!")) == "a-red-ball-2.png"
+def test_names_come_from_prompts():
+    assert str(_Target(None, several=False, frames=1, fps=8.0).path("A red ball!")) == "a-red-ball.png"
     assert str(_Target("out", several=True, frames=5, fps=8.0).path("../?/..")) == "out/video.mp4"
     assert len(_Target(None, several=False, frames=5, fps=8.0).path("é" * 300).name.encode()) < 255
 
@@ -146,6 +147,14 @@ def test_mistakes_end_in_one_line_before_loading(generate, capsys, monkeypatch, 
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model is being loaded"))
     assert generate(*arguments) == 2
     assert message in one_line(capsys)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_not_finite_is_no_video(generate, tiny_generator, monkeypatch, capsys, tmp_path):
+    dit = jax.tree.map(lambda leaf: leaf * np.nan, tiny_generator.params["dit"])
+    monkeypatch.setattr(tiny_generator, "params", {**tiny_generator.params, "dit": dit})
+    assert generate("a red ball") == 2
+    assert "sampling ended in numbers that are not finite" in one_line(capsys)
     assert not os.listdir(tmp_path)
 
 

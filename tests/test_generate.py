@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from sora_jax import attention, media, pipeline, sampler
 from sora_jax import generate as generate_module
@@ -281,14 +282,27 @@ def test_it_is_told_that_a_picture_is_stretched(tiny_config, tiny_params):
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": []}, "do not make pairs"),
         ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "2 prompts and 3 seeds"),
+        ({"prompt": None}, "the prompt must be text, not NoneType"),
+        ({"prompt": 5}, "the prompt must be text, not int"),
+        ({"prompt": ["red", b"red"]}, "prompt 2 must be text, not bytes"),
+        ({"negative_prompt": 5}, "the negative prompt must be text, not int"),
+        ({"seed": [1, [2, 3]]}, "seed must be a whole number, not [2, 3]"),
         ({"frames": 16}, "frames must be 1 + a multiple of 4; 16 is not, nearest are 13 and 17"),
         ({"frames": 0}, "frames must be at least 1"),
         ({"frames": 5.5}, "frames must be a whole number"),
         ({"size": (100, 64)}, "height must be a multiple of 32; 100 is not, nearest are 96 and 128"),
         ({"size": (64, 10)}, "width must be a multiple of 32; 10 is not, nearest is 32"),
         ({"size": 64}, "size must be (height, width)"),
+        ({"size": (32, (2, 3))}, "size must be a whole number, not (2, 3)"),
+        ({"noise": "x"}, "noise must be numbers [1, 2, 2, 4, 4], not str"),
+        ({"noise": [[1.0], [1.0, 2.0]]}, "noise must be numbers [1, 2, 2, 4, 4], not list"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"guidance": 1e39}, "guidance must be a finite number, not 1e+39"),
+        ({"guidance": 10**400}, "guidance must be a finite number"),
+        ({"noise": np.full((2, 2, 4, 4), np.nan)}, "noise must be finite numbers"),
+        ({"noise": np.full((2, 2, 4, 4), -1e39)}, "noise must be finite numbers"),
+        ({"noise": np.full((2, 2, 4, 4), 3e38)}, "sampling ended in numbers that are not finite"),
         ({"seed": -1}, "seed must be from 0 to 4294967295"),
         ({"seed": 2**32}, "seed must be from 0 to 4294967295"),
         ({"fps": 0}, "fps must be from 0.001"),
@@ -299,6 +313,49 @@ def test_impossible_requests_name_what_is_possible(generator, options, message):
     with pytest.raises(InputError) as caught:
         generator.generate(**{"prompt": "a red ball", **options})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_negative_prompt_is_an_empty_one(tiny_config):
+    assert make_request(tiny_config, "a red ball", negative_prompt=None).negative_prompt == ""
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((0, 5, 3), np.uint8), "image must be uint8 [H, W, 3], not uint8 [0, 5, 3]"),
+        (np.zeros((4, 4), np.uint8), "image must be uint8 [H, W, 3], not uint8 [4, 4]"),
+        (5, "image must be a file, an array or a picture of PIL, not int"),
+        ([[[0, 0, 0]]], "image must be a file, an array or a picture of PIL, not list"),
+    ],
+)
+def test_an_image_that_is_none_is_told(tiny_config, image, message):
+    with pytest.raises(InputError) as caught:
+        make_request(dataclasses.replace(tiny_config, known_frames=True), "a red ball", frames=9, image=image)
+    assert str(caught.value) == message
+
+
+def test_an_image_of_pil_is_upright_and_rgb(tiny_config, tmp_path):
+    """As a file of it is: what it shows is grey with an alpha channel, and says that it was taken on its side."""
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 2), np.uint8), "LA")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    grey.save(tmp_path / "grey.png", exif=exif)
+    with Image.open(tmp_path / "grey.png") as picture:
+        config = dataclasses.replace(tiny_config, known_frames=True)
+        request = make_request(config, "a red ball", frames=9, image=picture)
+    of_file = make_request(config, "a red ball", frames=9, image=tmp_path / "grey.png")
+    assert request.image.shape == (48, 32, 3) and np.array_equal(request.image, of_file.image)
+    (tmp_path / "half.png").write_bytes((tmp_path / "grey.png").read_bytes()[:-600])
+    with Image.open(tmp_path / "half.png") as picture, pytest.raises(InputError, match="the picture cannot be read"):
+        make_request(config, "a red ball", frames=9, image=picture)
+
+
+def test_a_damaged_model_makes_no_black_video(tiny_config, tiny_params, monkeypatch):
+    monkeypatch.setattr(Generator, "_decode_video", lambda *_: pytest.fail("it is decoded"))
+    params = jax.tree.map(np.copy, tiny_params)
+    jax.tree.leaves(params["dit"])[0][:] = np.nan
+    with pytest.raises(InputError, match="not finite: .* or the model is damaged"):
+        Generator(tiny_config, params).generate("a red ball", progress=False)
 
 
 def test_two_transformers_are_in_memory_once():

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -110,6 +111,16 @@ def test_newer_format_is_named(folder):
         (lambda v: v.update(vocabulary=["red", 3]), r"vocabulary[1] must be str"),
         (lambda v: v.update(codec=None), "codec must be CodecConfig"),
         (lambda v: v.update(dtype="int8"), "dtype must be"),
+        (lambda v: v["sampling"].update(shift=0.0), "sampling: shift must be above 0, not 0.0"),
+        (lambda v: v["sampling"].update(shift=-3), "sampling: shift must be above 0, not -3"),
+        (lambda v: v["sampling"].update(guidance=math.nan), "sampling: guidance must be a finite number, not nan"),
+        (lambda v: v["sampling"].update(guidance_low=1e39), "guidance_low must be a finite number, not 1e+39"),
+        (lambda v: v["sampling"].update(steps=0), "sampling: steps must be at least 1, not 0"),
+        (lambda v: v["sampling"].update(size=[128, -32]), "sampling: size must be at least 1, not -32"),
+        (lambda v: v["sampling"].update(fps=0), "sampling: fps must be from 0.001 to 1000, not 0"),
+        (lambda v: v.update(boundary=1.5), "boundary must be a noise level, from 0 to 1, not 1.5"),
+        (lambda v: v["codec"].update(latents_std=[0.0] * 4), "codec: latents_std must be above 0"),
+        (lambda v: v["codec"].update(latents_mean=[math.inf] * 4), "codec: latents_mean must be finite numbers"),
         (lambda v: v["sampling"].update(solver="heun"), "sampling: solver 'heun' does not exist"),
         (lambda v: v["dit"].update(text_width=9), "dit expects 9 channels from text, which has 8"),
         (lambda v: v["codec"].update(multipliers=[1, 2]), "codec: downsample_time needs"),

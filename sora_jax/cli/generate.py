@@ -187,8 +187,14 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
     withheld = []
 
     def save(video: Video, prompt: str, seed: int) -> None:
-        path = task.target.path(f"{prompt} seed {seed}" if options.num > 1 else prompt)
-        video.save(path, embed_prompt=options.embed_prompt, signer=signer, report=task.target.report(seed))
+        target = task.target
+        path = video.save(
+            target.path(f"{prompt} seed {seed}" if options.num > 1 else prompt),
+            embed_prompt=options.embed_prompt,
+            signer=signer,
+            report=target.report(seed),
+            replace=target.file is not None,
+        )
         tqdm.write(str(path))  # to stdout, past the progress bar
 
     with contextlib.closing(generator.run(request, progress=True)) as videos:
@@ -242,29 +248,24 @@ class _Target:
 
     def check(self, prompt: str) -> None:
         """Raises InputError if writing cannot succeed; makes the folder if only that is missing."""
-        from sora_jax.media import check_output
+        from sora_jax.media import check_output, numbered
 
+        path = self.path(prompt)
         if self.file is None:
             try:
                 self.folder.mkdir(exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-        check_output(self.path(prompt), self.frames, self.fps)
+            path = next(one for one in numbered(path) if not one.exists())
+        check_output(path, self.frames, self.fps)
 
     def path(self, title: str) -> Path:
-        """The path of the next video; a name that is taken gets a number."""
+        """The path of a video; one in the folder gets a number when it is saved, if its name is taken then."""
         if self.file is not None:
             return self.file
         name = re.sub(r"\W+", "-", title.lower()).strip("-")[:60].strip("-") or "video"
-        return self._free(name, ".mp4" if self.frames > 1 else ".png")
+        return self.folder / f"{name}{'.mp4' if self.frames > 1 else '.png'}"
 
     def report(self, seed: int) -> Path | None:
         """Where it is said why a video is withheld: not under a name that is made from the prompt."""
-        return None if self.file else self._free(f"withheld-seed-{seed}", ".json")
-
-    def _free(self, name: str, suffix: str) -> Path:
-        path, number = self.folder / f"{name}{suffix}", 1
-        while path.exists():
-            number += 1
-            path = self.folder / f"{name}-{number}{suffix}"
-        return path
+        return None if self.file else self.folder / f"withheld-seed-{seed}.json"

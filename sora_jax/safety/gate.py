@@ -157,17 +157,19 @@ def _windows(texts: Iterable[str]) -> list[str]:
 
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raises InputError if one is empty, to the eye at least, or no text."""
-    check_texts([text for text in prompts if isinstance(text, str)])
+    check_texts(prompts)
     for text in prompts:
-        if not isinstance(text, str) or not visible(text[:MAX_LENGTH]):
+        if not visible(text[:MAX_LENGTH]):
             raise InputError("the prompt is empty; describe what the video shows, e.g. 'a red ball rolls left'")
 
 
 def check_texts(texts: Sequence[str], name: str = "prompt") -> None:
-    """Raises InputError if one holds half of a character, as words of a command line do that are not UTF-8."""
+    """Raises InputError if one is no text, or holds half of a character, as words do that are not UTF-8."""
     for number, text in enumerate(texts, 1):
+        which = f"{name} {number}" if len(texts) > 1 else f"the {name}"
+        if not isinstance(text, str):
+            raise InputError(f"{which} must be text, not {type(text).__name__}")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            which = f"{name} {number}" if len(texts) > 1 else f"the {name}"
             raise InputError(f"{which} is not UTF-8 text")
 
 

@@ -36,6 +36,7 @@ _LOOK = 12 * TILE  # rows and columns; more of them tell little more
 _WORDS = 256  # each half of the waves carries eight bits
 _LUMA = np.float32([0.299, 0.587, 0.114])
 _NEAR = 16  # pixels, a power of two; what varies more slowly than this is left out
+_AMPLITUDE = 255 * 10 ** (-PSNR / 20)  # root mean square of the mark
 _CANCEL = 0.15  # of the mark's energy at most is for taking off what the frames say at its waves
 
 
@@ -70,14 +71,18 @@ def embed(frames_THWC: np.ndarray, payload: int, key: bytes) -> np.ndarray:
         raise InputError(f"the mark carries 0 to {_WORDS**2 - 1}, not {payload}")
     words = zip(_phases(key), divmod(payload, _WORDS), strict=True)
     phases_N = np.stack([phases_WM[word] for phases_WM, word in words], -1).reshape(-1)
-    return np.asarray(_embed(frames_THWC, np.exp(1j * phases_N).astype(np.complex64)))
+    tile = _tile(*_measured(frames_THWC), np.exp(1j * phases_N).astype(np.complex64))
+    marked_THWC = np.empty(frames_THWC.shape, np.uint8)
+    for marked_HWC, frame_HWC in zip(marked_THWC, frames_THWC, strict=True):
+        marked_HWC[:] = _add(frame_HWC, tile)
+    return marked_THWC
 
 
 def detect(frames_THWC: np.ndarray, key: bytes) -> Detection:
     """Looks for a mark made with `key`; frames as for `embed`, of any size: in the middle of large ones."""
     top, left = (max(side - _LOOK, 0) // 2 for side in frames_THWC.shape[1:3])
     frames_THWC = frames_THWC[:, top : top + _LOOK, left : left + _LOOK]
-    plane_HW = np.asarray(_plane(frames_THWC))
+    plane_HW, _ = _measured(frames_THWC)
     words_2MW = np.exp(-1j * _phases(key)).swapaxes(1, 2).astype(np.complex64)
     found = []
     for scale in SCALES:
@@ -116,21 +121,33 @@ def _phases(key: bytes) -> np.ndarray:
     return random.uniform(0, 2 * np.pi, (2, _WORDS, len(_waves()) // 2))
 
 
+def _measured(frames_THWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over the frames of what `_measure` gives of one.
+
+    One frame is on the device at a time, here and where the mark is added: memory does not grow with the duration.
+    """
+    plane_HW, room = 0.0, 0.0
+    for frame_HWC in frames_THWC:
+        one_HW, its_room = _measure(frame_HWC)
+        plane_HW, room = plane_HW + np.asarray(one_HW), room + np.asarray(its_room)
+    return plane_HW / np.float32(len(frames_THWC)), room / np.float32(len(frames_THWC))
+
+
 @jax.jit
-def _embed(frames_THWC, word_N):
-    _, H, W, _ = frames_THWC.shape
-    x = frames_THWC.astype(jnp.float32)
-    luma_THW = x @ _LUMA
-    detail_THW, spread_THW = _detail(luma_THW)
-    # What is busy hides more than what is flat, and near black and white there is no room.
-    strength_THW = jnp.sqrt(jnp.clip(spread_THW, 2, 16)) * jnp.clip(jnp.minimum(luma_THW, 255 - luma_THW) / 8, 0.25, 1)
-    amplitude = 255 * 10 ** (-PSNR / 20)
-    strength_THW *= amplitude / jnp.sqrt(jnp.mean(strength_THW**2, (1, 2), keepdims=True))
+def _measure(frame_HWC):
+    """What differs from its surroundings, relative to how much they vary, [H, W]; and the sum of the strength so."""
+    _, luma_HW, detail_HW, spread_HW = _detail(frame_HWC)
+    return detail_HW / (spread_HW + 1), jnp.sum(_strength(luma_HW, spread_HW) / (spread_HW + 1))
+
+
+@jax.jit
+def _tile(plane_HW, room, word_N):
+    """The pattern that carries a word in frames of which that was measured: [TILE, TILE], with a mean square of one."""
     # A wave of unit amplitude, half of it at its mirror image, adds `gain` to what the detector hears.
     waves_N2 = _waves()
     unit = math.sqrt(2 / len(waves_N2))  # so that the pattern has a mean square of one
-    gain = 0.5 * unit * jnp.sum(jnp.mean(strength_THW / (spread_THW + 1), 0))
-    heard_N = _at(jnp.fft.fft2(_fold(jnp.mean(detail_THW / (spread_THW + 1), 0))), waves_N2)
+    gain = 0.5 * unit * room
+    heard_N = _at(jnp.fft.fft2(_fold(plane_HW)), waves_N2)
     # Waves that the frames have themselves, as far as they disagree with the word, are taken off in part.
     against_N = heard_N / gain * jnp.conj(word_N)
     against_N = jnp.minimum(against_N.real, 0) + 1j * against_N.imag
@@ -139,37 +156,44 @@ def _embed(frames_THWC, word_N):
     drive_N = jnp.sqrt(1 - share) - against_N * jnp.sqrt(share / jnp.maximum(energy, 1e-9))
     spectrum_YX = jnp.zeros((TILE, TILE), jnp.complex64).at[waves_N2[:, 0], waves_N2[:, 1]].set(drive_N * word_N)
     tile = jnp.fft.ifft2(spectrum_YX).real
-    tile /= jnp.sqrt(jnp.mean(tile**2))
-    pattern_HW = jnp.tile(tile, (-(-H // TILE), -(-W // TILE)))[:H, :W]
-    mark_THW = strength_THW * pattern_HW
-    mark_THW *= amplitude / jnp.sqrt(jnp.maximum(jnp.mean(mark_THW**2, (1, 2), keepdims=True), 1e-6))
-    return jnp.clip(jnp.round(x + mark_THW[..., None]), 0, 255).astype(jnp.uint8)
+    return tile / jnp.sqrt(jnp.mean(tile**2))
 
 
 @jax.jit
-def _plane(frames_THWC):
-    """What differs from its surroundings, relative to how much they vary, averaged over the frames: [H, W]."""
-    detail_THW, spread_THW = _detail(frames_THWC.astype(jnp.float32) @ _LUMA)
-    return jnp.mean(detail_THW / (spread_THW + 1), 0)
+def _add(frame_HWC, tile):
+    """A frame with the pattern, as strong as each place bears it."""
+    x, luma_HW, _, spread_HW = _detail(frame_HWC)
+    H, W = luma_HW.shape
+    mark_HW = _strength(luma_HW, spread_HW) * jnp.tile(tile, (-(-H // TILE), -(-W // TILE)))[:H, :W]
+    mark_HW *= _AMPLITUDE / jnp.sqrt(jnp.maximum(jnp.mean(mark_HW**2), 1e-6))
+    return jnp.clip(jnp.round(x + mark_HW[..., None]), 0, 255).astype(jnp.uint8)
 
 
-def _detail(luma_THW):
-    """What differs from the mean of the surroundings, and its root mean square there."""
-    detail_THW = luma_THW - _blur(luma_THW)
-    return detail_THW, jnp.sqrt(_blur(detail_THW**2))
+def _strength(luma_HW, spread_HW):
+    """Of the mark: what is busy hides more than what is flat, and near black and white there is no room."""
+    strength_HW = jnp.sqrt(jnp.clip(spread_HW, 2, 16)) * jnp.clip(jnp.minimum(luma_HW, 255 - luma_HW) / 8, 0.25, 1)
+    return strength_HW * (_AMPLITUDE / jnp.sqrt(jnp.mean(strength_HW**2)))
 
 
-def _blur(x_THW):
+def _detail(frame_HWC):
+    """A frame in float32, its luma, what of that differs from the mean around it, and the root mean square of that."""
+    x = frame_HWC.astype(jnp.float32)
+    luma_HW = x @ _LUMA
+    detail_HW = luma_HW - _blur(luma_HW)
+    return x, luma_HW, detail_HW, jnp.sqrt(_blur(detail_HW**2))
+
+
+def _blur(x_HW):
     """The mean over `_NEAR` x `_NEAR` pixels around each. Sums of twos, of fours and so on: few, and exact enough."""
-    for axis in (1, 2):
-        pads = [(0, 0)] * 3
+    for axis in (0, 1):
+        pads = [(0, 0)] * 2
         pads[axis] = (_NEAR // 2, _NEAR // 2 - 1)
-        x_THW, span = jnp.pad(x_THW, pads, mode="edge"), 1
+        x_HW, span = jnp.pad(x_HW, pads, mode="edge"), 1
         while span < _NEAR:
-            size = x_THW.shape[axis]
-            x_THW = sum(jax.lax.slice_in_dim(x_THW, start, size - span + start, axis=axis) for start in (0, span))
+            size = x_HW.shape[axis]
+            x_HW = sum(jax.lax.slice_in_dim(x_HW, start, size - span + start, axis=axis) for start in (0, span))
             span *= 2
-    return x_THW / _NEAR**2
+    return x_HW / _NEAR**2
 
 
 def _fold(plane_HW):

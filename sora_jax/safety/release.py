@@ -32,6 +32,7 @@ def release(
     signer: Signer | None = None,
     scanner: Scanner | None = None,
     report: str | os.PathLike | None = None,
+    replace: bool = True,
 ) -> Path:
     """Writes frames as .mp4, .gif or .png (one frame), scanned, marked and signed; returns the path.
 
@@ -46,6 +47,7 @@ def release(
         scanner: looks at the frames too, beside the one that comes with the package.
         report: where it is written what the scan found, if that must not leave; by default beside `path`, under its
             name. Given where that name is made from the prompt, which refusals never repeat.
+        replace: what has these names is replaced; else the files get the first number that is free.
 
     Raises:
         Refused: the scan found what must not leave; a report without the pictures is written.
@@ -63,6 +65,7 @@ def release(
         report = Path(report) if report else path.with_name(f"{path.name}.withheld.json")
         with media.complete_or_absent(report) as hidden:
             hidden.write_text(json.dumps(scans, indent=1) + "\n")
+            report = report if replace else media.take_free_name(hidden, report)
         raise Refused(f"the frame scan withholds {what}; {report} says why")
     payload = mark_of(claim, frames_THWC)
     checks = {**claim.checks, "frames": scans, "mark": f"{payload:04x}"}
@@ -77,6 +80,7 @@ def release(
         written = len(media.read(hidden)[0])
         if written != len(frames_THWC):
             raise InputError(f"cannot write {path}: only {written} of {len(frames_THWC)} frames arrived")
+        path = path if replace else media.take_free_name(hidden, path)
     return path
 
 

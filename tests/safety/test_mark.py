@@ -100,7 +100,7 @@ def test_the_bound_on_chance_holds():
 
 def test_the_bound_on_chance_holds_for_a_clip_under_many_keys():
     """Any one payload at any one shift agrees with an unmarked clip as rarely as said, or more rarely."""
-    seen_N, weight_N = mark._heard(mark._plane(clip()))
+    seen_N, weight_N = mark._heard(mark._measured(clip())[0])
     sums = []
     for number in range(12):
         words = np.exp(-1j * mark._phases(bytes([number] * 32)))
@@ -148,6 +148,28 @@ def test_flat_frames(level):
     found = mark.detect(mark.embed(frames, 7, KEY), KEY)
     assert found.payload == 7
     assert not mark.detect(frames, KEY).found
+
+
+def test_a_long_clip_takes_no_more_memory_of_the_device(monkeypatch):
+    """It holds a frame at a time, and programs that are compiled once for all lengths."""
+    frames, held, compiled = clip(3, 64, 96), [], []
+
+    def watched(function):
+        def call(frame_HWC, *others):
+            out = function(frame_HWC, *others)
+            held.append(sum(array.nbytes for array in jax.live_arrays()))
+            compiled.append(function._cache_size())
+            return out
+
+        return call
+
+    for name in ("_measure", "_add"):
+        monkeypatch.setattr(mark, name, watched(getattr(mark, name)))
+    mark.detect(mark.embed(frames, 7, KEY), KEY)
+    most, programs = max(held), max(compiled)
+    held.clear()
+    mark.detect(mark.embed(np.tile(frames, (20, 1, 1, 1)), 7, KEY), KEY)
+    assert len(held) == 3 * 60 and max(held) <= most + frames[0].nbytes and max(compiled) == programs
 
 
 def test_the_payload_has_sixteen_bits():

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -139,6 +141,27 @@ def test_the_report_may_have_a_name_of_its_own(tmp_path):
     assert os.listdir(tmp_path) == ["why.json"]
 
 
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_who_saves_at_the_same_time_under_one_name_loses_nothing(tmp_path, monkeypatch, hard_links):
+    """Both are encoded and signed before either has its name; some file systems have no hard links."""
+    videos = [noisy_clip(), noisy_clip(1)]
+    ready, verify = threading.Barrier(len(videos)), provenance.verify_signed
+    monkeypatch.setattr(scan, "default_scanner", FakeScanner)
+    monkeypatch.setattr(provenance, "verify_signed", lambda *given: (verify(*given), ready.wait(60)))
+    if not hard_links:
+        no_links = OSError(errno.EPERM, "Operation not permitted")
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(no_links))
+    (tmp_path / "clip.gif").write_bytes(b"older")
+    signer = keys.load_signer()
+    with ThreadPoolExecutor() as threads:
+        saving = [threads.submit(one.save, tmp_path / "clip.gif", signer=signer, replace=False) for one in videos]
+        paths = [one.result() for one in saving]
+    assert sorted(os.listdir(tmp_path)) == ["clip-2.gif", "clip-3.gif", "clip.gif"] and len({*paths}) == 2
+    assert (tmp_path / "clip.gif").read_bytes() == b"older"
+    assert [len(read_video(path).frames) for path in paths] == [5, 1]
+    assert all(provenance.read_manifest(path, keys.local_anchor()).state == "trusted" for path in paths)
+
+
 STAGES = [
     (release.scan, "scan"),
     (mark, "embed"),
@@ -147,10 +170,11 @@ STAGES = [
     (provenance, "verify_signed"),
     (media, "read"),
     (os, "replace"),
+    (os, "link"),  # in place of the last one, where a file takes the first free name
 ]
 
 
-@pytest.mark.parametrize("module, name", STAGES, ids=[name for _, name in STAGES])
+@pytest.mark.parametrize("module, name", STAGES[:-1], ids=[name for _, name in STAGES[:-1]])
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_whatever_fails_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch, module, name, failure):
     target = tmp_path / "clip.mp4"
@@ -173,7 +197,7 @@ def test_a_signature_that_does_not_verify_is_not_kept(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["scan", "sign", "verify_signed", "replace"])
+@pytest.mark.parametrize("stage", ["scan", "sign", "verify_signed", "replace", "link"])
 def test_killed_before_the_end_the_older_file_is_what_it_was(tmp_path, stage):
     """Killed outright, with the new file encoded, signed, or read back, but not in its place: none is unsigned."""
     script = f"""
@@ -182,7 +206,7 @@ sys.path[:0] = {sys.path!r}
 from test_release import STAGES, noisy_clip, save
 (module,) = [module for module, name in STAGES if name == {stage!r}]
 setattr(module, {stage!r}, lambda *_: (print("here", flush=True), time.sleep(60)))
-save(noisy_clip(), "clip.mp4")
+save(noisy_clip(), "clip.mp4", replace={stage != "link"})
 """
     target = tmp_path / "clip.mp4"
     target.write_bytes(b"older")
@@ -193,5 +217,5 @@ save(noisy_clip(), "clip.mp4")
     process.stdout.close()
     assert target.read_bytes() == b"older"
     others = [path for path in tmp_path.iterdir() if path != target]
-    assert len(others) == (stage in ("verify_signed", "replace"))
+    assert len(others) == (stage in ("verify_signed", "replace", "link"))
     assert all(provenance.read_manifest(path, keys.local_anchor()).state == "trusted" for path in others)
