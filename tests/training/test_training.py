@@ -214,6 +214,20 @@ def test_muon_makes_the_update_of_every_kernel_orthogonal(shape, matrix):
         assert (0 < stretched.max() < 2 * stretched.min()) == is_orthogonal, (name, stretched)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weights_decay_in_kernels_alone(name):
+    """What a scan has stacked has an axis more, but norms and biases in it are still no kernels."""
+    config = codec_config(f"--config.optimizer.name={name}", "--config.optimizer.weight_decay=0.1").optimizer
+    optimizer = state_lib.make_optimizer(config, 10)
+    ones = jnp.ones((2, 3))
+    params = {"blocks": {"up": {"kernel": jnp.ones((2, 3, 3)), "bias": ones}, "norm": {"scale": ones}}}
+    state, nothing = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(nothing, optimizer.update(nothing, state, params)[1], params)
+    decayed = traverse_util.flatten_dict(jax.tree.map(lambda leaf: bool((leaf < 0).all()), updates), sep=".")
+    assert decayed == {"blocks.up.kernel": True, "blocks.up.bias": False, "blocks.norm.scale": False}
+    assert not np.any(updates["blocks"]["up"]["bias"]) and not np.any(updates["blocks"]["norm"]["scale"])
+
+
 def test_interrupted_dit_run_equals_uninterrupted(dit_run, tmp_path, monkeypatch):
     from sora_jax.training.dit_task import DiTTask
 
