@@ -183,9 +183,7 @@ class Block(nn.Module):
         h = modulate(layer_norm(x_BFSD, config.epsilon), feed_forward).astype(dtype)
         h = Dense(config.feed_forward, ("width", "feed_forward"), dtype, name="up")(h)
         h = Dense(D, ("feed_forward", "width"), dtype, name="down")(nn.gelu(h, approximate=True))
-        x_BFSD = add(x_BFSD, h, feed_forward.gate)
-        self.sow("intermediates", "tokens", x_BFSD)  # kept only for those who ask
-        return x_BFSD, None
+        return add(x_BFSD, h, feed_forward.gate)
 
 
 class ImageEmbedding(nn.Module):
@@ -212,17 +210,19 @@ class DiT(nn.Module):
 
     Call: (latents_BFYXZ float32, level_BF float32 in [0, 1], text_BLD) -> velocity_BFYXZ float32. Configurations that
     ask for them also take condition_BFYXC, C being `condition_channels`, and image_BLD, D being `image_width`.
-    Y and X are multiples of the patch. The text is not masked: padding is zeros, as Wan has it. Applied with
-    `mutable=["intermediates"]` it also gives the tokens after each block, (layers, B, F, S, D).
+    Y and X are multiples of the patch. The text is not masked: padding is zeros, as Wan has it.
 
     Attributes:
       dtype: of the large products.
       kernel: of attention (see `attention.py`).
+      keep_after: after so many blocks, 1 to `layers`, the tokens (B, F, S, D) are kept as "tokens" of the collection
+        "intermediates", for those who ask for it; 0 keeps none.
     """
 
     config: DiTConfig
     dtype: Any = jnp.float32
     kernel: str = "auto"
+    keep_after: int = 0
 
     @nn.compact
     def __call__(
@@ -261,16 +261,28 @@ class DiT(nn.Module):
         text_BLD = Dense(D, ("width", None), dtype, name="text_out")(nn.gelu(text, approximate=True))
         image_BLD = ImageEmbedding(config, dtype, name="image")(image_BLD) if config.image_width else None
 
-        blocks = nn.scan(
-            nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False),
-            variable_axes={"params": 0, "intermediates": 0},
+        def step(block, carry, number, *given):
+            x_BFSD, kept_BFSD = carry
+            x_BFSD = block(x_BFSD, *given)
+            if self.keep_after:  # outside of what the backward pass computes again: one array for all blocks
+                kept_BFSD = jnp.where(number == self.keep_after, x_BFSD, kept_BFSD)
+            return (x_BFSD, kept_BFSD), None
+
+        block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        scan = nn.scan(
+            step,
+            variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 4,
+            in_axes=(0, *(nn.broadcast,) * 4),
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        blocks = blocks(config, dtype, self.kernel, tokens, name="blocks")
-        x_BFSD, _ = blocks(x_BFSD, level_BF6D, text_BLD, angles, image_BLD)
+        carry = x_BFSD, x_BFSD if self.keep_after else None
+        numbers = jnp.arange(1, config.layers + 1)
+        block = block(config, dtype, self.kernel, tokens, name="blocks")
+        (x_BFSD, kept_BFSD), _ = scan(block, carry, numbers, level_BF6D, text_BLD, angles, image_BLD)
+        if self.keep_after:
+            self.sow("intermediates", "tokens", kept_BFSD)
 
         init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None))
         table = self.param("modulation_out", init, (2, D))

@@ -233,7 +233,8 @@ class DiTTask:
         model = model_config(config, self.codec_config)
         self.text_config, self.dit_config = model.text, model.dit
         dtype = jnp.dtype(config.dtype)
-        self.text, self.dit = T5Encoder(self.text_config, dtype), DiT(self.dit_config, dtype, config.kernel)
+        self.text = T5Encoder(self.text_config, dtype)
+        self.dit = DiT(self.dit_config, dtype, config.kernel, config.align.layer if config.align.weight else 0)
         self.aligner = Aligner(self.dit_config.width)
         self.latent_shape = self.codec_config.latent_shape(config.frames, config.size, config.size)
         self._latents = workdir / "latents"
@@ -338,7 +339,7 @@ class DiTTask:
         if config.align.weight:
             layout_BFYXC = batch["layout"].astype(jnp.float32)
             layout_BFSC = layout_BFYXC.reshape(B, F, -1, CHANNELS)
-            tokens_BFSD = kept["intermediates"]["blocks"]["tokens"][0][config.align.layer - 1]
+            (tokens_BFSD,) = kept["intermediates"]["tokens"]
             read_BFSC = self.aligner.apply({"params": params["aligner"]}, tokens_BFSD[:, :, : layout_BFSC.shape[2]])
             metrics["align_loss"] = jnp.mean((read_BFSC - layout_BFSC) ** 2)
             loss += config.align.weight * metrics["align_loss"]

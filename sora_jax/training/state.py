@@ -46,7 +46,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
 
     Muon (Keller Jordan, 2024; arXiv:2502.16982 for the scaling that makes its updates as large as Adam's)
     orthogonalises the update of every kernel, so that directions of small variance, such as colour in mostly gray
-    frames, are learned as fast as the others. What is no kernel is left to Adam.
+    frames, are learned as fast as the others. What is no kernel is left to Adam. Weights decay only in kernels.
 
     Raises:
       InputError: another name.
@@ -64,26 +64,34 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
             muon_weight_dimension_numbers=_kernel_dimensions,
         )
     elif config.name == "adamw":
-        is_matrix = lambda params: jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)  # noqa: E731
-        optimizer = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=is_matrix)
+        optimizer = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_kernels)
     else:
         raise InputError(f"config.optimizer.name is {config.name!r}; it can be 'adamw' or 'muon'")
     return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
 
 
+def _kernels(params: Params) -> Any:
+    """Which of the parameters are kernels. Names tell: norms and biases that a scan has stacked have two axes, too."""
+
+    def is_kernel(path, _):
+        # Parameters may still be boxed with their axis names: the box is not part of the name.
+        name = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)][-1]
+        return name.endswith("kernel")
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+
 def _kernel_dimensions(params: Params) -> Any:
     """How Muon sees each kernel as a matrix; None for what is no kernel."""
 
-    def dimensions(path, leaf):
-        # Parameters may still be boxed with their axis names: the box is not part of the name.
-        name = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)][-1]
-        if not name.endswith("kernel"):
+    def dimensions(is_kernel, leaf):
+        if not is_kernel:
             return None
         # (layers, in, out) are matrices stacked by a scan; (time, rows, columns, in, out) is one matrix.
         inputs = (1,) if leaf.ndim == 3 else tuple(range(leaf.ndim - 1))
         return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=leaf.ndim - 1)
 
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    return jax.tree.map(dimensions, _kernels(params), params)
 
 
 def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

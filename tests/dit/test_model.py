@@ -1,6 +1,7 @@
 """The diffusion transformer: what it starts as, what reaches what, and that its scan is a loop."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def test_fresh_block_is_the_identity():
     modulation = np.zeros((B, F, 6, CONFIG.width), np.float32)  # what a fresh model's level gives
     text = np.random.default_rng(1).normal(size=(B, L, CONFIG.width)).astype(np.float32)
     angles = rotary_angles(F, 2, 3, CONFIG.head_width)
-    (y, _), _ = jax.jit(Block(CONFIG).init_with_output)(jax.random.key(0), x, modulation, text, angles)
+    y, _ = jax.jit(Block(CONFIG).init_with_output)(jax.random.key(0), x, modulation, text, angles)
     np.testing.assert_array_equal(y, x)
 
 
@@ -127,7 +128,7 @@ def literal(params, latents, level, text):
     angles = rotary_angles(F, Y // 2, X // 2, CONFIG.head_width)
     for layer in range(CONFIG.layers):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
-        h, _ = Block(CONFIG).apply({"params": block}, h, level_BF6D, text, angles)
+        h = Block(CONFIG).apply({"params": block}, h, level_BF6D, text, angles)
     shift, scale = (np.repeat(params["modulation_out"][i] + level_BFD, F // level.shape[1], axis=1) for i in (0, 1))
     per_frame = len(tokens) // F
     h = layer_norm(h, CONFIG.epsilon).reshape(B, len(tokens), -1)
@@ -160,6 +161,38 @@ def test_recomputation_does_not_change_gradients(params, inputs):
     for other in gradients[1:]:
         for a, b in zip(jax.tree.leaves(gradients[0]), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max())
+
+
+def test_the_tokens_after_a_block_are_those_of_a_model_that_ends_there(params, inputs, apply):
+    def kept(layers):
+        model = DiT(dataclasses.replace(CONFIG, layers=layers), keep_after=1)
+        cut = {**params, "blocks": jax.tree.map(lambda leaf: leaf[:layers], params["blocks"])}
+        velocity, state = jax.jit(partial(model.apply, mutable=["intermediates"]))({"params": cut}, *inputs)
+        (tokens,) = state["intermediates"]["tokens"]
+        return velocity, tokens
+
+    velocity, tokens = kept(2)
+    assert tokens.shape == (B, F, Y * X // 4, CONFIG.width)
+    np.testing.assert_allclose(tokens, kept(1)[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(velocity, apply(params, *inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_keeping_the_tokens_of_one_block_takes_no_memory_for_those_of_others(inputs):
+    """More blocks take more memory for training, but as much more as where no tokens are kept."""
+
+    def temporary(layers, layer):
+        model = DiT(dataclasses.replace(CONFIG, layers=layers, remat="full"), keep_after=layer)
+        shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
+
+        def loss(params):
+            velocity, state = model.apply({"params": params}, *inputs, mutable=["intermediates"])
+            return jnp.sum(velocity**2) + jnp.sum(jnp.square(state["intermediates"]["tokens"][0]) if layer else 0)
+
+        return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+
+    one_layer = 4 * B * F * (Y * X // 4) * CONFIG.width
+    extra = [temporary(layers, 2) - temporary(layers, 0) for layers in (4, 12)]
+    assert abs(extra[1] - extra[0]) < one_layer
 
 
 def test_level_features_of_golden_values():

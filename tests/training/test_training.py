@@ -11,6 +11,8 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import orbax.checkpoint as ocp
 import pytest
 from flax import traverse_util
@@ -121,19 +123,19 @@ def stop_after(monkeypatch, task, steps):
 
 
 class Toy:
-    """A task that takes no time: a number goes down, and a matrix is drawn about."""
+    """A task that takes no time: a number goes down, and a kernel is drawn about."""
 
     def prepare(self):
         pass
 
     def initialize(self, key):
-        return {"number": jnp.ones(()), "matrix": jax.random.normal(key, (4, 3))}
+        return {"number": jnp.ones(()), "kernel": jax.random.normal(key, (4, 3))}
 
     def batches(self, start, sharding):
         return (np.float32(step) for step in itertools.count(start))
 
     def loss(self, params, batch, key):
-        return (params["number"] + batch) ** 2 + jnp.sum(params["matrix"] * jax.random.normal(key, (4, 3))), {}
+        return (params["number"] + batch) ** 2 + jnp.sum(params["kernel"] * jax.random.normal(key, (4, 3))), {}
 
     def preview(self, params):
         return {}, {}
@@ -185,7 +187,45 @@ def test_interrupted_run_with_muon_equals_uninterrupted(tmp_path, monkeypatch, t
             loop.train(config, tmp_path / "run")
     assert Checkpoints(tmp_path / "run").latest() == 2
     loop.train(config, tmp_path / "run")
-    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "run"))
+    whole = final_state(tmp_path / "whole")
+    assert_same(whole, final_state(tmp_path / "run"))
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(whole["optimizer"])]
+    (kept,) = [name for name in names if "kernel" in name]  # Adam would keep two averages
+    assert "muon" in kept and "mu" in kept
+
+
+@pytest.mark.parametrize("shape,matrix", [((6, 4), (1, 6, 4)), ((3, 6, 4), (3, 6, 4)), ((2, 3, 3, 6, 4), (1, 108, 4))])
+def test_muon_makes_the_update_of_every_kernel_orthogonal(shape, matrix):
+    """Of matrices stacked by a scan each one's, of a convolution the whole: (time, rows, columns, in) to out."""
+    config = codec_config("--config.optimizer.name=muon").optimizer
+    optimizer = state_lib.make_optimizer(config, 10)
+    params = {"kernel": jnp.zeros(shape), "scale": jnp.ones(shape)}
+    # All columns have much in common, as in a gradient, and the layers are steep and flat.
+    random, layers = np.random.default_rng(0), np.geomspace(1, 0.1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    gradient = {name: np.float32(random.normal(2, size=shape) * layers) for name in params}
+    state = optimizer.init(params)
+    is_muon = lambda part: isinstance(part, optax.contrib.MuonState)  # noqa: E731
+    (kept,) = [part for part in jax.tree.leaves(state, is_leaf=is_muon) if is_muon(part)]
+    assert [leaf.shape for leaf in jax.tree.leaves(kept.mu)] == [shape]
+    update = jax.jit(optimizer.update)
+    updates, _ = update(gradient, update(gradient, state, params)[1], params)  # the first has learning rate zero
+    for name, is_orthogonal in (("kernel", True), ("scale", False)):
+        stretched = np.linalg.svd(np.reshape(updates[name], matrix), compute_uv=False)
+        assert (0 < stretched.max() < 2 * stretched.min()) == is_orthogonal, (name, stretched)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weights_decay_in_kernels_alone(name):
+    """What a scan has stacked has an axis more, but norms and biases in it are still no kernels."""
+    config = codec_config(f"--config.optimizer.name={name}", "--config.optimizer.weight_decay=0.1").optimizer
+    optimizer = state_lib.make_optimizer(config, 10)
+    ones = jnp.ones((2, 3))
+    params = {"blocks": {"up": {"kernel": jnp.ones((2, 3, 3)), "bias": ones}, "norm": {"scale": ones}}}
+    state, nothing = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(nothing, optimizer.update(nothing, state, params)[1], params)
+    decayed = traverse_util.flatten_dict(jax.tree.map(lambda leaf: bool((leaf < 0).all()), updates), sep=".")
+    assert decayed == {"blocks.up.kernel": True, "blocks.up.bias": False, "blocks.norm.scale": False}
+    assert not np.any(updates["blocks"]["up"]["bias"]) and not np.any(updates["blocks"]["norm"]["scale"])
 
 
 def test_interrupted_dit_run_equals_uninterrupted(dit_run, tmp_path, monkeypatch):
