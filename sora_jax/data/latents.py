@@ -23,9 +23,8 @@ Encode = Callable[[int, int], Iterator[dict]]  # (start, count) -> {"latents", "
 
 
 def claim_folder(folder: Path, about: dict) -> None:
-    """Makes the folder of clips that are made from what `about` says, which is kept beside them.
-
-    Of several processes none may write clips before all have returned.
+    """Makes the folder of clips that are made from what `about` says, which is kept beside them; of several processes
+    one does it.
 
     Raises:
       InputError: the folder holds clips made from something else.
@@ -35,7 +34,7 @@ def claim_folder(folder: Path, about: dict) -> None:
         if not (folder / "about.json").exists():
             raise InputError(f"{folder} holds clips of unknown origin, without about.json; use a new --workdir")
         check_about(folder / "about.json", about)
-    elif jax.process_index() == 0:
+    else:
         write_about(folder / "about.json", about)
 
 

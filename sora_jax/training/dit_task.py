@@ -65,10 +65,12 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
         model_config(config, codec_config)  # what cannot be is said before anything is kept
         if not codec_config.latents_std:
             codec_config = _with_statistics(codec_config, params, config)
-        if hosts.is_first():
+
+        def write():
             latents_lib.write_about(workdir / "codec.about.json", about)
             write_codec(kept, codec_config, params)
-        hosts.wait("codec is written")
+
+        hosts.by_first(write)
     return read_codec(kept)
 
 
@@ -221,10 +223,6 @@ class DiTTask:
 
     def __init__(self, config: ConfigDict, workdir: Path):
         self.config = config
-        if config.align.weight and not 1 <= config.align.layer <= config.dit.layers:
-            raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
-        if config.align.objects < 0:
-            raise InputError(f"config.align.objects is {config.align.objects}; it must be at least 0")
         check_kernel(config.kernel, jax.default_backend())
         admit(config.prompts, load_policy())
         if config.data.dir:
@@ -257,8 +255,7 @@ class DiTTask:
         patch = self.dit_config.patch
         about = {"codec": str(config.codec), "frames": config.frames, "size": config.size, "patch": patch}
         about |= _origin(config)
-        latents_lib.claim_folder(folder, about)
-        hosts.wait("the folder of clips")
+        hosts.by_first(functools.partial(latents_lib.claim_folder, folder, about))
         with tqdm(total=count, unit="clip", desc="encode clips", disable=not hosts.is_first()) as bar:
             paths = latents_lib.write_shards(
                 folder,
@@ -276,8 +273,6 @@ class DiTTask:
         Latent channels are alike in variance, but not in what they do: in the bundled codec a third of them makes
         nine tenths of all change in the decoded frames, and others next to none. The decoder tells.
         """
-        if not 0 <= share <= 1:
-            raise InputError(f"config.flow.seen_share is {share}; it must be 0 to 1")
         if not share:
             return np.ones(self.codec_config.latent_channels, np.float32)
         latents = latents_lib.first_latents(self._paths[0], _SEEN_CLIPS)

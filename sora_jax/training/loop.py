@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -29,6 +29,7 @@ from sora_jax.errors import InputError, Refused, one_line
 from sora_jax.json_files import read_json
 from sora_jax.mesh_choice import training_mesh
 from sora_jax.model_folder import read_codec, write_model_folder
+from sora_jax.text.tokenizer import VOCABULARY_SIZE
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.video import Video
@@ -46,7 +47,10 @@ def make_task(config: ConfigDict, workdir: Path):
 
 
 def initial_state(task, optimizer, config: ConfigDict, mesh) -> tuple:
-    """Abstract state with its shardings, and a function that makes the state already sharded."""
+    """Abstract state with its shardings, and a function that makes the state already sharded.
+
+    It takes the parameters that are not to be fresh, by their names, as `_pretrained` gives them.
+    """
 
     def create():
         return state_lib.create(task.initialize(jax.random.key(config.seed)), optimizer)
@@ -59,13 +63,9 @@ def initial_state(task, optimizer, config: ConfigDict, mesh) -> tuple:
         placed,
     )
 
-    def make():
-        if not config.start_from:
+    def make(found):
+        if not found:
             return jax.jit(lambda: meta.unbox(create()), out_shardings=placed)()
-        found = task.pretrained(config.start_from)
-        asked = {name: abstract.params[name] for name in found} if found.keys() <= abstract.params.keys() else None
-        if asked is None or _shapes(asked) != _shapes(found):
-            raise InputError(f"the model in {config.start_from} does not fit this configuration")
 
         def create_from(found):
             # What the folder does not have, such as a network that only training uses, is fresh.
@@ -75,6 +75,20 @@ def initial_state(task, optimizer, config: ConfigDict, mesh) -> tuple:
         return jax.jit(create_from, out_shardings=placed)(found)
 
     return abstract, make
+
+
+def _pretrained(task, config: ConfigDict, abstract) -> dict:
+    """The parameters that `config.start_from` has for a new run, if it names a model.
+
+    Raises:
+      InputError: they do not fit.
+    """
+    found = task.pretrained(config.start_from) if config.start_from else {}
+    if not found.keys() <= abstract.params.keys() or _shapes(found) != _shapes(
+        {name: abstract.params[name] for name in found}
+    ):
+        raise InputError(f"the model in {config.start_from} does not fit this configuration")
+    return found
 
 
 def _shapes(tree):
@@ -113,11 +127,14 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
         optimizer = state_lib.make_optimizer(config.optimizer, config.steps)
         with jax.set_mesh(mesh):
             abstract, make = initial_state(task, optimizer, config, mesh)
+        with Checkpoints(workdir) as checkpoints:
+            is_new = checkpoints.latest() is None
+        found = _pretrained(task, config, abstract) if is_new else {}
         with hosts.alone():
-            task.prepare()  # only now: it may take long, and the mesh fits
+            task.prepare()  # only now: it may take long, and the mesh and the model fit
         with jax.set_mesh(mesh):
             with Checkpoints(workdir) as checkpoints, hosts.watched():
-                state = make() if checkpoints.latest() is None else checkpoints.restore(abstract)
+                state = make(found) if is_new else checkpoints.restore(abstract)
                 try:
                     return _run(config, workdir, task, optimizer, checkpoints, state, mesh_lib.batch_sharding(mesh))
                 except KeyboardInterrupt:
@@ -149,6 +166,30 @@ _FIELDS_OF = {
     "codec": ("clip_frames", "crop", "on_object", "codec", "freeze_encoder", "loss"),
     "dit": ("codec", "text", "dit", "kernel", "flow", "align", "sampling", "prompts"),
 }
+# What numbers can be, of those whose mistakes would only show after hours; NaN is none of them.
+_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (
+        ("steps", "batch", "frames", "size", "log_every", "checkpoint_every", "sampling.steps"),
+        "at least 1",
+        lambda value: value >= 1,
+    ),
+    (
+        ("seed", "preview_every", "optimizer.warmup", "optimizer.weight_decay", "align.weight", "align.objects"),
+        "at least 0",
+        lambda value: 0 <= value < math.inf,
+    ),
+    (
+        ("optimizer.learning_rate", "optimizer.clip", "flow.shift", "flow.uniform_shift", "sampling.shift"),
+        "above 0",
+        lambda value: 0 < value < math.inf,
+    ),
+    (
+        ("optimizer.decay", "flow.uniform_share", "flow.drop_text", "flow.known_share", "flow.seen_share"),
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+    ),
+    (("ema_decay", "optimizer.b1", "optimizer.b2"), "from 0 to below 1", lambda value: 0 <= value < 1),
+)
 # What a work directory's data and weights were made with, and a later start may not change.
 _LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames")}
 
@@ -173,20 +214,33 @@ def check_config(config: ConfigDict) -> None:
 
 
 def _check_values(config: ConfigDict) -> None:
-    for name in ("steps", "batch", "frames", "size", "log_every", "preview_every", "checkpoint_every"):
-        if config[name] < (least := int(name != "preview_every")):
-            raise InputError(f"config.{name} is {config[name]}; it must be at least {least}")
+    for names, words, fits in _RANGES:
+        for name in names:
+            group, _, field = name.rpartition(".")
+            if group in _FIELDS_OF["dit"] and config.task != "dit":
+                continue
+            value = (config[group] if group else config)[field]
+            if not fits(value):
+                raise InputError(f"config.{name} is {value}; it must be {words}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.dtype is {config.dtype!r}; it can be 'float32' or 'bfloat16'")
-    for name in ("clips", "shard", "captions") if config.task == "dit" else ():
-        if config.data[name] < 1:
-            raise InputError(f"config.data.{name} is {config.data[name]}; it must be at least 1")
-    if config.task == "dit" and (config.data.seed < 0 or not config.prompts):
-        raise InputError("config.data.seed must be at least 0, and config.prompts must hold a prompt for the previews")
     if config.task == "dit":
+        counts = {f"data.{name}": config.data[name] for name in ("clips", "shard", "captions")}
+        counts["align.layer"] = config.align.layer if config.align.weight else 1
+        for name, value in counts.items():
+            if value < 1:
+                raise InputError(f"config.{name} is {value}; it must be at least 1")
+        if counts["align.layer"] > config.dit.layers:
+            raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
+        if config.text.vocabulary_size < VOCABULARY_SIZE:
+            raise InputError(
+                f"config.text.vocabulary_size is {config.text.vocabulary_size}; bytes need at least {VOCABULARY_SIZE}"
+            )
+        if config.data.seed < 0 or not config.prompts:
+            raise InputError(
+                "config.data.seed must be at least 0, and config.prompts must hold a prompt for the previews"
+            )
         check_kernel(config.kernel)
-    if not config.optimizer.learning_rate > 0:
-        raise InputError(f"config.optimizer.learning_rate is {config.optimizer.learning_rate}; it must be above 0")
     state_lib.make_optimizer(config.optimizer, config.steps)
 
 

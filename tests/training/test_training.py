@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -429,6 +430,49 @@ def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
             np.testing.assert_array_equal(traverse_util.flatten_dict(params[part])[name], value)
     with pytest.raises(InputError, match="does not fit"):
         loop.train(dit_config(codec_run, f"--config.start_from={model}", "--config.dit.layers=3"), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "name,value,words",
+    [
+        ("seed", -1, "at least 0"),
+        ("ema_decay", 1.0, "from 0 to below 1"),
+        ("optimizer.clip", 0.0, "above 0"),
+        ("optimizer.learning_rate", math.nan, "above 0"),
+        ("optimizer.decay", 20.0, "from 0 to 1"),
+        ("flow.shift", 0.0, "above 0"),
+        ("flow.uniform_share", 25.0, "from 0 to 1"),
+        ("flow.drop_text", 10.0, "from 0 to 1"),
+        ("flow.seen_share", 5.0, "from 0 to 1"),
+        ("align.layer", 0, "at least 1"),
+        ("align.layer", 10, "1 to 9"),
+        ("sampling.steps", 0, "at least 1"),
+        ("sampling.shift", -1.0, "above 0"),
+        ("text.vocabulary_size", 100, "259"),
+    ],
+)
+def test_numbers_that_cannot_be_are_told_before_any_work(name, value, words):
+    config = load_config("configs/worlds_dit.py")
+    loop.check_config(config)
+    group, _, field = name.rpartition(".")
+    (config[group] if group else config)[field] = value
+    with pytest.raises(InputError, match=f"^config.{name} is {value}; .*{words}$"):
+        loop.check_config(config)
+    if name.startswith("optimizer"):
+        config = load_config("configs/worlds_codec.py")
+        config.optimizer[field] = value
+        with pytest.raises(InputError, match=f"^config.{name} is {value}; .*{words}$"):
+            loop.check_config(config)
+
+
+@pytest.mark.parametrize("start_from,words", [("nowhere", "nowhere"), ("of another depth", "does not fit")])
+def test_a_model_to_start_from_is_looked_at_before_clips_are_encoded(dit_run, codec_run, tmp_path, start_from, words):
+    model, overrides = start_from, ()
+    if words == "does not fit":
+        model, overrides = loop.export(dit_run, tmp_path / "model"), ("--config.dit.layers=3",)
+    with pytest.raises(InputError, match=words):
+        loop.train(dit_config(codec_run, f"--config.start_from={model}", *overrides), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("latents/clips*"))
 
 
 @pytest.fixture(scope="module")
