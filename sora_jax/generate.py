@@ -172,10 +172,11 @@ class Generator:
             unit="step",
             disable=not (progress and hosts.is_first()),
         )
-        # The compiled scan reports to whatever bar is there: a program that held one bar would serve only once.
-        self._bar = bar
         with bar:
             for start in starts:
+                # The compiled scan reports to whatever bar is there: a program that held one bar would serve only once.
+                # Another run may have had its own since the last batch.
+                self._bar = bar
                 # The last batch is filled up with repeats: cheaper than compiling for another size.
                 chosen = [min(start + i, len(request.prompts) - 1) for i in range(batch)]
                 several = min(batch, len(request.prompts) - start)

@@ -259,6 +259,22 @@ def test_the_bar_counts_every_step(generator, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
+def test_two_runs_at_a_time_have_a_bar_each(generator, monkeypatch):
+    bars = []
+
+    class Bar(generate_module.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options)
+            bars.append(self)
+
+    monkeypatch.setattr(generate_module, "tqdm", Bar)
+    monkeypatch.setattr(pipeline, "_PIXELS_PER_BATCH", 5 * 32 * 64)
+    runs = [generator.run(make_request(generator.config, ["red", "ball"], steps=steps)) for steps in (2, 3)]
+    for _ in range(2):
+        videos = [next(run) for run in runs]
+    assert len(videos) == 2 and [bar.n for bar in bars] == [4, 6]
+
+
 def test_unknown_words_and_long_prompts_are_told(generator):
     with pytest.warns(UserWarning, match="does not know: zebra\nit knows: red balls"):
         generator.generate("a red zebra", progress=False)
