@@ -252,7 +252,7 @@ class Generator:
         sampling = self.config.sampling
         schedule = sampler.noise_schedule(request.steps, sampling.shift, sampling.schedule)
         guidance_2 = np.float32([request.guidance, request.guidance_low])
-        dits = [self.params[part] for part in self.config.parts if part.startswith("dit")]
+        dits = [self.params[part] for part in self.config.transformers]
         latents_BFYXZ = _wait(
             self._denoise(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=request.is_guided)
         )

@@ -131,8 +131,12 @@ class ModelConfig:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts that have parameters."""
-        optional = {"dit_low": self.boundary is not None, "vision": self.vision is not None}
-        return ("text", "codec", "dit", *(part for part, there in optional.items() if there))
+        return ("text", "codec", *self.transformers, *(("vision",) if self.vision else ()))
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """Those of the parts that denoise: one for all noise levels, or one for high and one for low ones."""
+        return ("dit",) if self.boundary is None else ("dit", "dit_low")
 
     def __post_init__(self) -> None:
         for part, here, there in (

@@ -76,7 +76,7 @@ def load(
     adapted = {"dit": lora or {}, "dit_low": lora_low or {}}
     # The host that writes the files says what they were made with.
     weights = _in_background(partial(_weights_of, folder, adapted)) if hosts.is_first() else str
-    params = OnDemand(tensors) if offload else jax.tree.map(Tensor.place, tensors)
+    params = OnDemand(tensors, config.transformers) if offload else jax.tree.map(Tensor.place, tensors)
     return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy, kernel)
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -106,17 +106,18 @@ def _on_devices(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
 class OnDemand(Mapping[str, Any]):
     """The parameters of a model's parts, each on its devices only while it works: asking for one takes the others off.
 
-    Transformers work together, and stay together. What is taken off is read again from its files when it is asked for.
+    What is taken off is read again from its files when it is asked for.
     """
 
-    def __init__(self, tensors: dict[str, Any]):
-        """Takes trees of `Tensor`s by part."""
-        self._tensors = tensors
+    def __init__(self, tensors: dict[str, Any], together: Collection[str] = ()):
+        """Takes trees of `Tensor`s by part, and the names of parts that work together, and stay together."""
+        self._tensors, self._together = tensors, together
         self._here: dict[str, Any] = {}
 
     def __getitem__(self, part: str) -> Any:
         if part not in self._here:
-            self._here = {other: tree for other, tree in self._here.items() if other[:3] == part[:3] == "dit"}
+            stays = self._together if part in self._together else ()
+            self._here = {other: tree for other, tree in self._here.items() if other in stays}
             self._here[part] = jax.tree.map(Tensor.place, self._tensors[part])
         return self._here[part]
 

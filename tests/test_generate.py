@@ -97,7 +97,7 @@ def test_a_model_can_be_on_the_device_part_by_part(tiny_folder, mesh):
 def test_a_part_that_works_takes_the_others_off_the_device():
     shape = (4,)
     tensors = {part: {"x": Tensor(shape, np.dtype("float32"), lambda: iter([np.ones(shape)]))} for part in PARTS}
-    params = OnDemand(tensors)
+    params = OnDemand(tensors, together=("dit", "dit_low"))
     assert list(params) == list(PARTS)
     seen = {part: weakref.ref(params[part]["x"]) for part in PARTS}
     here = [part for part in PARTS if seen[part]() is not None]

@@ -29,8 +29,8 @@ def steps(job: Job) -> int:
 def at_rest(job: Job, mesh: jax.sharding.Mesh) -> int:
     """Bytes on a chip of the parameters of all parts but the job's own."""
     config = model_config(job.model)
-    own = {"text": "text", "see": "vision", "encode": "codec", "denoise": "dit", "decode": "codec"}[job.part]
-    others = [part for part in config.parts if not part.startswith(own)]
+    own = {"text": ("text",), "see": ("vision",), "denoise": config.transformers}.get(job.part, ("codec",))
+    others = [part for part in config.parts if part not in own]
     return sum(bytes_here(leaf) for part in others for leaf in jax.tree.leaves(_held(config, part, mesh, job.dtype)))
 
 
@@ -94,7 +94,7 @@ def program(job: Job, mesh: jax.sharding.Mesh):
             state = jax.tree.map(lambda leaf: _by_rows(leaf, mesh), state)
         return planned, (codec, state, array(piece)), 1
 
-    dits = [held(part) for part in config.parts if part.startswith("dit")]
+    dits = [held(part) for part in config.transformers]
     schedule = sampler.Schedule(array((_STEPS + 1,)), array((_STEPS,)))
     # The first picture is that of all videos; later windows go on from frames of each.
     told = 1 if job.windows == 1 else batch

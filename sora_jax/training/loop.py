@@ -337,7 +337,9 @@ class _Log:
 
         What is added after that waits for it without end.
         """
-        if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
+        # The thread is not part of tensorboardX's interface.
+        worker = getattr(self._writer and self._writer.file_writer.event_writer, "_worker", None)
+        if worker is not None and not worker.is_alive():
             self.say("TensorBoard files can no longer be written: is the disk full? metrics.jsonl goes on")
             self._writer = None
         return self._writer is not None
