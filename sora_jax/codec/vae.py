@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.codec import layers
-from sora_jax.tensors import fits_float32
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class CodecConfig:
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) not in (0, self.latent_channels):
                 raise ValueError(f"{name} needs {self.latent_channels} entries, or none")
-            if not all(map(fits_float32, getattr(self, name))):
+            if not all(map(math.isfinite, getattr(self, name))):
                 raise ValueError(f"{name} must be finite numbers")
         if min(self.latents_std, default=1.0) <= 0:
             raise ValueError("latents_std must be above 0")

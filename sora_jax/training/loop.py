@@ -135,6 +135,7 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
         with jax.set_mesh(mesh):
             with Checkpoints(workdir) as checkpoints, hosts.watched():
                 state = make(found) if is_new else checkpoints.restore(abstract)
+                del found  # the host need not hold them any longer
                 try:
                     return _run(config, workdir, task, optimizer, checkpoints, state, mesh_lib.batch_sharding(mesh))
                 except KeyboardInterrupt:
@@ -225,12 +226,10 @@ def _check_values(config: ConfigDict) -> None:
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.dtype is {config.dtype!r}; it can be 'float32' or 'bfloat16'")
     if config.task == "dit":
-        counts = {f"data.{name}": config.data[name] for name in ("clips", "shard", "captions")}
-        counts["align.layer"] = config.align.layer if config.align.weight else 1
-        for name, value in counts.items():
-            if value < 1:
-                raise InputError(f"config.{name} is {value}; it must be at least 1")
-        if counts["align.layer"] > config.dit.layers:
+        for name in ("clips", "shard", "captions"):
+            if config.data[name] < 1:
+                raise InputError(f"config.data.{name} is {config.data[name]}; it must be at least 1")
+        if config.align.weight and not 1 <= config.align.layer <= config.dit.layers:
             raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
         if config.text.vocabulary_size < VOCABULARY_SIZE:
             raise InputError(

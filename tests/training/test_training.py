@@ -444,7 +444,7 @@ def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
         ("flow.uniform_share", 25.0, "from 0 to 1"),
         ("flow.drop_text", 10.0, "from 0 to 1"),
         ("flow.seen_share", 5.0, "from 0 to 1"),
-        ("align.layer", 0, "at least 1"),
+        ("align.layer", 0, "1 to 9"),
         ("align.layer", 10, "1 to 9"),
         ("sampling.steps", 0, "at least 1"),
         ("sampling.shift", -1.0, "above 0"),
