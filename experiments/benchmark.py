@@ -38,7 +38,8 @@ from sora_jax.data.worlds.layout import CHANNELS
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
-from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, read_model_folder
+from sora_jax.model_config import ModelConfig, SamplingConfig, abstract_params
+from sora_jax.model_folder import read_model_folder
 from sora_jax.models import BUNDLED
 from sora_jax.safety import keys, mark, provenance
 from sora_jax.safety.gate import load_gate

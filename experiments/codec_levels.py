@@ -25,7 +25,7 @@ from sora_jax.cli import words
 from sora_jax.codec import Codec
 from sora_jax.codec.vae import piece
 from sora_jax.errors import InputError
-from sora_jax.model_folder import abstract_params
+from sora_jax.model_config import abstract_params
 from sora_jax.plan import model_config
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sora_jax.model_folder import ModelConfig, write_model_folder
+from sora_jax.model_config import ModelConfig
+from sora_jax.model_folder import write_model_folder
 from sora_jax.models import open_model
 from sora_jax.tensors import Tensor
 

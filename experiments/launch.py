@@ -38,7 +38,7 @@ from pathlib import Path
 
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
-from sora_jax.training.loop import check_config, check_local
+from sora_jax.training.config import check_config, check_local
 
 # Options that only one of the launchers reads.
 OWN = {

@@ -96,10 +96,11 @@ def velocity_loss(
     known_BF: jax.Array,
     weight_BFYXZ: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Mean squared error of the velocity over the frames that are not known; scalar float32.
+    """Mean squared error of the velocity over the frames that are not known; scalar float32, 0 where all are.
 
-    `weight_BFYXZ`, or anything that broadcasts to it, such as weights of the channels, weighs the squares.
+    `weight_BFYXZ`, or anything that broadcasts to it, such as weights of the channels, makes it a weighted mean.
     """
-    error_BF = jnp.mean(weight_BFYXZ * (predicted_BFYXZ - (noise_BFYXZ - x0_BFYXZ)) ** 2, axis=(2, 3, 4))
-    unknown_BF = 1.0 - known_BF
-    return jnp.sum(error_BF * unknown_BF) / jnp.maximum(jnp.sum(unknown_BF), 1.0)
+    weight_BFYXZ = weight_BFYXZ * jnp.where(known_BF, 0.0, 1.0)[:, :, None, None, None]
+    weight_BFYXZ = jnp.broadcast_to(weight_BFYXZ, x0_BFYXZ.shape)
+    squared_BFYXZ = (predicted_BFYXZ - (noise_BFYXZ - x0_BFYXZ)) ** 2
+    return jnp.sum(weight_BFYXZ * squared_BFYXZ) / jnp.maximum(jnp.sum(weight_BFYXZ), 1e-12)

@@ -20,10 +20,11 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from sora_jax import hosts, model_folder, pipeline, sampler
+from sora_jax import hosts, media, pipeline, sampler
+from sora_jax.codec.vae import stream
 from sora_jax.errors import InputError
 from sora_jax.media import Picture
-from sora_jax.model_folder import ModelConfig
+from sora_jax.model_config import ModelConfig, abstract_params
 from sora_jax.pipeline import Given
 from sora_jax.request import Request, make_request
 from sora_jax.safety.policy import Policy, load_policy
@@ -31,7 +32,7 @@ from sora_jax.safety.provenance import Claim
 from sora_jax.tensors import OnDemand
 from sora_jax.text import ByteTokenizer, FileTokenizer
 from sora_jax.video import Video
-from sora_jax.vision import preprocess, resize
+from sora_jax.vision import preprocess
 
 _UNSEEN = 0.03  # so much (log of the ratio of its sides) a picture may be stretched before somebody is told
 _PIXELS_AT_ONCE = 17 * 128 * 128  # more than these the codec takes in pieces, so that its memory does not grow
@@ -72,7 +73,7 @@ class Generator:
         self.params = params
         if not isinstance(params, OnDemand):
             # Parameters that are in their places stay there.
-            places = mesh and jax.tree.map(lambda leaf: leaf.sharding, model_folder.abstract_params(config, mesh))
+            places = mesh and jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
             self.params = jax.device_put(params, places)
         self._bar: tqdm | None = None
         config, dtype = self.config, self.dtype
@@ -265,27 +266,19 @@ class Generator:
 
     def _decode_video(self, latents_FYXZ: jax.Array, request: Request) -> np.ndarray:
         """Frames, uint8 [T, H, W, 3]: at once if they are few, else one latent frame after the other."""
-        if request.window * math.prod(request.size) <= _PIXELS_AT_ONCE:
-            return hosts.whole(_wait(self._decode(self.params["codec"], {}, latents_FYXZ[None], True)[0]))[0]
-        pieces, state = [], {}
-        for number in range(len(latents_FYXZ)):
-            piece = latents_FYXZ[None, number : number + 1]
-            frames, state = self._decode(self.params["codec"], state, piece, number == 0)
-            pieces.append(hosts.whole(_wait(frames))[0])
-        return np.concatenate(pieces)
+        few = request.window * math.prod(request.size) <= _PIXELS_AT_ONCE
+        at_once = len(latents_FYXZ) if few else 1
+        pieces = (latents_FYXZ[None, start : start + at_once] for start in range(0, len(latents_FYXZ), at_once))
+        frames = stream(self._decode, self.params["codec"], pieces)
+        return np.concatenate([hosts.whole(_wait(piece_BTHWC))[0] for piece_BTHWC in frames])
 
     def _encode_clip(self, video_THWC: np.ndarray) -> np.ndarray:
         """Latents (1, F, Y, X, Z) of frames in [-1, 1], in pieces if there are many."""
-        stride, params = self.config.codec.stride_time, self.params["codec"]
-        if video_THWC[..., 0].size <= _PIXELS_AT_ONCE:
-            return hosts.whole(_wait(self._encode_video(params, {}, video_THWC[None], True)[0]))
-        ends = range(1, len(video_THWC) + 1, stride)
-        pieces, state = [], {}
-        for end in ends:
-            piece = video_THWC[None, max(end - stride, 0) : end]
-            latents, state = self._encode_video(params, state, piece, end == 1)
-            pieces.append(hosts.whole(_wait(latents)))
-        return np.concatenate(pieces, axis=1)
+        stride, end = self.config.codec.stride_time, len(video_THWC)
+        ends = [end] if video_THWC[..., 0].size <= _PIXELS_AT_ONCE else range(1, end + 1, stride)
+        pieces = (video_THWC[None, start:end] for start, end in zip([0, *ends], ends, strict=False))
+        latents = stream(self._encode_video, self.params["codec"], pieces)
+        return np.concatenate([hosts.whole(_wait(piece_BFYXZ)) for piece_BFYXZ in latents], axis=1)
 
     def _known(self, frames: dict[int, np.ndarray], request: Request) -> Given:
         """What the known frames of a window give the transformer: pictures by the number of their frame."""
@@ -355,7 +348,7 @@ def _pictures(request: Request) -> dict[int, np.ndarray]:
 
 def _stretch(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """To another size, as published pipelines do it; uint8 to float32 in [-1, 1]."""
-    return resize(picture_HWC, size, "lanczos3") / 127.5 - 1
+    return media.resize(picture_HWC, size, "lanczos") / np.float32(127.5) - 1
 
 
 def _sha256(text: str) -> str:

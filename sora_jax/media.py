@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
@@ -125,6 +125,11 @@ def from_pil(picture: Picture) -> np.ndarray:
         return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except Exception as error:  # whichever it is of the many that its readers raise
         raise InputError(f"the picture cannot be read: {one_line(error)}") from error
+
+
+def resize(picture_HWC: np.ndarray, size: tuple[int, int], method: Literal["bicubic", "lanczos"]) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], at another size (rows, columns): by PIL, as published pipelines do it."""
+    return np.asarray(Image.fromarray(picture_HWC).resize(size[::-1], Image.Resampling[method.upper()]))
 
 
 def _decode(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from sora_jax.dit import DiTConfig
 from sora_jax.errors import InputError
-from sora_jax.model_folder import ModelConfig
+from sora_jax.model_config import ModelConfig
 from sora_jax.text import TextConfig
 from sora_jax.vision import VisionConfig
 

@@ -17,7 +17,8 @@ from sora_jax import hosts, model_folder
 from sora_jax.attention import check_kernel
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
-from sora_jax.model_folder import ModelConfig, write_model_folder
+from sora_jax.model_config import ModelConfig
+from sora_jax.model_folder import write_model_folder
 from sora_jax.safety.policy import Policy
 from sora_jax.tensors import PICKLES, OnDemand, Tensor, files_sha256, weight_files
 from sora_jax.text import ByteTokenizer, FileTokenizer

@@ -17,7 +17,7 @@ from sora_jax.codec import Codec
 from sora_jax.codec import vae as codec_lib
 from sora_jax.dit import DiT
 from sora_jax.mesh import RULES, constrain
-from sora_jax.model_folder import ModelConfig
+from sora_jax.model_config import ModelConfig
 from sora_jax.text import T5Encoder
 from sora_jax.vision import VisionEncoder
 

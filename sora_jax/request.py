@@ -15,7 +15,7 @@ import numpy as np
 
 from sora_jax import media
 from sora_jax.errors import InputError, Refused
-from sora_jax.model_folder import ModelConfig
+from sora_jax.model_config import ModelConfig
 from sora_jax.safety.gate import check_prompts, check_texts, load_gate
 from sora_jax.safety.policy import Policy, load_policy
 from sora_jax.safety.provenance import Source

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sora_jax import media
 from sora_jax.layers import Dense, LayerNorm
 
 # Of the pictures CLIP was trained on, in [0, 1].
@@ -50,32 +51,14 @@ class VisionConfig:
         return 1 + (self.image_size // self.patch) ** 2
 
 
-def resize(image_HWC: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
-    """A picture, uint8 (H, W, 3), at another size, in whole numbers from 0 to 255; float32.
-
-    As PIL (13.0) does it, which published pipelines use: columns first and then rows, each rounded to 8 bits; the other
-    way round where more than twice as many rows as columns are lost.
-
-    Args:
-      method: "cubic" or "lanczos3", as `jax.image.resize` has it.
-    """
-    image_HWC = np.float32(image_HWC)
-    H, W, _ = image_HWC.shape
-    for axis in (0, 1) if H - size[0] > max(0, 2 * (W - size[1])) else (1, 0):
-        if image_HWC.shape[axis] != size[axis]:
-            shape = (*image_HWC.shape[:axis], size[axis], *image_HWC.shape[axis + 1 :])
-            image_HWC = np.clip(np.round(jax.image.resize(image_HWC, shape, method)), 0, 255)
-    return image_HWC
-
-
 def preprocess(image_HWC: np.ndarray, size: int) -> np.ndarray:
     """A picture, uint8 (H, W, 3), as CLIP sees it: shorter side `size`, the middle square, normalised; float32."""
     H, W, _ = image_HWC.shape
     rows, columns = (size, int(size * W / H)) if H <= W else (int(size * H / W), size)
-    resized = resize(image_HWC, (rows, columns), "cubic")
+    resized = media.resize(image_HWC, (rows, columns), "bicubic")
     top, left = (rows - size) // 2, (columns - size) // 2
-    middle = resized[top : top + size, left : left + size] / 255
-    return np.asarray((middle - jnp.array(MEAN)) / jnp.array(STD), np.float32)
+    middle = resized[top : top + size, left : left + size] / np.float32(255)
+    return (middle - np.float32(MEAN)) / np.float32(STD)
 
 
 class VisionBlock(nn.Module):

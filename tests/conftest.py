@@ -25,7 +25,8 @@ import pytest  # noqa: E402
 
 from sora_jax.codec import CodecConfig  # noqa: E402
 from sora_jax.dit import DiTConfig  # noqa: E402
-from sora_jax.model_folder import ModelConfig, SamplingConfig, abstract_params, write_model_folder  # noqa: E402
+from sora_jax.model_config import ModelConfig, SamplingConfig, abstract_params  # noqa: E402
+from sora_jax.model_folder import write_model_folder  # noqa: E402# noqa: E402
 from sora_jax.safety.keys import load_signer  # noqa: E402
 from sora_jax.text import TextConfig  # noqa: E402
 

@@ -11,7 +11,7 @@ from sora_jax.codec import Codec
 from sora_jax.codec.layers import convolve
 from sora_jax.codec.vae import piece
 from sora_jax.dit import DiT, DiTConfig
-from sora_jax.model_folder import abstract_params
+from sora_jax.model_config import abstract_params
 from sora_jax.plan import model_config
 
 

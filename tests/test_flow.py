@@ -64,12 +64,17 @@ def test_what_is_noised_lies_on_the_path_at_its_level():
         assert len(set(level_F[~known_F])) == 1 and level_F[~known_F][0] > 0
 
 
-def test_channel_weights_scale_each_channels_error():
-    predicted, x0, noise = (jax.random.normal(jax.random.key(i), (2, 3, 4, 4, 2)) for i in range(3))
-    unknown = jnp.zeros((2, 3), bool)
-    one_Z = [flow.velocity_loss(predicted, x0, noise, unknown, jnp.eye(2)[channel]) for channel in range(2)]
-    both = flow.velocity_loss(predicted, x0, noise, unknown, jnp.array([0.5, 3.0]))
-    np.testing.assert_allclose(both, 0.5 * one_Z[0] + 3.0 * one_Z[1], rtol=1e-5)
+def test_weights_of_channels_and_places_make_a_weighted_mean_over_what_is_not_known():
+    rng = np.random.default_rng(2)
+    predicted, x0, noise = rng.normal(size=(3, 2, 3, 4, 4, 2)).astype(np.float32)
+    known = np.array([[True, False, False], [False, False, True]])
+    weight_Z, weight_BFYX1 = np.array([0.5, 3.0], np.float32), rng.uniform(1, 5, (2, 3, 4, 4, 1)).astype(np.float32)
+    weight = np.broadcast_to(weight_Z * weight_BFYX1, predicted.shape)[~known]
+    expected = np.average((predicted - (noise - x0))[~known] ** 2, weights=weight)
+    for scale in (1.0, 7.0):  # what weights a known frame has, and how large they all are, does not matter
+        changed = scale * weight_BFYX1 * np.where(known, 100.0, 1.0)[:, :, None, None, None]
+        loss = flow.velocity_loss(predicted, x0, noise, known, weight_Z * changed)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])

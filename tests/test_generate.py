@@ -17,7 +17,7 @@ from sora_jax.errors import InputError
 from sora_jax.generate import Generator
 from sora_jax.interop.presets import PRESETS
 from sora_jax.mesh import parse_mesh
-from sora_jax.model_folder import abstract_params
+from sora_jax.model_config import abstract_params
 from sora_jax.models import load
 from sora_jax.request import Request, make_request
 from sora_jax.safety.manifest import read_manifest

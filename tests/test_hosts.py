@@ -24,7 +24,7 @@ from sora_jax import mesh as mesh_lib
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import HostLost, InputError
 from sora_jax.interop.presets import PRESETS
-from sora_jax.model_folder import abstract_params
+from sora_jax.model_config import abstract_params
 from sora_jax.training import loop
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints

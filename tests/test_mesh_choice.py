@@ -9,7 +9,7 @@ from sora_jax import mesh as mesh_lib
 from sora_jax.errors import InputError
 from sora_jax.interop.presets import PRESETS
 from sora_jax.mesh_choice import generating_mesh, generating_meshes, training_mesh
-from sora_jax.model_folder import abstract_params
+from sora_jax.model_config import abstract_params
 from sora_jax.models import read_config
 from sora_jax.vision import VisionConfig
 

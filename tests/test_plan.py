@@ -16,7 +16,7 @@ from sora_jax.counting import count_collectives, count_operations
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
 from sora_jax.interop.presets import PRESETS
-from sora_jax.model_folder import abstract_params
+from sora_jax.model_config import abstract_params
 
 LAST = ("NHWC", "HWIO", "NHWC")
 

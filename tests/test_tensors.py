@@ -28,7 +28,7 @@ from sora_jax import tensors
 from sora_jax.models import convert
 from sora_jax.errors import InputError
 from sora_jax.mesh import make_mesh
-from sora_jax.model_folder import abstract_params
+from sora_jax.model_config import abstract_params
 
 published, converted, lora = sys.argv[1:]
 assert jax.device_count() == 8

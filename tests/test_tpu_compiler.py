@@ -18,7 +18,7 @@ from sora_jax.attention import self_attention
 from sora_jax.cli import main
 from sora_jax.errors import InputError
 from sora_jax.interop.presets import PRESETS
-from sora_jax.model_folder import abstract_params
+from sora_jax.model_config import abstract_params
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sora-jax[tpu]"

@@ -17,7 +17,7 @@ from sora_jax.cli.words import lora, number, prompts_of, size, whole
 from sora_jax.errors import InputError, Refused
 
 if TYPE_CHECKING:  # mistakes are told without waiting for JAX
-    from sora_jax.model_folder import ModelConfig
+    from sora_jax.model_config import ModelConfig
     from sora_jax.request import Request
 
 

@@ -6,7 +6,7 @@ With stride 4 in time, 1 + 4k frames become 1 + k latent frames; an image is a o
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,18 +202,18 @@ def piece(codec: Codec, params, state: dict, chunk: jax.Array, first: bool, meth
     return out, mutated["stream"]
 
 
-def stream(codec: Codec, params, chunks: Iterable[jax.Array], method: str) -> Iterator[jax.Array]:
+def stream(run: Callable[..., tuple[jax.Array, dict]], params, chunks: Iterable[jax.Array]) -> Iterator[jax.Array]:
     """Encodes or decodes chunk by chunk with memory that does not grow with duration; chunks as `piece` has them.
+
+    Args:
+      run: (params, state, chunk, first) -> the result and the state for the next chunk: `piece`, compiled.
 
     Yields:
       the result of each chunk; together they equal the result of the whole clip to float32 rounding.
     """
-    run = jax.jit(
-        lambda params, state, chunk, first: piece(codec, params, state, chunk, first, method), static_argnums=3
-    )
     state = {}
-    for index, chunk in enumerate(chunks):
-        out, state = run(params, state, chunk, index == 0)
+    for number, chunk in enumerate(chunks):
+        out, state = run(params, state, chunk, number == 0)
         yield out
 
 

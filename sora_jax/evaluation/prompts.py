@@ -35,7 +35,7 @@ class EvaluationPrompt:
         camera: one of `vocabulary.CAMERAS` if the prompt asks for a camera motion, else None.
         background: one of `vocabulary.BACKGROUNDS` if the prompt names one, else None.
         hidden: whether the object is to be hidden for a moment and to come back.
-        held_out: whether the (first) object is a combination that is kept out of training.
+        unseen: whether the (first) object is a combination that is kept out of training.
         scene: a Scene of NumPy arrays, from a key that training never uses.
     """
 
@@ -47,7 +47,7 @@ class EvaluationPrompt:
     camera: str | None
     background: str | None
     hidden: bool
-    held_out: bool
+    unseen: bool
     scene: Scene
 
 
@@ -63,9 +63,9 @@ def evaluation_prompts(n: int = 240, seed: int = 0) -> tuple[EvaluationPrompt, .
     trained = [
         pair
         for pair in np.ndindex(len(vocabulary.COLORS), len(vocabulary.SHAPES))
-        if (vocabulary.COLORS[pair[0]], vocabulary.SHAPES[pair[1]]) not in vocabulary.HELD_OUT
+        if (vocabulary.COLORS[pair[0]], vocabulary.SHAPES[pair[1]]) not in vocabulary.UNSEEN
     ]
-    held_out = [(vocabulary.COLORS.index(c), vocabulary.SHAPES.index(s)) for c, s in vocabulary.HELD_OUT]
+    unseen = [(vocabulary.COLORS.index(c), vocabulary.SHAPES.index(s)) for c, s in vocabulary.UNSEEN]
     sides = ("left", "right")
     decks = {
         "single": _deck(rng, range(len(vocabulary.MOTIONS))),
@@ -73,15 +73,15 @@ def evaluation_prompts(n: int = 240, seed: int = 0) -> tuple[EvaluationPrompt, .
         "screen": _deck(rng, [vocabulary.MOTIONS.index(side) for side in sides]),
         "camera": _deck(rng, range(1, len(vocabulary.CAMERAS))),
         "background": _deck(rng, range(len(vocabulary.BACKGROUNDS))),
-        **{f"{kind} held out": _deck(rng, (True, False, False, False)) for kind in vocabulary.KINDS},
-        True: _deck(rng, held_out),
+        **{f"{kind} unseen": _deck(rng, (True, False, False, False)) for kind in vocabulary.KINDS},
+        True: _deck(rng, unseen),
         False: _deck(rng, trained),
     }
     asked = []
     for i in range(n):
         kind = _ROUND[i % len(_ROUND)]
-        is_held_out = bool(next(decks[f"{kind} held out"]))
-        color, shape = next(decks[is_held_out])
+        is_unseen = bool(next(decks[f"{kind} unseen"]))
+        color, shape = next(decks[is_unseen])
         others = [(c, s) for c, s in trained if c != color and s != shape]
         color2, shape2 = others[rng.integers(len(others))]
         motions = decks.get({"wall": "screen", "pillar": "screen"}.get(kind, kind))
@@ -138,7 +138,7 @@ def _prompt(scene, rng):
         camera=vocabulary.CAMERAS[scene.camera] if kind == "camera" else None,
         background=background if _names(text.lower(), f"background {background}") else None,
         hidden=kind in ("wall", "pillar", "truck"),
-        held_out=(colors[0], shapes[0]) in vocabulary.HELD_OUT,
+        unseen=(colors[0], shapes[0]) in vocabulary.UNSEEN,
         scene=scene,
     )
 

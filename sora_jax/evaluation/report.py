@@ -38,9 +38,9 @@ QUESTIONS = {
     "hidden": ("hidden and then back, same colour and shape", 0.90),
     "camera": ("camera motion right", 0.90),
     "color, trained": ("colour right, combination trained on", None),
-    "color, held out": ("colour right, combination never trained on", None),
+    "color, unseen": ("colour right, combination never trained on", None),
     "shape, trained": ("shape right, combination trained on", None),
-    "shape, held out": ("shape right, combination never trained on", None),
+    "shape, unseen": ("shape right, combination never trained on", None),
     "count": ("as many objects as asked for", None),
     "background": ("background right, where one is named", None),
     "fixed camera": ("camera fixed where no motion is asked for", None),
@@ -137,7 +137,7 @@ def score(prompt: EvaluationPrompt, reading: Reading) -> dict[str, bool]:
         asked = sorted(zip(prompt.colors, prompt.shapes, strict=True))
         return answers | {"pair": sorted((seen.color, seen.shape) for seen in objects) == asked}
     first = objects[0] if objects else None
-    group = "held out" if prompt.held_out else "trained"
+    group = "unseen" if prompt.unseen else "trained"
     for part, (name,) in (("color", prompt.colors), ("shape", prompt.shapes)):
         answers[part] = answers[f"{part}, {group}"] = first is not None and getattr(first, part) == name
     if prompt.direction is not None:
@@ -209,7 +209,7 @@ def _measure(generator, prompts, seed, steps, guidance, bar):
                 {
                     "prompt": prompt.text,
                     "kind": prompt.kind,
-                    "held_out": prompt.held_out,
+                    "unseen": prompt.unseen,
                     "read": {source: _in_words(reading) for source, reading in readings.items()},
                     "right": answers,
                 }

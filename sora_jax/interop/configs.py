@@ -12,7 +12,8 @@ from sora_jax.codec import CodecConfig
 from sora_jax.dit import DiTConfig
 from sora_jax.errors import InputError
 from sora_jax.json_files import read_json
-from sora_jax.model_folder import ModelConfig, SamplingConfig, described_by
+from sora_jax.model_config import ModelConfig, SamplingConfig
+from sora_jax.model_folder import described_by
 from sora_jax.text import TextConfig
 from sora_jax.vision import MEAN, STD, VisionConfig
 

@@ -20,7 +20,8 @@ from sora_jax.errors import InputError
 from sora_jax.interop import names
 from sora_jax.interop.configs import field, pipeline_config
 from sora_jax.json_files import read_json
-from sora_jax.model_folder import ModelConfig, abstract_params, described_by, memory_dtype
+from sora_jax.model_config import ModelConfig, abstract_params, memory_dtype
+from sora_jax.model_folder import described_by
 from sora_jax.tensors import FORMATS, PICKLES, Tensor, TensorFile, ahead, spans
 from sora_jax.text import FileTokenizer
 

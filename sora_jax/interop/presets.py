@@ -2,7 +2,7 @@
 
 from sora_jax.codec import CodecConfig
 from sora_jax.dit import DiTConfig
-from sora_jax.model_folder import ModelConfig, SamplingConfig
+from sora_jax.model_config import ModelConfig, SamplingConfig
 from sora_jax.text import TextConfig
 from sora_jax.vision import VisionConfig
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from sora_jax import mesh, pipeline
 from sora_jax.errors import InputError
 from sora_jax.interop.presets import PRESETS
-from sora_jax.model_folder import ModelConfig
+from sora_jax.model_config import ModelConfig
 from sora_jax.models import read_config
 from sora_jax.request import check_window, windows
 

@@ -14,7 +14,7 @@ from sora_jax import flow, pipeline, sampler
 from sora_jax import mesh as mesh_lib
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
-from sora_jax.model_folder import ModelConfig, abstract_params, memory_dtype
+from sora_jax.model_config import ModelConfig, abstract_params, memory_dtype
 from sora_jax.plan.job import Job, at_a_time, model_config
 from sora_jax.training import state as state_lib
 

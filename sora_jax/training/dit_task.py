@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -27,10 +27,12 @@ from sora_jax.data.worlds.render import Truth
 from sora_jax.data.worlds.scenes import Scene
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError
+from sora_jax.generate import Generator
 from sora_jax.json_files import read_json
 from sora_jax.layers import Dense, layer_norm
-from sora_jax.model_folder import ModelConfig, SamplingConfig, read_codec, read_model_folder, write_codec
-from sora_jax.request import admit
+from sora_jax.model_config import ModelConfig, SamplingConfig
+from sora_jax.model_folder import read_codec, read_model_folder, write_codec
+from sora_jax.request import admit, make_request
 from sora_jax.safety.policy import load_policy
 from sora_jax.safety.provenance import Claim
 from sora_jax.text import T5Encoder, TextConfig, tokenize
@@ -228,8 +230,8 @@ class DiTTask:
         if config.data.dir:
             _clips(config, held_out=True)  # better now than at the first preview
         self.codec_config, self.codec_params = frozen_codec(config, workdir)
-        model = model_config(config, self.codec_config)
-        self.text_config, self.dit_config = model.text, model.dit
+        self.model = model_config(config, self.codec_config)
+        self.text_config, self.dit_config = self.model.text, self.model.dit
         dtype = jnp.dtype(config.dtype)
         self.text = T5Encoder(self.text_config, dtype)
         self.dit = DiT(self.dit_config, dtype, config.kernel, config.align.layer if config.align.weight else 0)
@@ -237,6 +239,7 @@ class DiTTask:
         self.latent_shape = self.codec_config.latent_shape(config.frames, config.size, config.size)
         self._latents = workdir / "latents"
         self._loss, self._held_out = jax.jit(self.loss), None
+        self._generator: Generator | None = None
 
     def prepare(self) -> None:
         """Encodes the clips, or those of them that are not yet, and asks the decoder about the channels."""
@@ -341,15 +344,14 @@ class DiTTask:
         return loss, metrics
 
     def _object_weights(self, layout_BFYXC: jax.Array, level_BF: jax.Array) -> jax.Array:
-        """Weights (B, F, Y, X, 1) of mean one: up to 1 + `config.align.objects` times as much where an object is.
+        """Weights (B, F, Y, X, 1) of 1, and up to 1 + `config.align.objects` where an object is.
 
         Objects are a tenth of the frame, and their outlines are what is hard. The weight fades as the level rises:
         where noise still leaves open where an object goes, it would favour clips with objects in many places.
         """
         extra_BFYX = objects(layout_BFYXC) * (1 - level_BF)[:, :, None, None]
         weight_BFYX = 1 + self.config.align.objects * extra_BFYX
-        weight_BFYX = weight_BFYX.repeat(self.dit_config.patch[1], 2).repeat(self.dit_config.patch[2], 3)
-        return (weight_BFYX / weight_BFYX.mean())[..., None]
+        return weight_BFYX.repeat(self.dit_config.patch[1], 2).repeat(self.dit_config.patch[2], 3)[..., None]
 
     def preview(self, params) -> tuple[dict[str, float], dict[str, Video]]:
         """Loss on held-out clips at fixed levels and noise, and samples of the configured prompts side by side."""
@@ -365,34 +367,23 @@ class DiTTask:
         metrics = self._loss(params, self._held_out, jax.random.key(0))[1]
         return {f"held_out_{name}": float(value) for name, value in metrics.items()}, {"samples": self._samples(params)}
 
-    @functools.cached_property
-    def _sample(self):
-        """(params, codec_params, ids_BL, noise_BFYXZ) -> video, compiled once for all previews."""
-        settings = self.config.sampling
-        schedule = sampler.noise_schedule(settings.steps, settings.shift)
-
-        def sample(params, codec_params, ids_BL, noise_BFYXZ):
-            text_BLD = self.text.apply({"params": params["text"]}, ids_BL)
-
-            def velocity(x_BFYXZ, level_BF):
-                return self.dit.apply({"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD)
-
-            guided = sampler.guided(velocity, settings.guidance)
-            latents = sampler.sample(guided, noise_BFYXZ, schedule, settings.solver)
-            return Codec(self.codec_config).apply({"params": codec_params}, latents, method="decode")
-
-        return jax.jit(sample)
-
     def _samples(self, params) -> Video:
-        """The configured prompts, four to a row."""
-        prompts = list(self.config.prompts)
-        ids_BL = tokenize([*prompts, *[""] * len(prompts)], self.text_config.length)
-        noise = jax.random.normal(jax.random.key(0), (len(prompts), *self.latent_shape))
-        video = hosts.whole(self._sample(params, self.codec_params, ids_BL, noise))
-        frames = np.round((video + 1) * 127.5).astype(np.uint8)
-        frames = np.pad(frames, [(0, -len(prompts) % 4), *[(0, 0)] * 4])
+        """The configured prompts, made as `generate` makes videos, four to a row."""
+        if self._generator is None:
+            sharding = jax.tree.leaves(params)[0].sharding
+            mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+            parts = {"text": params["text"], "dit": params["dit"], "codec": self.codec_params}
+            config = self.config
+            self._generator = Generator(self.model, parts, dtype=config.dtype, mesh=mesh, kernel=config.kernel)
+        generator, prompts = self._generator, list(self.config.prompts)
+        generator.params = {**generator.params, "text": params["text"], "dit": params["dit"]}
+        request = make_request(self.model, prompts, seed=range(len(prompts)), policy=generator.policy)
+        frames = np.stack([video.frames for video in generator.run(request, progress=False)])
+        generator.params = {"codec": generator.params["codec"]}  # the next step donates the others
+        frames = np.pad(frames, [(0, -len(frames) % 4), *[(0, 0)] * 4])
         rows = [np.concatenate(list(frames[i : i + 4]), axis=2) for i in range(0, len(frames), 4)]
         digests = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
         said = {**self.config.sampling, "prompts_sha256": digests}
-        checks = {"prompt": {"policy_sha256": load_policy().digest, "allowed": True}}
-        return Video(np.concatenate(rows, axis=1), claim=Claim(origin="model", config=said, checks=checks))
+        checks = {"prompt": {"policy_sha256": generator.policy.digest, "allowed": True}}
+        claim = Claim(origin="model", config=said, checks=checks)
+        return Video(np.concatenate(rows, axis=1), self.model.sampling.fps, claim)

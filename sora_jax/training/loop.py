@@ -4,16 +4,11 @@ With several processes (see `hosts.py`) each runs all of this, and the first alo
 """
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import math
-import re
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -24,15 +19,14 @@ from tqdm import tqdm
 
 from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
-from sora_jax.attention import check_kernel
-from sora_jax.errors import InputError, Refused, one_line
+from sora_jax.errors import InputError
 from sora_jax.json_files import read_json
 from sora_jax.mesh_choice import training_mesh
 from sora_jax.model_folder import read_codec, write_model_folder
-from sora_jax.text.tokenizer import VOCABULARY_SIZE
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
-from sora_jax.video import Video
+from sora_jax.training.config import check_config, check_local, check_run, write_config
+from sora_jax.training.log import Log
 
 
 def make_task(config: ConfigDict, workdir: Path):
@@ -118,7 +112,7 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
     if mesh_words is not None:
         config.mesh = _sizes(config, mesh_words)
     mesh = mesh_lib.make_mesh(**config.mesh)
-    _check(config, workdir, mesh)
+    check_run(config, workdir, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with hosts.watched():
         hosts.check_shared(workdir)
@@ -158,197 +152,6 @@ def _sizes(config: ConfigDict, words: str) -> dict[str, int]:
     return mesh_lib.parse_sizes(words)
 
 
-# What every config has, and what those of a task have besides.
-_FIELDS = (
-    *("task", "seed", "start_from", "steps", "batch", "frames", "size", "dtype", "data", "optimizer", "ema_decay"),
-    *("mesh", "log_every", "preview_every", "checkpoint_every"),
-)
-_FIELDS_OF = {
-    "codec": ("clip_frames", "crop", "on_object", "codec", "freeze_encoder", "loss"),
-    "dit": ("codec", "text", "dit", "kernel", "flow", "align", "sampling", "prompts"),
-}
-# What numbers can be, of those whose mistakes would only show after hours; NaN is none of them.
-_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (
-        ("steps", "batch", "frames", "size", "log_every", "checkpoint_every", "sampling.steps"),
-        "at least 1",
-        lambda value: value >= 1,
-    ),
-    (
-        ("seed", "preview_every", "optimizer.warmup", "optimizer.weight_decay", "align.weight", "align.objects"),
-        "at least 0",
-        lambda value: 0 <= value < math.inf,
-    ),
-    (
-        ("optimizer.learning_rate", "optimizer.clip", "flow.shift", "flow.uniform_shift", "sampling.shift"),
-        "above 0",
-        lambda value: 0 < value < math.inf,
-    ),
-    (
-        ("optimizer.decay", "flow.uniform_share", "flow.drop_text", "flow.known_share", "flow.seen_share"),
-        "from 0 to 1",
-        lambda value: 0 <= value <= 1,
-    ),
-    (("ema_decay", "optimizer.b1", "optimizer.b2"), "from 0 to below 1", lambda value: 0 <= value < 1),
-)
-# What a work directory's data and weights were made with, and a later start may not change.
-_LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames")}
-
-
-def check_local(folder: str | Path, name: str) -> None:
-    """Raises InputError if a folder is named as only buckets are, which each host would take for a path of its own."""
-    if re.match(r"\w\w+:/", str(folder)):
-        raise InputError(f"{name} {folder} is no path: mount the bucket (gcsfuse for gs://) and give the folder")
-
-
-def check_config(config: ConfigDict) -> None:
-    """Raises InputError for a config that is not whole, or numbers and names in it that cannot be."""
-    needed = (*_FIELDS, *_FIELDS_OF.get(config.task, ())) if "task" in config else ("task",)
-    if missing := [name for name in needed if name not in config]:
-        raise InputError(f"the config has no field {missing[0]}; those in configs/ of sora_jax have all")
-    if config.task not in _FIELDS_OF:
-        raise InputError(f"config.task is {config.task!r}; it can be 'codec' or 'dit'")
-    try:
-        _check_values(config)
-    except (AttributeError, KeyError) as error:
-        raise InputError(f"the config is not whole; those in configs/ of sora_jax are: {one_line(error)}") from error
-
-
-def _check_values(config: ConfigDict) -> None:
-    for names, words, fits in _RANGES:
-        for name in names:
-            group, _, field = name.rpartition(".")
-            if group in _FIELDS_OF["dit"] and config.task != "dit":
-                continue
-            value = (config[group] if group else config)[field]
-            if not fits(value):
-                raise InputError(f"config.{name} is {value}; it must be {words}")
-    if config.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"config.dtype is {config.dtype!r}; it can be 'float32' or 'bfloat16'")
-    if config.task == "dit":
-        for name in ("clips", "shard", "captions"):
-            if config.data[name] < 1:
-                raise InputError(f"config.data.{name} is {config.data[name]}; it must be at least 1")
-        if config.align.weight and not 1 <= config.align.layer <= config.dit.layers:
-            raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
-        if config.text.vocabulary_size < VOCABULARY_SIZE:
-            raise InputError(
-                f"config.text.vocabulary_size is {config.text.vocabulary_size}; bytes need at least {VOCABULARY_SIZE}"
-            )
-        if config.data.seed < 0 or not config.prompts:
-            raise InputError(
-                "config.data.seed must be at least 0, and config.prompts must hold a prompt for the previews"
-            )
-        check_kernel(config.kernel)
-    state_lib.make_optimizer(config.optimizer, config.steps)
-
-
-def _check(config: ConfigDict, workdir: Path, mesh) -> None:
-    """Raises InputError, before any work, for what the mesh cannot share and for another run's work directory."""
-    if config.task == "dit":
-        mesh_lib.check_heads(config.dit.heads, mesh)
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch % shares:
-        raise InputError(f"config.batch is {config.batch}; it must be a multiple of {shares}, which share it")
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    before = read_json(path)
-    now = json.loads(config.to_json_best_effort())
-    for name in _LASTING.get(config.task, ("task",)):
-        if before.get(name) != now[name]:
-            raise InputError(
-                f"{workdir} was started with another config.{name}: {before.get(name)}; use a new --workdir"
-            )
-
-
-def _write_config(config: ConfigDict, workdir: Path) -> None:
-    hidden = workdir / ".config.json"
-    hidden.write_text(config.to_json_best_effort(indent=1) + "\n")
-    hidden.replace(workdir / "config.json")
-
-
-class _Log:
-    """What one sees of a run: metrics.jsonl, TensorBoard and a progress bar, by the first process alone."""
-
-    def __init__(self, config: ConfigDict, workdir: Path, start: int):
-        self._first, self._workdir, self._path = hosts.is_first(), workdir, workdir / "metrics.jsonl"
-        self._bar = tqdm(
-            total=config.steps,
-            initial=start,
-            unit="step",
-            desc=f"train {config.task}",
-            smoothing=0.05,
-            disable=not self._first,
-        )
-        if self._first:
-            from tensorboardX import SummaryWriter
-
-            # What was logged after the checkpoint is logged again.
-            _forget_after(self._path, start)
-            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-
-    def advance(self) -> None:
-        self._bar.update()
-
-    def say(self, text: str) -> None:
-        if self._first:
-            tqdm.write(text)
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        if not self._first:
-            return
-        if self._has_tensorboard():
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-        with open(self._path, "a") as log:
-            log.write(json.dumps({"step": step, **values}) + "\n")
-        shown = {k: f"{values[k]:.4g}" for k in ("loss", "clips_per_second") if k in values}
-        if shown:
-            self._bar.set_postfix(shown, refresh=False)
-
-    def videos(self, step: int, videos: dict[str, Video]) -> None:
-        """Videos for TensorBoard, which plays an animated GIF given as an image."""
-        if not self._first:
-            return
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        # In place of a digest of the weights, for which they would have to be gathered.
-        run = hashlib.sha256((self._workdir / "config.json").read_bytes()).hexdigest()
-        for name, video in videos.items():
-            config = {**video.claim.config, "run_sha256": run, "step": step}
-            claim = dataclasses.replace(video.claim, model=self._workdir.resolve().name, config=config)
-            try:
-                with tempfile.TemporaryDirectory() as folder:
-                    shown = dataclasses.replace(video, claim=claim)
-                    gif = shown.save(Path(folder, "preview.gif")).read_bytes()
-            except (Refused, InputError) as reason:  # no reason to lose a run
-                self.say(f"the preview of step {step} is not shown: {reason}")
-                continue
-            _, height, width, _ = video.frames.shape
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-            if not self._has_tensorboard():
-                return
-            self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
-
-    def _has_tensorboard(self) -> bool:
-        """Whether events still find a file: the thread that writes them ends at the first failure, as on a full disk.
-
-        What is added after that waits for it without end.
-        """
-        # The thread is not part of tensorboardX's interface.
-        worker = getattr(self._writer and self._writer.file_writer.event_writer, "_worker", None)
-        if worker is not None and not worker.is_alive():
-            self.say("TensorBoard files can no longer be written: is the disk full? metrics.jsonl goes on")
-            self._writer = None
-        return self._writer is not None
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._first and self._has_tensorboard():
-            self._writer.close()
-
-
 @contextlib.contextmanager
 def _sigterm() -> Iterator[list[str]]:
     """A list that SIGTERM, sent to a process alone, puts a word into. Of several, JAX listens: `hosts.preempted`."""
@@ -367,7 +170,7 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
     step = state_lib.make_step(task.loss, optimizer, config.seed, config.ema_decay, state)
     start = int(state.step)
     if hosts.is_first():
-        _write_config(config, workdir)
+        write_config(config, workdir)
     window, window_start = [], time.perf_counter()
     pending = None  # metrics of the step before: reading them does not hold up the step that is running
 
@@ -381,7 +184,7 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
             raise InputError(f"the {bad} is {values[bad]} at step {number}; {kept}: try a lower learning rate")
         window.append(values)
 
-    with contextlib.closing(_Log(config, workdir, start)) as log, _sigterm() as sigterm:
+    with contextlib.closing(Log(config, workdir, start)) as log, _sigterm() as sigterm:
         for number, batch in zip(range(start, config.steps), task.batches(start, batch_sharding), strict=False):
             if number == start and jax.process_count() > 1:
                 # Each compiles at its own pace; then all exchange something for the first time, which cannot wait long.
@@ -409,29 +212,19 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
                 checkpoints.save(state)
             if config.preview_every and (done % config.preview_every == 0 or last) and not stopping:
                 # All processes compute it: each has a part of the parameters.
-                scalars, videos = task.preview(state.ema)
-                log.scalars(done, scalars)
-                log.videos(done, videos)
+                try:
+                    scalars, videos = task.preview(state.ema)
+                except InputError as reason:  # such as samples that are not finite: no reason to lose a run
+                    log.say(f"there is no preview of step {done}: {reason}")
+                else:
+                    log.scalars(done, scalars)
+                    log.videos(done, videos)
             if stopping:
                 log.say(f"SIGTERM: saved step {done} in {workdir}")
                 return done >= config.steps
         if start >= config.steps:
             log.say(f"{workdir} is at step {start} already; config.steps is {config.steps}")
     return True
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drops the records of later steps, and a last one that was cut off, from a log of JSON lines."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    hidden = path.with_name(f".{path.name}")
-    hidden.write_text("".join(kept))
-    hidden.replace(path)
 
 
 def export(workdir: str | Path, out: str | Path, codec: str | Path | None = None) -> Path:

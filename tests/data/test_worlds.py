@@ -140,17 +140,17 @@ def test_an_occluded_object_vanishes_and_comes_back(scenes, draw, kind):
         assert count[0] > 30 and count[-1] > 30
 
 
-def test_held_out_pairs_are_never_drawn_unless_asked_for(scenes):
+def test_unseen_combinations_are_never_drawn_unless_asked_for(scenes):
     def pairs(scenes):
         drawn = zip(scenes.color[scenes.present], scenes.shape[scenes.present], strict=True)
         return {(vocabulary.COLORS[c], vocabulary.SHAPES[s]) for c, s in drawn}
 
-    assert len(vocabulary.HELD_OUT) == 6
-    assert pairs(scenes) == {(c, s) for c in vocabulary.COLORS for s in vocabulary.SHAPES} - set(vocabulary.HELD_OUT)
+    assert len(vocabulary.UNSEEN) == 6
+    assert pairs(scenes) == {(c, s) for c in vocabulary.COLORS for s in vocabulary.SHAPES} - set(vocabulary.UNSEEN)
     keys = jax.random.split(jax.random.key(1), 100)
-    held_out = jax.jit(jax.vmap(lambda key: sample_scene(key, held_out=True, kind="single")))(keys)
-    assert pairs(jax.tree.map(np.asarray, held_out)) == set(vocabulary.HELD_OUT)
-    color, shape = vocabulary.HELD_OUT[0]
+    unseen = jax.jit(jax.vmap(lambda key: sample_scene(key, unseen=True, kind="single")))(keys)
+    assert pairs(jax.tree.map(np.asarray, unseen)) == set(vocabulary.UNSEEN)
+    color, shape = vocabulary.UNSEEN[0]
     asked = jax.jit(lambda key: sample_scene(key, color=color, shape=shape))(keys[0])
     assert (asked.color[0], asked.shape[0]) == (
         vocabulary.COLORS.index(color),

@@ -91,14 +91,14 @@ def test_captions_and_truth(stored):
         assert truth.visible_T.min() >= 0 and truth.visible_T.max() <= 1
 
 
-def test_splits_share_no_number_and_only_one_shows_the_held_out_pairs(stored):
+def test_splits_share_no_number_and_only_one_shows_unseen_combinations(stored):
     numbers = [clip["number"] for clip in itertools.chain(*stored.values())]
     assert len(set(numbers)) == len(numbers)
     for split, clips_ in stored.items():
         for clip in clips_:
             color, shape = clip["truth"]["color"][0], clip["truth"]["shape"][0]
             pair = (vocabulary.COLORS[color], vocabulary.SHAPES[shape])
-            assert (pair in vocabulary.HELD_OUT) == (split == "held_out")
+            assert (pair in vocabulary.UNSEEN) == (split == "held_out")
 
 
 def pick(clip, rng):

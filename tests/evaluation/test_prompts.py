@@ -34,11 +34,11 @@ def test_kinds_motions_and_cameras_are_balanced(prompts):
     assert set(backgrounds) == set(vocabulary.BACKGROUNDS) and sum(backgrounds.values()) >= 80
 
 
-def test_a_quarter_asks_for_held_out_combinations(prompts):
-    assert np.mean([prompt.held_out for prompt in prompts]) == pytest.approx(0.25, abs=0.03)
+def test_a_quarter_asks_for_unseen_combinations(prompts):
+    assert np.mean([prompt.unseen for prompt in prompts]) == pytest.approx(0.25, abs=0.03)
     for prompt in prompts:
-        assert prompt.held_out == ((prompt.colors[0], prompt.shapes[0]) in vocabulary.HELD_OUT)
-        assert not set(zip(prompt.colors[1:], prompt.shapes[1:], strict=True)) & set(vocabulary.HELD_OUT)
+        assert prompt.unseen == ((prompt.colors[0], prompt.shapes[0]) in vocabulary.UNSEEN)
+        assert not set(zip(prompt.colors[1:], prompt.shapes[1:], strict=True)) & set(vocabulary.UNSEEN)
 
 
 def test_the_text_states_everything_that_is_compared(prompts):

@@ -17,7 +17,7 @@ from sora_jax.evaluation.reader import Reading, SeenObject
 from sora_jax.evaluation.report import QUESTIONS, codec_psnr, evaluate, score
 from sora_jax.generate import Generator
 from sora_jax.intervals import wilson
-from sora_jax.model_folder import SamplingConfig
+from sora_jax.model_config import SamplingConfig
 from sora_jax.safety import scan
 from sora_jax.safety.manifest import read_manifest
 from sora_jax.safety.provenance import Claim

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from chunks import in_chunks
 from golden_pipelines import GOLDEN, KINDS
 
 import sora_jax
 from sora_jax import generate, media, sampler
 from sora_jax.cli import main
 from sora_jax.codec import Codec
-from sora_jax.codec.vae import stream
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
 from sora_jax.request import make_request
@@ -72,10 +72,10 @@ def test_codec_whole_and_streaming(generator, expected):
     decoded = jax.jit(lambda p, z: codec.apply(p, z, method="decode"))(params, latents)
     assert difference(decoded, expected["decoded"]) < TOLERANCE
     chunks = [video[:, :1], video[:, 1:5], video[:, 5:]]
-    streamed = jnp.concatenate(list(stream(codec, generator.params["codec"], chunks, "encode")), axis=1)
+    streamed = in_chunks(codec, generator.params["codec"], chunks, "encode")
     assert difference(streamed, latents) < TOLERANCE
     chunks = [latents[:, :1], latents[:, 1:2], latents[:, 2:]]
-    streamed = jnp.concatenate(list(stream(codec, generator.params["codec"], chunks, "decode")), axis=1)
+    streamed = in_chunks(codec, generator.params["codec"], chunks, "decode")
     assert difference(streamed, expected["decoded"]) < TOLERANCE
 
 

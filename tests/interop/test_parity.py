@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chunks import in_chunks
 from scripts import script
 
 pytestmark = pytest.mark.parity
@@ -38,7 +39,6 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel  # noqa: E402
 import sora_jax  # noqa: E402
 from sora_jax import sampler  # noqa: E402
 from sora_jax.codec import Codec  # noqa: E402
-from sora_jax.codec.vae import stream  # noqa: E402
 from sora_jax.dit import DiT  # noqa: E402
 from sora_jax.interop.configs import codec_config, dit_config, text_config, vision_config  # noqa: E402
 from sora_jax.text import T5Encoder  # noqa: E402
@@ -249,10 +249,10 @@ def test_codec(folder_and_pipeline, generator, random, chunks):
     assert difference(np.clip(rebuilt, -1, 1), decoded) < TOLERANCE
     latents = (mean - np.array(codec.config.latents_mean)) / np.array(codec.config.latents_std)
     pieces = np.split(video, [1 + time * chunk for chunk in range(chunks)], axis=1) if chunks else [video]
-    streamed = np.concatenate(list(stream(codec, params["params"], pieces, "encode")), axis=1)
+    streamed = in_chunks(codec, params["params"], pieces, "encode")
     assert difference(streamed, latents) < TOLERANCE
     pieces = np.split(latents.astype(np.float32), range(1, 1 + chunks), axis=1)
-    streamed = np.concatenate(list(stream(codec, params["params"], pieces, "decode")), axis=1)
+    streamed = in_chunks(codec, params["params"], pieces, "decode")
     assert difference(streamed, decoded) < TOLERANCE
 
 

@@ -10,7 +10,7 @@ import pytest
 from sora_jax.interop.configs import codec_config, dit_config, text_config, vision_config
 from sora_jax.interop.diffusers import _flatten, _sources, _unneeded
 from sora_jax.interop.presets import PRESETS
-from sora_jax.model_folder import abstract_params
+from sora_jax.model_config import abstract_params
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "golden" / "published.json").read_text())
 READ = {"text": text_config, "codec": codec_config, "dit": dit_config, "vision": vision_config}

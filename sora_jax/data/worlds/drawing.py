@@ -23,7 +23,7 @@ def draw_clips(
     frames: int,
     size: tuple[int, int],
     captions: int,
-    unseen_pairs: bool = False,
+    unseen: bool = False,
 ) -> Iterator[dict]:
     """One clip for each of `numbers`, a function of the seed and the number alone, as NumPy arrays:
 
@@ -35,13 +35,13 @@ def draw_clips(
 
     Args:
         captions: how many there are of each clip.
-        unseen_pairs: the first object is one of `vocabulary.HELD_OUT`, which otherwise never appear.
+        unseen: the first object is one of `vocabulary.UNSEEN`, which otherwise never appear.
     """
     numbers = np.asarray(numbers, np.int64)
     for start in range(0, len(numbers), _BATCH):
         # The last batch is filled up: all clips come from one compiled program.
         chosen = np.minimum(start + np.arange(_BATCH), len(numbers) - 1)
-        scenes = _sample(numbers[chosen].astype(np.uint32), seed, unseen_pairs)
+        scenes = _sample(numbers[chosen].astype(np.uint32), seed, unseen)
         drawn = jax.tree.map(np.asarray, (scenes, *_render(scenes, frames, tuple(size))))
         for i, number in enumerate(numbers[start : start + _BATCH].tolist()):
             scene, video_THWC, truth = jax.tree.map(lambda a, i=i: a[i], drawn)
@@ -56,10 +56,10 @@ def draw_clips(
 
 
 # Two programs, since sampling is compiled once for each split and drawing only once.
-@functools.partial(jax.jit, static_argnames=("seed", "unseen_pairs"))
-def _sample(numbers_B, seed, unseen_pairs) -> Scene:
+@functools.partial(jax.jit, static_argnames=("seed", "unseen"))
+def _sample(numbers_B, seed, unseen) -> Scene:
     keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers_B)
-    return jax.vmap(lambda key: sample_scene(key, held_out=unseen_pairs))(keys)
+    return jax.vmap(lambda key: sample_scene(key, unseen=unseen))(keys)
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "size"))

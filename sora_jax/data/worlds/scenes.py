@@ -78,12 +78,12 @@ class Scene(NamedTuple):
     look: jax.Array  # [6] in [0, 1], the freedom of the background
 
 
-def sample_scene(key: jax.Array, *, held_out: bool = False, **fixed) -> Scene:
+def sample_scene(key: jax.Array, *, unseen: bool = False, **fixed) -> Scene:
     """Draw a scene; pure, so `jax.vmap` over keys works.
 
     Args:
         key: a JAX random key.
-        held_out: when True, the first object is one of the `vocabulary.HELD_OUT` pairs. Otherwise those pairs
+        unseen: when True, the first object is one of the combinations `vocabulary.UNSEEN`. Otherwise those
             are drawn only where `fixed` names both colour and shape.
         **fixed: parts to fix, as names or ids: kind, background, camera, relation, color, shape, size, motion
             and, for the second object, color2, shape2, size2, motion2. A second object needs kind "pair", a
@@ -109,7 +109,7 @@ def sample_scene(key: jax.Array, *, held_out: bool = False, **fixed) -> Scene:
     background = draw("background", (1.0,) * 5)
     camera = jnp.where(is_camera, draw("camera", (0.0, 1.0, 1.0, 1.0, 1.0)), 0)
 
-    first = _color_and_shape(next(numbers), fixed.get("color"), fixed.get("shape"), held_out, None)
+    first = _color_and_shape(next(numbers), fixed.get("color"), fixed.get("shape"), unseen, None)
     second = _color_and_shape(next(numbers), fixed.get("color2"), fixed.get("shape2"), False, first)
     color, shape = (jnp.stack(ids) for ids in zip(first, second, strict=True))
     large = jnp.where(kind == _PILLAR, 0.2, 0.5)  # a pillar is only narrow where the object is small
@@ -217,11 +217,11 @@ def _is_any(value, *options):
     return jnp.isin(value, jnp.array(options))
 
 
-def _color_and_shape(number, color, shape, held_out, other):
+def _color_and_shape(number, color, shape, unseen, other):
     """One colour and one shape, both different from those of the other object."""
     color_ids, shape_ids = jnp.divmod(jnp.arange(32), 4)
     kept_out = jnp.zeros(32, bool)
-    for color_name, shape_name in vocabulary.HELD_OUT:
+    for color_name, shape_name in vocabulary.UNSEEN:
         kept_out |= (color_ids == vocabulary.COLORS.index(color_name)) & (
             shape_ids == vocabulary.SHAPES.index(shape_name)
         )
@@ -230,7 +230,7 @@ def _color_and_shape(number, color, shape, held_out, other):
         fits &= color_ids == color
     if shape is not None:
         fits &= shape_ids == shape
-    allowed = fits & (kept_out if held_out else ~kept_out)
+    allowed = fits & (kept_out if unseen else ~kept_out)
     if other is not None:
         allowed &= ((color_ids != other[0]) | (color is not None)) & ((shape_ids != other[1]) | (shape is not None))
     allowed = jnp.where(allowed.any(), allowed, fits)

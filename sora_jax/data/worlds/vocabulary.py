@@ -35,8 +35,8 @@ DESCRIPTION = (
     "a gray truck drives past; the camera pans or zooms; a plain or gradient background, a grassy field, snow, night"
 )
 
-# Pairs kept out of training, so that drawing them shows that colour and shape were learned apart.
-HELD_OUT = (
+# Combinations kept out of training, so that drawing them shows that colour and shape were learned apart.
+UNSEEN = (
     ("red", "star"),
     ("orange", "pyramid"),
     ("yellow", "cube"),

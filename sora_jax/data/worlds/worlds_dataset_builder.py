@@ -63,7 +63,7 @@ class WorldsConfig(tfds.core.BuilderConfig):
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Splits "train" and "held_out": in the latter the first object is one of `vocabulary.HELD_OUT`.
+    """Splits "train" and "held_out": in the latter the first object is one of `vocabulary.UNSEEN`.
 
     Clip n of a split is a function of the seed and n, and a split keeps that order. The features of a clip:
 
@@ -123,7 +123,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                 frames=config.frames,
                 size=config.size,
                 captions=config.captions,
-                unseen_pairs=split == "held_out",
+                unseen=split == "held_out",
             )
         )
 
