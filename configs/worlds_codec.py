@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
             dtype="float32",  # of the convolutions; "bfloat16" on TPUs and GPUs
             frames=17,  # ... of which training sees windows of this length
             crop=64,  # ... and this many rows and columns
-            on_object=0.5,  # share of the windows around an object
+            on_object=0.5,  # share of the windows around an object, where clips have their truth
             codec=dict(
                 latent_channels=32,
                 width=24,

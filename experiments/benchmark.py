@@ -12,7 +12,6 @@ four ninths, and its share can pass 100 %.
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import resource
@@ -31,6 +30,7 @@ from flax.core import meta
 from ml_collections import ConfigDict
 
 from sora_jax import attention, media
+from sora_jax.cli.config_file import load_config
 from sora_jax.codec import Codec
 from sora_jax.codec.layers import convolve
 from sora_jax.counting import count_operations
@@ -38,6 +38,7 @@ from sora_jax.data.worlds.layout import CHANNELS
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
+from sora_jax.media import check_writable
 from sora_jax.model_config import ModelConfig, SamplingConfig, abstract_params
 from sora_jax.model_folder import read_model_folder
 from sora_jax.models import BUNDLED
@@ -47,7 +48,7 @@ from sora_jax.safety.policy import load_policy
 from sora_jax.safety.scan import scan
 from sora_jax.text import T5Encoder, TextConfig, tokenize
 from sora_jax.training import state as state_lib
-from sora_jax.training.codec_task import codec_config
+from sora_jax.training.config import codec_config
 from sora_jax.training.dit_task import Aligner, DiTTask
 from sora_jax.video import Video
 
@@ -132,17 +133,9 @@ def compile_twice(jitted: Any, *args: Any) -> tuple[Any, dict[str, float]]:
     return compiled, times
 
 
-def load_config(name: str) -> ConfigDict:
-    """A file of `configs/`."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def random_model(training: ConfigDict, quick: bool) -> tuple[ModelConfig, Any]:
     """A model of the sizes in `configs/` with random parameters; `quick` narrows it."""
-    codec = codec_config(load_config("worlds_codec"))
+    codec = codec_config(load_config(str(CONFIGS / "worlds_codec.py")))
     if quick:
         codec = dataclasses.replace(codec, width=8, decoder_width=8)
         training.dit.update(heads=2, feed_forward=128, layers=2)
@@ -165,7 +158,8 @@ class Task(DiTTask):
 
     def __init__(self, config: ConfigDict, model: ModelConfig):
         self.config, self.text_config, self.dit_config = config, model.text, model.dit
-        self.text, self.dit = T5Encoder(model.text), DiT(model.dit)
+        self.text = T5Encoder(model.text)
+        self.dit = DiT(model.dit, keep_after=config.align.layer if config.align.weight else 0)
         self.aligner = Aligner(model.dit.width)
         self.latent_shape = model.codec.latent_shape(config.frames, config.size, config.size)
         self._weight_Z = np.ones(model.codec.latent_channels, np.float32)
@@ -308,7 +302,7 @@ def peak_bytes() -> int:
 
 def run(model: Path | None, quick: bool) -> dict[str, Any]:
     """Measures everything; a dict for JSON."""
-    training = load_config("worlds_dit")
+    training = load_config(str(CONFIGS / "worlds_dit.py"))
     if model is None and (quick or not BUNDLED.is_dir()):
         (config, params), source = random_model(training, quick), "random parameters"
     else:
@@ -355,6 +349,8 @@ def main() -> int:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         try:
+            if args.json:
+                check_writable(args.json)  # and not after all the measuring
             results = run(args.model, args.quick)
             if args.json:
                 args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sora_jax.errors import InputError
 from sora_jax.model_config import ModelConfig
 from sora_jax.model_folder import write_model_folder
 from sora_jax.models import open_model
@@ -53,12 +54,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", required=True, type=lambda text: [int(word) for word in text.split(",")])
     options = parser.parse_args()
-    config, tensors, tokenizer = open_model(options.model, "float32")
     try:
+        config, tensors, tokenizer = open_model(options.model, "float32")
         config, params = deepen(config, tensors, options.layers)
-    except ValueError as error:
+        print(write_model_folder(options.out, config, params, tokenizer=getattr(tokenizer, "json", None)))
+    except (InputError, ValueError) as error:
         parser.error(str(error))
-    print(write_model_folder(options.out, config, params, tokenizer=getattr(tokenizer, "json", None)))
 
 
 if __name__ == "__main__":

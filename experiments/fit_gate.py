@@ -10,10 +10,10 @@ gate's other files; with `--sums` the digests only. It takes some ten minutes on
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import re
-import sys
 import zlib
 from collections.abc import Iterator
 
@@ -161,7 +161,9 @@ def write_sums() -> None:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--sums"]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sums", action="store_true", help="only write the digests of the gate's files")
+    if parser.parse_args().sums:
         write_sums()
         return
     examples = read_examples()

@@ -335,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", required=True, metavar="FILE[:ARG]", help="as for sora-jax train; --config.FIELD=VALUE likewise")
     add("--on", required=True, metavar="WHERE", help="local, processes=N, tpu-vm=NAME, slurm or gke")
     add("--sweep", action="append", default=[], metavar="config.FIELD=A,B", help="a run for each; can be repeated")
+    add("--mesh", metavar="AXIS=N,...", help="as for sora-jax train, in place of config.mesh")
     add("--runs", default="runs", metavar="DIR", help="where the work folders are (default: runs)")
     add("--dry-run", action="store_true", help="print the commands and manifests")
     add("--grace", type=_at_least(1), default=60, metavar="S", help="seconds for saving before the end (default: 60)")
@@ -372,6 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         make = launcher(options)
         for run in make_runs(options.config, options.sweep, overrides, options.runs):
+            if options.mesh is not None:
+                run.arguments.extend(["--mesh", options.mesh])
             commands = make(run)
             print(f"# {run.name}\n" + " &\n".join(map(str, commands)), flush=True)
             if options.dry_run:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from sora_jax import media
+from sora_jax.errors import InputError
 from sora_jax.safety import mark
 
 PROMPTS = (
@@ -97,7 +98,10 @@ def windows(paths: list[str], side: int, count: int, frames: int, rng: np.random
     """`count` windows of `frames` frames and side x side pixels, from anywhere in the videos, halved where they fit."""
     clips = []
     for number in range(count):
-        frames_THWC, _ = media.read(paths[number % len(paths)])
+        path = paths[number % len(paths)]
+        frames_THWC, _ = media.read(path)
+        if len(frames_THWC) < frames:
+            raise InputError(f"{path} has {len(frames_THWC)} frames; --frames is {frames}")
         frames_THWC = frames_THWC[(start := rng.integers(0, len(frames_THWC) - frames + 1)) : start + frames]
         shortest = min(frames_THWC.shape[1:3])
         cut = 2 * side if shortest >= 2 * side else min(side, shortest)
@@ -116,10 +120,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
-    if options.clips:
-        clips = windows(options.clips, options.side, options.num, options.frames, rng)
-    else:
-        clips = generated(options.num, options.frames)
+    try:
+        if options.clips:
+            clips = windows(options.clips, options.side, options.num, options.frames, rng)
+        else:
+            clips = generated(options.num, options.frames)
+    except InputError as error:
+        parser.error(str(error))
     T, H, W, _ = clips[0].shape
     keys = [rng.bytes(32) for _ in clips]
     payloads = [int(payload) for payload in rng.integers(0, 2**16, len(clips))]

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sora_jax import media
 from sora_jax.cli import words
 from sora_jax.counting import count_operations
 from sora_jax.errors import InputError
@@ -132,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peak = options.peak * 1e12 if options.peak else peak_operations(device.device_kind)
     rows = []
     try:
+        if options.json:
+            media.check_writable(options.json)  # and not after all the measuring
         config = model_config(options.model)
         print(f"{number} x {device.device_kind}; {options.model}, {options.frames} frames of", end=" ")
         print(f"{options.size[0]}x{options.size[1]}, {options.dtype}\n\n{HEADER}", flush=True)
@@ -144,9 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch = options.batch if part == "train" else 1
             job = Job(options.model, part, "", mesh, options.size, options.frames, batch, options.dtype)
             rows.append(measure(job, parse_mesh(mesh), options.repeats, peak))
-        if options.json:
-            about = {"device": device.device_kind, "devices": number, "model": options.model, "rows": rows}
-            options.json.write_text(json.dumps(about, indent=1) + "\n")
+            if options.json:  # after each row: the next may need more memory than there is
+                about = {"device": device.device_kind, "devices": number, "model": options.model, "rows": rows}
+                options.json.write_text(json.dumps(about, indent=1) + "\n")
     except (InputError, OSError) as error:
         print(f"mfu: error: {error}", file=sys.stderr)
         return 2

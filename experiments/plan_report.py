@@ -5,6 +5,7 @@ Needs `sora-jax[tpu]` for the TPU's compiler, and no TPU. Each row takes half a 
 
 import argparse
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/plan.md"))
     output = parser.parse_args().output
+    if find_spec("libtpu") is None:
+        parser.error("planning needs the TPU compiler: in the clone, pip install -e '.[tpu]'")
     text = HEAD.format(version=version("libtpu")) + f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 
     def add(more: str) -> None:

@@ -3,7 +3,7 @@
 python experiments/readme_samples.py docs/samples.gif
 """
 
-import sys
+import argparse
 
 import numpy as np
 
@@ -22,13 +22,16 @@ COLUMNS = 3
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", help="the file to write, .gif or .mp4")
+    output = parser.parse_args().output
     generator = sora_jax.load()
     videos = generator.generate(PROMPTS, seed=[0] * len(PROMPTS))
     frames = [video.frames for video in videos]
     rows = [np.concatenate(frames[i : i + COLUMNS], axis=2) for i in range(0, len(frames), COLUMNS)]
     claim = together([video.claim for video in videos])
     sheet = sora_jax.Video(np.concatenate(rows, axis=1), videos[0].fps, claim)
-    print(sheet.save(sys.argv[1]))
+    print(sheet.save(output))
 
 
 if __name__ == "__main__":

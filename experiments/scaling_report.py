@@ -6,6 +6,7 @@ compiler, matplotlib for the plot, and no TPU. Each row takes half a minute on t
 
 import argparse
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from sora_jax import plan
@@ -109,6 +110,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/scaling.md"))
     output = parser.parse_args().output
+    if find_spec("libtpu") is None:
+        parser.error("planning needs the TPU compiler: in the clone, pip install -e '.[tpu]'")
     by_tokens, by_chips = [], []
     jobs = [(by_tokens, TOKENS_MODEL, TOKENS_TOPOLOGY, *clip) for clip in TOKENS]
     jobs += [(by_chips, CHIPS_MODEL, topology, FRAMES, SIZE) for topology in CHIPS]

@@ -1,5 +1,6 @@
 """The benchmark counts operations as one would by hand."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -13,6 +14,21 @@ from sora_jax.codec.vae import piece
 from sora_jax.dit import DiT, DiTConfig
 from sora_jax.model_config import abstract_params
 from sora_jax.plan import model_config
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_to_its_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--quick", "--json", str(tmp_path / "found.json")])
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        assert script("experiments/benchmark.py").main() == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = {row["name"].split(",")[0] for row in found["rows"]}
+    assert {"text encoding", "DiT", "codec decode", "generation", "training step", "convolve"} <= rows, sorted(rows)
+    assert all(row["seconds"] > 0 and row["operations"] >= 0 for row in found["rows"])
+    assert "peak memory" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

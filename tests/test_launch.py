@@ -40,7 +40,7 @@ def launch():
     }.items(),
 )
 def test_what_would_run_elsewhere(launch, name, arguments, capsys):
-    overrides = ["--config.steps=10", "--config.codec.multipliers=(1, 2)"]
+    overrides = ["--config.steps=10", "--config.codec.multipliers=(1, 2, 4)"]
     assert launch.main([*CONFIG, "--runs", "/runs", "--dry-run", *arguments, *overrides]) == 0
     assert capsys.readouterr().out == (GOLDEN / f"{name}.txt").read_text()
 
@@ -77,6 +77,11 @@ def test_what_would_run_here(launch, capsys):
         assert "-m sora_jax train --config configs/worlds_codec.py --workdir runs/worlds_codec" in line
 
 
+def test_a_mesh_is_passed_on(launch, capsys):
+    assert launch.main([*CONFIG, "--on", "local", "--dry-run", "--mesh", "auto", "--config.steps=3"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("--config.steps=3 --mesh auto")
+
+
 def test_a_sweep_gives_every_combination_a_folder_of_its_own(launch):
     sweep = ["config.optimizer.learning_rate=1e-3,2e-3", "config.codec.width=8", "config.loss.kl=0,1"]
     runs = launch.make_runs(CONFIG[1], sweep, ["--config.steps=5"], "folder")
@@ -108,10 +113,10 @@ def test_values_of_a_sweep_may_have_commas_in_brackets(launch):
     ]
     assert launch._split("((1,2),(3,4)),{'a': [1,2]}") == ["((1,2),(3,4))", "{'a': [1,2]}"]
     assert launch._split("1,,2") == ["1", "", "2"] and launch._split("1,") == ["1", ""] and launch._split("") == [""]
-    runs = launch.make_runs(CONFIG[1], ["config.codec.multipliers=(1, 2),(1, 2, 4)"], [], "r")
+    runs = launch.make_runs(CONFIG[1], ["config.codec.multipliers=(1, 2, 4),(1,4,4)"], [], "r")
     assert [run.arguments[-1] for run in runs] == [
-        "--config.codec.multipliers=(1, 2)",
         "--config.codec.multipliers=(1, 2, 4)",
+        "--config.codec.multipliers=(1,4,4)",
     ]
 
 

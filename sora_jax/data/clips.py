@@ -9,6 +9,7 @@ Any TFDS data set in ArrayRecord files will do, if it has the features `video`, 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,26 @@ def stored(data_dir: str | Path, split: str) -> Sequence[dict]:
 
 
 def stored_as(data_dir: str | Path, split: str, frames: int, size: int) -> Sequence[dict]:
-    """The same; InputError unless the clips have the configured frames and size."""
-    source = stored(data_dir, split)
-    found, asked = source[0]["video"].shape, (frames, size, size, 3)
-    if found != asked:
-        raise InputError(f"{data_dir}: its clips are {list(found)}; the configuration asks for {list(asked)}")
-    return source
+    """The same; InputError where a clip, of which the first is read here, has not the configured frames and size."""
+    clips = Shaped(stored(data_dir, split), (frames, size, size, 3), f"{data_dir}, split {split}")
+    _ = clips[0]
+    return clips
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """Clips of one shape: a data set may declare that they have any."""
+
+    clips: Sequence[dict]
+    shape: tuple[int, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, number: int) -> dict:
+        clip = self.clips[number]
+        if (found := clip["video"].shape) != self.shape:
+            asked = list(self.shape)
+            raise InputError(f"{self.name}: clip {number} is {list(found)}; the configuration asks for {asked}")
+        return clip

@@ -9,9 +9,9 @@ import numpy as np
 
 from sora_jax.data.worlds import vocabulary
 from sora_jax.data.worlds.captions import caption
+from sora_jax.data.worlds.drawing import HELD_OUT
 from sora_jax.data.worlds.scenes import Scene, sample_scene
 from sora_jax.errors import InputError
-from sora_jax.training.codec_task import HELD_OUT_SEED
 
 # One round; the prompts go through it again and again, so that any number of them is balanced.
 _ROUND = (
@@ -98,7 +98,7 @@ def evaluation_prompts(n: int = 240, seed: int = 0) -> tuple[EvaluationPrompt, .
             }
         )
     fixed = {part: np.array([each[part] for each in asked], np.int32) for part in asked[0]}
-    key = jax.random.fold_in(jax.random.key(HELD_OUT_SEED), seed)
+    key = jax.random.fold_in(jax.random.key(HELD_OUT), seed)
     # In batches of one size, so that any number of prompts needs only one compilation.
     batches = [np.minimum(start + np.arange(_BATCH), n - 1) for start in range(0, n, _BATCH)]
     sampled = [_sample(key, i, jax.tree.map(lambda a, i=i: a[i], fixed)) for i in batches]

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sora_jax.codec import Codec
+from sora_jax.data.worlds.drawing import HELD_OUT
 from sora_jax.data.worlds.render import render
 from sora_jax.data.worlds.scenes import sample_scene
 from sora_jax.errors import InputError, Refused
@@ -26,7 +27,6 @@ from sora_jax.generate import Generator
 from sora_jax.intervals import wilson
 from sora_jax.models import load
 from sora_jax.safety.provenance import Claim, together
-from sora_jax.training.codec_task import HELD_OUT_SEED
 from sora_jax.video import Video, contact_sheet
 
 # What is asked, as the table calls it, and the aim if there is one.
@@ -153,7 +153,7 @@ def codec_psnr(generator: Generator, clips: int = _PSNR_CLIPS, seed: int = 0, ba
     Frames are in [0, 1]: PSNR = -10 log10(mean squared error).
     """
     sampling, codec = generator.config.sampling, Codec(generator.config.codec)
-    key = jax.random.fold_in(jax.random.key(HELD_OUT_SEED + 1), seed)
+    key = jax.random.fold_in(jax.random.key(HELD_OUT + 1), seed)
 
     @jax.jit
     def error(params, video_THWC):

@@ -214,6 +214,8 @@ def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_pe
         usual |= {"frames": 121, "size": (704, 1280), "fps": 24.0}
     elif two_transformers:
         usual |= {"steps": 40, "guidance": 4.0, "guidance_low": 3.0, "size": (720, 1280)}
+    if dit.image_positions:  # first to last frame is published for this size alone
+        usual |= {"size": (720, 1280)}
     if dit.condition_channels:
         usual |= {"steps": 40}
         usual |= {"guidance": 3.5, "guidance_low": 3.5} if two_transformers else {}

@@ -63,8 +63,8 @@ class Checkpoints:
             )
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
-    def restore_any(self) -> dict:
-        """The newest checkpoint as a tree of NumPy arrays, without knowing the model.
+    def read(self, *parts: str) -> dict:
+        """Parts of the newest checkpoint, such as "ema", by name: trees of NumPy arrays, without knowing the model.
 
         Raises:
           InputError: there is no checkpoint.
@@ -72,13 +72,22 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             raise InputError(f"there is no checkpoint in {self._manager.directory}")
-        # It may have been written by other devices than are here: all of it goes to the first of these.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        # It may have been written by more devices than are here, with more memory: it goes to that of the host.
+        try:
+            device = jax.local_devices(backend="cpu")[0]
+        except RuntimeError:  # JAX_PLATFORMS leaves it out
+            device = jax.local_devices()[0]
+        here = jax.sharding.SingleDeviceSharding(device)
+        tree = self._manager.item_metadata(step).tree
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            self._manager.item_metadata(step).tree,
+            {part: tree[part] for part in parts},
         )
-        return jax.tree.map(np.asarray, self._manager.restore(step, args=ocp.args.StandardRestore(target)))
+        restore = ocp.args.PyTreeRestore(
+            target, ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+        )
+        with ocp.CheckpointManager(self._manager.directory, item_handlers=ocp.PyTreeCheckpointHandler()) as reader:
+            return jax.tree.map(np.asarray, reader.restore(step, args=restore))
 
     def close(self) -> None:
         """Waits for what is being written; raises InputError if that fails."""

@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,35 +13,17 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from sora_jax import hosts
-from sora_jax.codec import Codec, CodecConfig
+from sora_jax.codec import Codec
 from sora_jax.codec.vae import psnr
 from sora_jax.data import clips as clips_lib
 from sora_jax.data import loading
+from sora_jax.data.worlds.drawing import HELD_OUT
 from sora_jax.data.worlds.render import render, render_at
 from sora_jax.data.worlds.scenes import sample_scene
-from sora_jax.errors import InputError
 from sora_jax.model_folder import read_codec
 from sora_jax.safety.provenance import Claim
+from sora_jax.training.config import codec_config
 from sora_jax.video import Video
-
-HELD_OUT_SEED = 2**31  # training seeds are small: held-out clips come from keys that training never uses
-
-
-def fields_of(config: ConfigDict) -> dict[str, Any]:
-    """The fields of a group, with tuples for the lists that JSON makes of them: frozen dataclasses are hashed."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-
-
-def codec_config(config: ConfigDict) -> CodecConfig:
-    """The codec described by `config.codec`.
-
-    Raises:
-      InputError: it describes no possible codec.
-    """
-    try:
-        return CodecConfig(**fields_of(config.codec))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"config.codec: {error}") from error
 
 
 def render_windows(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
@@ -82,10 +63,17 @@ def render_clips(key: jax.Array, batch: int, config: ConfigDict) -> jax.Array:
 
 
 def cut_window(clip: dict, rng: np.random.Generator, config: ConfigDict) -> dict:
-    """{"video": a window of a stored clip, somewhere}, float32 (T, H, W, 3) in [-1, 1]."""
+    """{"video": a window of a stored clip}, float32 (T, H, W, 3) in [-1, 1].
+
+    The share `config.on_object` of them is centred on an object in a random frame, where the clip has its truth.
+    """
     video_THWC = clip["video"]
     sides = (config.frames, config.crop, config.crop)
     corner = [rng.integers(0, whole - side + 1) for whole, side in zip(video_THWC.shape, sides, strict=False)]
+    if "truth" in clip and rng.random() < config.on_object:
+        object_ = rng.choice(np.flatnonzero(clip["truth"]["present"]))
+        center_2 = clip["truth"]["center_T2"][object_, corner[0] + rng.integers(config.frames)] * config.size
+        corner[2], corner[1] = np.clip(center_2 - config.crop / 2, 0, config.size - config.crop).astype(int)
     window_THWC = video_THWC[tuple(slice(start, start + side) for start, side in zip(corner, sides, strict=True))]
     return {"video": window_THWC.astype(np.float32) / 127.5 - 1}
 
@@ -111,21 +99,6 @@ class CodecTask:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.codec = Codec(codec_config(config), jnp.dtype(config.dtype))
-        stride_time, stride_space = self.codec.config.stride_time, self.codec.config.stride_space
-        for name in ("frames", "clip_frames"):
-            if config[name] % stride_time != 1 % stride_time:
-                raise InputError(f"config.{name} is {config[name]}; it must be 1 + a multiple of {stride_time}")
-        for name in ("crop", "size"):
-            if config[name] % stride_space or config[name] < 1:
-                raise InputError(f"config.{name} is {config[name]}; it must be a multiple of {stride_space}")
-        if config.frames > config.clip_frames or config.crop > config.size:
-            raise InputError("a window (config.frames, config.crop) must fit into a clip (clip_frames, size)")
-        if not 0 <= config.loss.outlines <= 1:
-            raise InputError(f"config.loss.outlines is {config.loss.outlines}; it must be 0 to 1")
-        if config.freeze_encoder and not config.start_from:
-            raise InputError("config.freeze_encoder trains the decoder of config.start_from, which is empty")
-        if config.freeze_encoder and config.optimizer.weight_decay:
-            raise InputError("config.freeze_encoder needs --config.optimizer.weight_decay=0, which shrinks all kernels")
         self._reconstruct = jax.jit(self.codec.apply)
         self._train = self._held_out = None
         if config.data.dir:
@@ -165,7 +138,7 @@ class CodecTask:
         source = self._held_out
         if source is None:
             with hosts.alone():
-                return np.asarray(jax.jit(lambda key: render_clips(key, 8, self.config))(jax.random.key(HELD_OUT_SEED)))
+                return np.asarray(jax.jit(lambda key: render_clips(key, 8, self.config))(jax.random.key(HELD_OUT)))
         return np.stack([source[i]["video"] for i in range(min(8, len(source)))]).astype(np.float32) / 127.5 - 1
 
     def loss(self, params, video_BTHWC: jax.Array, key: jax.Array):

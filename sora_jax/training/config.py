@@ -1,18 +1,27 @@
-"""What a training config must be, before anything is made from it: whole, its numbers possible, its run the same."""
+"""What a training config says: the configs of the models it makes, and what it must be before anything is made.
+
+It has to be whole, its numbers possible, and its work directory that of the same run.
+"""
 
 import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sora_jax import mesh as mesh_lib
 from sora_jax.attention import check_kernel
+from sora_jax.codec import CodecConfig
+from sora_jax.data.worlds import vocabulary
+from sora_jax.dit import DiTConfig
 from sora_jax.errors import InputError, one_line
 from sora_jax.json_files import read_json
+from sora_jax.model_config import ModelConfig, SamplingConfig
+from sora_jax.text import TextConfig
 from sora_jax.text.tokenizer import VOCABULARY_SIZE
 from sora_jax.training.state import make_optimizer
 
@@ -28,29 +37,110 @@ _FIELDS_OF = {
 # What numbers can be, of those whose mistakes would only show after hours; NaN is none of them.
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (
-        ("steps", "batch", "frames", "size", "log_every", "checkpoint_every", "sampling.steps"),
+        (
+            *("steps", "batch", "frames", "size", "log_every", "checkpoint_every"),
+            *("clip_frames", "crop", "data.clips", "data.shard", "data.captions", "text.length"),
+        ),
         "at least 1",
         lambda value: value >= 1,
     ),
+    (("seed", "data.seed"), "from 0 to below 2**31", lambda value: 0 <= value < 2**31),
     (
-        ("seed", "preview_every", "optimizer.warmup", "optimizer.weight_decay", "align.weight", "align.objects"),
+        (
+            *("preview_every", "optimizer.warmup", "optimizer.weight_decay", "align.weight", "align.objects"),
+            *("loss.absolute", "loss.squared", "loss.kl"),
+        ),
         "at least 0",
         lambda value: 0 <= value < math.inf,
     ),
     (
-        ("optimizer.learning_rate", "optimizer.clip", "flow.shift", "flow.uniform_shift", "sampling.shift"),
+        ("optimizer.learning_rate", "optimizer.clip", "flow.shift", "flow.uniform_shift"),
         "above 0",
         lambda value: 0 < value < math.inf,
     ),
     (
-        ("optimizer.decay", "flow.uniform_share", "flow.drop_text", "flow.known_share", "flow.seen_share"),
+        (
+            *("optimizer.decay", "flow.uniform_share", "flow.drop_text", "flow.known_share", "flow.seen_share"),
+            *("on_object", "loss.outlines"),
+        ),
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
     ),
     (("ema_decay", "optimizer.b1", "optimizer.b2"), "from 0 to below 1", lambda value: 0 <= value < 1),
 )
+_OF_DRAWN_LATENTS = ("data.clips", "data.shard", "data.captions", "data.seed")  # which the codec's data has not
 # What a work directory's data and weights were made with, and a later start may not change.
 _LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames")}
+
+
+def _fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a group, with tuples for the lists that JSON makes of them: frozen dataclasses are hashed."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+
+
+def codec_config(config: ConfigDict) -> CodecConfig:
+    """The codec described by `config.codec`.
+
+    Raises:
+      InputError: it describes no possible codec.
+    """
+    try:
+        return CodecConfig(**_fields(config.codec))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.codec: {error}") from error
+
+
+def trained_configs(config: ConfigDict, latent_channels: int) -> tuple[TextConfig, DiTConfig]:
+    """Those of the text encoder and the transformer.
+
+    Raises:
+      InputError: the configuration describes none that are possible.
+    """
+    try:
+        return (
+            TextConfig(**_fields(config.text)),
+            DiTConfig(latent_channels=latent_channels, text_width=config.text.width, **_fields(config.dit)),
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config: {error}") from error
+
+
+def _sampling_config(config: ConfigDict) -> SamplingConfig:
+    try:
+        return SamplingConfig(frames=config.frames, size=(config.size, config.size), **_fields(config.sampling))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.sampling: {error}") from error
+
+
+def model_config(config: ConfigDict, codec: CodecConfig) -> ModelConfig:
+    """The whole model that a run makes.
+
+    Raises:
+      InputError: the configuration describes no possible model.
+    """
+    text, dit = trained_configs(config, codec.latent_channels)
+    # What it is aligned with is the truth of the worlds, stored or not; of other clips nothing is known.
+    of_worlds = not config.data.dir or config.align.weight > 0
+    try:
+        model = ModelConfig(
+            text=text,
+            codec=codec,
+            dit=dit,
+            sampling=_sampling_config(config),
+            vocabulary=tuple(sorted(vocabulary.known_words())) if of_worlds else (),
+            description=vocabulary.DESCRIPTION if of_worlds else "",
+            known_frames=config.flow.known_share > 0,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config: {error}") from error
+    _check_multiple("frames", config.frames, codec.stride_time, 1)
+    _check_multiple("size", config.size, codec.stride_space * max(dit.patch), 0)
+    return model
+
+
+def _check_multiple(name: str, value: int, unit: int, rest: int) -> None:
+    if value % unit != rest % unit:
+        raise InputError(f"config.{name} is {value}; it must be {'1 + ' * rest}a multiple of {unit}")
 
 
 def check_local(folder: str | Path, name: str) -> None:
@@ -68,37 +158,52 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"config.task is {config.task!r}; it can be 'codec' or 'dit'")
     try:
         _check_values(config)
-    except (AttributeError, KeyError) as error:
-        raise InputError(f"the config is not whole; those in configs/ of sora_jax are: {one_line(error)}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"the config is not like those in configs/ of sora_jax: {one_line(error)}") from error
 
 
 def _check_values(config: ConfigDict) -> None:
+    own = (*_FIELDS, *_FIELDS_OF[config.task])
     for names, words, fits in _RANGES:
         for name in names:
             group, _, field = name.rpartition(".")
-            if group in _FIELDS_OF["dit"] and config.task != "dit":
+            if (group or field) not in own or (config.task == "codec" and name in _OF_DRAWN_LATENTS):
                 continue
             value = (config[group] if group else config)[field]
             if not fits(value):
                 raise InputError(f"config.{name} is {value}; it must be {words}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.dtype is {config.dtype!r}; it can be 'float32' or 'bfloat16'")
-    if config.task == "dit":
-        for name in ("clips", "shard", "captions"):
-            if config.data[name] < 1:
-                raise InputError(f"config.data.{name} is {config.data[name]}; it must be at least 1")
-        if config.align.weight and not 1 <= config.align.layer <= config.dit.layers:
-            raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
-        if config.text.vocabulary_size < VOCABULARY_SIZE:
-            raise InputError(
-                f"config.text.vocabulary_size is {config.text.vocabulary_size}; bytes need at least {VOCABULARY_SIZE}"
-            )
-        if config.data.seed < 0 or not config.prompts:
-            raise InputError(
-                "config.data.seed must be at least 0, and config.prompts must hold a prompt for the previews"
-            )
-        check_kernel(config.kernel)
+    (_check_codec if config.task == "codec" else _check_dit)(config)
     make_optimizer(config.optimizer, config.steps)
+
+
+def _check_codec(config: ConfigDict) -> None:
+    codec = codec_config(config)
+    for name in ("frames", "clip_frames"):
+        _check_multiple(name, config[name], codec.stride_time, 1)
+    for name in ("crop", "size"):
+        _check_multiple(name, config[name], codec.stride_space, 0)
+    if config.frames > config.clip_frames or config.crop > config.size:
+        raise InputError("a window (config.frames, config.crop) must fit into a clip (clip_frames, size)")
+    if config.freeze_encoder and not config.start_from:
+        raise InputError("config.freeze_encoder trains the decoder of config.start_from, which is empty")
+    if config.freeze_encoder and config.optimizer.weight_decay:
+        raise InputError("config.freeze_encoder needs --config.optimizer.weight_decay=0, which shrinks all kernels")
+
+
+def _check_dit(config: ConfigDict) -> None:
+    trained_configs(config, 1)  # how many channels latents have, only the codec knows
+    _sampling_config(config)
+    if config.align.weight and not 1 <= config.align.layer <= config.dit.layers:
+        raise InputError(f"config.align.layer is {config.align.layer}; it must be 1 to {config.dit.layers}")
+    if config.text.vocabulary_size < VOCABULARY_SIZE:
+        raise InputError(
+            f"config.text.vocabulary_size is {config.text.vocabulary_size}; bytes need at least {VOCABULARY_SIZE}"
+        )
+    if not config.prompts:
+        raise InputError("config.prompts is empty; it must hold a prompt for the previews")
+    check_kernel(config.kernel)
 
 
 def check_run(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:

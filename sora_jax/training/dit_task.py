@@ -15,30 +15,28 @@ from jax.sharding import NamedSharding, Sharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from sora_jax import flow, hosts, sampler
+from sora_jax import flow, hosts
 from sora_jax.attention import check_kernel
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.data import clips as clips_lib
 from sora_jax.data import latents as latents_lib
-from sora_jax.data.worlds import vocabulary
 from sora_jax.data.worlds.drawing import HELD_OUT, draw_clips
 from sora_jax.data.worlds.layout import CHANNELS, layout, objects
 from sora_jax.data.worlds.render import Truth
 from sora_jax.data.worlds.scenes import Scene
-from sora_jax.dit import DiT, DiTConfig
+from sora_jax.dit import DiT
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
 from sora_jax.json_files import read_json
 from sora_jax.layers import Dense, layer_norm
-from sora_jax.model_config import ModelConfig, SamplingConfig
 from sora_jax.model_folder import read_codec, read_model_folder, write_codec
 from sora_jax.request import admit, make_request
 from sora_jax.safety.policy import load_policy
 from sora_jax.safety.provenance import Claim
-from sora_jax.text import T5Encoder, TextConfig, tokenize
+from sora_jax.text import T5Encoder, tokenize
 from sora_jax.training.checkpoint import Checkpoints
-from sora_jax.training.codec_task import codec_config as codec_config_of
-from sora_jax.training.codec_task import fields_of
+from sora_jax.training.config import codec_config as codec_config_of
+from sora_jax.training.config import model_config
 from sora_jax.video import Video
 
 _ENCODE_BATCH = 8
@@ -91,9 +89,9 @@ def codec_of_run(source: Path) -> tuple[CodecConfig, dict]:
         raise InputError(f"{source} is not the work directory of a codec run: it has no config.json")
     config = ConfigDict(read_json(source / "config.json"))
     if config.task != "codec":
-        raise InputError(f"config.codec is {source}, which trains a {config.task}; it must be a codec run or a model")
+        raise InputError(f"{source} trains a {config.task}; the codec is that of a codec run or a model")
     with Checkpoints(source) as checkpoints:
-        return codec_config_of(config), checkpoints.restore_any()["ema"]
+        return codec_config_of(config), checkpoints.read("ema")["ema"]
 
 
 def _with_statistics(codec_config: CodecConfig, params, config: ConfigDict) -> CodecConfig:
@@ -154,52 +152,6 @@ def _decode(codec_config, params, latents_BFYXZ):
 
 
 _layout = jax.jit(layout, static_argnums=(2, 3, 4))
-
-
-def trained_configs(config: ConfigDict, latent_channels: int) -> tuple[TextConfig, DiTConfig]:
-    """Those of the text encoder and the transformer.
-
-    Raises:
-      InputError: the configuration describes none that are possible.
-    """
-    try:
-        return (
-            TextConfig(**fields_of(config.text)),
-            DiTConfig(latent_channels=latent_channels, text_width=config.text.width, **fields_of(config.dit)),
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"config: {error}") from error
-
-
-def model_config(config: ConfigDict, codec_config: CodecConfig) -> ModelConfig:
-    """The whole model that a run makes.
-
-    Raises:
-      InputError: the configuration describes no possible model.
-    """
-    if config.sampling.solver not in sampler.SOLVERS:
-        raise InputError(
-            f"config.sampling.solver is {config.sampling.solver!r}; it can be {', '.join(sampler.SOLVERS)}"
-        )
-    text, dit = trained_configs(config, codec_config.latent_channels)
-    try:
-        model = ModelConfig(
-            text=text,
-            codec=codec_config,
-            dit=dit,
-            sampling=SamplingConfig(frames=config.frames, size=(config.size, config.size), **config.sampling),
-            vocabulary=tuple(sorted(vocabulary.known_words())),
-            description=vocabulary.DESCRIPTION,
-            known_frames=config.flow.known_share > 0,
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"config: {error}") from error
-    side = codec_config.stride_space * max(model.dit.patch)
-    if config.frames % codec_config.stride_time != 1 % codec_config.stride_time:
-        raise InputError(f"config.frames is {config.frames}; it must be 1 + a multiple of {codec_config.stride_time}")
-    if config.size % side:
-        raise InputError(f"config.size is {config.size}; it must be a multiple of {side}")
-    return model
 
 
 class Aligner(nn.Module):

@@ -25,7 +25,7 @@ from sora_jax.mesh_choice import training_mesh
 from sora_jax.model_folder import read_codec, write_model_folder
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
-from sora_jax.training.config import check_config, check_local, check_run, write_config
+from sora_jax.training.config import check_config, check_local, check_run, model_config, trained_configs, write_config
 from sora_jax.training.log import Log
 
 
@@ -115,6 +115,7 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
     check_run(config, workdir, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with hosts.watched():
+        hosts.check_same("the config", config.to_json_best_effort())
         hosts.check_shared(workdir)
         with hosts.alone():
             task = make_task(config, workdir)
@@ -142,8 +143,6 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
 def _sizes(config: ConfigDict, words: str) -> dict[str, int]:
     """The sizes of a mesh in words; what "auto" chose is said."""
     if words == "auto":
-        from sora_jax.training.dit_task import trained_configs
-
         # Of a codec there is nothing that a mesh must divide. The latents' channels do not matter here.
         trained = trained_configs(config, 1) if config.task == "dit" else ()
         words, reason = training_mesh(config.batch, jax.device_count(), *trained)
@@ -171,7 +170,9 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
     start = int(state.step)
     if hosts.is_first():
         write_config(config, workdir)
-    window, window_start = [], time.perf_counter()
+    rate = state_lib.learning_rate(config.optimizer, config.steps)
+    window = []
+    clock, timed = time.perf_counter(), 0  # of the steps since the clock was started, which leaves out compiling
     pending = None  # metrics of the step before: reading them does not hold up the step that is running
 
     def check(number, metrics) -> None:
@@ -196,22 +197,32 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
             pending = (number, metrics)
             log.advance()
             done = number + 1
+            timed += 1
+            if number == start:
+                jax.block_until_ready(metrics)
+                clock, timed = time.perf_counter(), 0
             stopping = bool(sigterm) or hosts.preempted(done)
             if done % config.log_every == 0 or done == config.steps:
                 check(*pending)
                 pending = None
-                seconds, window_start = time.perf_counter() - window_start, time.perf_counter()
-                means = {name: float(np.mean([v[name] for v in window])) for name in window[0]}
-                log.scalars(done, means | {"clips_per_second": len(window) * config.batch / seconds})
+                values = {name: float(np.mean([v[name] for v in window])) for name in window[0]}
+                values["learning_rate"] = float(rate(number))
+                if timed:
+                    values["clips_per_second"] = timed * config.batch / (time.perf_counter() - clock)
+                log.scalars(done, values)
                 window.clear()
+                clock, timed = time.perf_counter(), 0
             last = done == config.steps
             if done % config.checkpoint_every == 0 or last or stopping:
                 if pending:
                     check(*pending)
                     pending = None
+                began = time.perf_counter()  # what is no training does not slow it down
                 checkpoints.save(state)
+                clock += time.perf_counter() - began
             if config.preview_every and (done % config.preview_every == 0 or last) and not stopping:
                 # All processes compute it: each has a part of the parameters.
+                began = time.perf_counter()
                 try:
                     scalars, videos = task.preview(state.ema)
                 except InputError as reason:  # such as samples that are not finite: no reason to lose a run
@@ -219,6 +230,7 @@ def _run(config, workdir, task, optimizer, checkpoints, state, batch_sharding) -
                 else:
                     log.scalars(done, scalars)
                     log.videos(done, videos)
+                clock += time.perf_counter() - began
             if stopping:
                 log.say(f"SIGTERM: saved step {done} in {workdir}")
                 return done >= config.steps
@@ -243,13 +255,13 @@ def export(workdir: str | Path, out: str | Path, codec: str | Path | None = None
     config = ConfigDict(read_json(workdir / "config.json"))
     if config.task != "dit":
         raise InputError(f"{workdir} trains a {config.task}; a model folder is made from a run of task 'dit'")
-    from sora_jax.training.dit_task import codec_of_run, model_config
+    from sora_jax.training.dit_task import codec_of_run
 
     codec_config, codec_params = read_codec(workdir / "codec")
     if codec is not None:
         codec_params = _with_decoder(codec_params, codec_of_run(Path(codec))[1], codec)
     with Checkpoints(workdir) as checkpoints:
-        params = checkpoints.restore_any()["ema"]
+        params = checkpoints.read("ema")["ema"]
     params = {"text": params["text"], "dit": params["dit"], "codec": codec_params}
     return write_model_folder(out, model_config(config, codec_config), params, "float16")
 

@@ -159,7 +159,7 @@ def test_errors_say_what_is_wrong(data_dir, tmp_path):
         clips.stored(tmp_path, "train")
     with pytest.raises(InputError, match="no split 'test'; there are train, held_out"):
         clips.stored(data_dir, "test")
-    with pytest.raises(InputError, match=r"its clips are \[5, 32, 32, 3\]; the configuration asks for \[9,"):
+    with pytest.raises(InputError, match=r"clip 0 is \[5, 32, 32, 3\]; the configuration asks for \[9,"):
         clips.stored_as(data_dir, "train", 9, 32)
     with pytest.raises(InputError, match="frames is 0"):
         WorldsConfig(name="none", frames=0)

@@ -7,8 +7,10 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from tiny import TINY_CODEC, TINY_DIT
 from sora_jax import pipeline, sampler
 from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
+from sora_jax.data import clips as clips_lib
 from sora_jax.data.latents import first_latents, write_shards
 from sora_jax.errors import InputError, Refused
 from sora_jax.model_folder import read_codec, read_model_folder
@@ -36,8 +39,8 @@ from sora_jax.text import tokenize
 from sora_jax.training import loop
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
-from sora_jax.training.config import check_config
-from sora_jax.training.dit_task import model_config
+from sora_jax.training.codec_task import cut_window
+from sora_jax.training.config import check_config, model_config
 from sora_jax.training.log import Log
 from sora_jax.training.loop import make_task
 from sora_jax.video import Video
@@ -53,7 +56,7 @@ def dit_config(codec, *overrides):
 
 def final_state(workdir):
     checkpoints = Checkpoints(workdir)
-    state = checkpoints.restore_any()
+    state = checkpoints.read("step", "params", "ema", "optimizer")
     checkpoints.close()
     return state
 
@@ -164,8 +167,6 @@ def test_outlines_have_their_share_of_the_loss():
     assert weights[0, 0, near].min() > 0.4
     np.testing.assert_array_equal(outline_weights(video, 0.0), 1.0)
     np.testing.assert_array_equal(outline_weights(video * 0 + 0.3, 0.6), 1.0)
-    with pytest.raises(InputError, match="config.loss.outlines is 2.0; it must be 0 to 1"):
-        make_task(codec_config("--config.loss.outlines=2.0"), None)
 
 
 def test_interrupted_codec_run_equals_uninterrupted(codec_run, tmp_path, monkeypatch):
@@ -256,6 +257,24 @@ def test_training_lowers_the_loss_and_logs_it(tmp_path):
     (manifest,) = previews(tmp_path)
     assert manifest.source_types == ("compositeWithTrainedAlgorithmicMedia",)
     assert manifest.generation["model"] == tmp_path.name and manifest.generation["config"]["step"] == 20
+
+
+def test_a_log_tells_how_fast_training_is_and_not_how_long_previews_take(tmp_path, monkeypatch, toy):
+    def preview(*_):
+        time.sleep(1.0)
+        return {"held_out": 1.0}, {}
+
+    monkeypatch.setattr(Toy, "preview", preview)
+    config = codec_config("--config.steps=8", "--config.log_every=2", "--config.preview_every=2")
+    loop.train(config, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [record for record in records if "loss" in record]
+    assert len(logged) == 4 and len(records) == 8
+    assert (
+        min(record["clips_per_second"] for record in logged) > 2 * config.batch
+    )  # 2 at most, with the second of sleep
+    rate = state_lib.learning_rate(config.optimizer, 8)
+    assert [record["learning_rate"] for record in logged] == [float(rate(step)) for step in (1, 3, 5, 7)]
 
 
 def test_sigterm_saves_and_returns(tmp_path, monkeypatch, toy):
@@ -439,7 +458,8 @@ def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
 @pytest.mark.parametrize(
     "name,value,words",
     [
-        ("seed", -1, "at least 0"),
+        ("seed", -1, "from 0 to below 2**31"),
+        ("data.seed", 2**31, "from 0 to below 2**31"),
         ("ema_decay", 1.0, "from 0 to below 1"),
         ("optimizer.clip", 0.0, "above 0"),
         ("optimizer.learning_rate", math.nan, "above 0"),
@@ -450,8 +470,7 @@ def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
         ("flow.seen_share", 5.0, "from 0 to 1"),
         ("align.layer", 0, "1 to 9"),
         ("align.layer", 10, "1 to 9"),
-        ("sampling.steps", 0, "at least 1"),
-        ("sampling.shift", -1.0, "above 0"),
+        ("text.length", 0, "at least 1"),
         ("text.vocabulary_size", 100, "259"),
     ],
 )
@@ -460,13 +479,35 @@ def test_numbers_that_cannot_be_are_told_before_any_work(name, value, words):
     check_config(config)
     group, _, field = name.rpartition(".")
     (config[group] if group else config)[field] = value
-    with pytest.raises(InputError, match=f"^config.{name} is {value}; .*{words}$"):
+    with pytest.raises(InputError, match=f"^config.{name} is {value}; .*{re.escape(words)}$"):
         check_config(config)
     if name.startswith("optimizer"):
         config = load_config("configs/worlds_codec.py")
         config.optimizer[field] = value
-        with pytest.raises(InputError, match=f"^config.{name} is {value}; .*{words}$"):
+        with pytest.raises(InputError, match=f"^config.{name} is {value}; .*{re.escape(words)}$"):
             check_config(config)
+
+
+@pytest.mark.parametrize(
+    "task,override,words",
+    [
+        ("dit", "dit.remat=foo", "config: .*remat"),
+        ("dit", "sampling.solver=bar", "config.sampling: solver 'bar' does not exist"),
+        ("dit", "sampling.steps=0", "config.sampling: steps must be at least 1"),
+        ("dit", "steps=None", "the config is not like those in configs/"),
+        ("dit", "optimizer.clip=None", "the config is not like those in configs/"),
+        ("codec", "frames=16", "config.frames is 16; it must be 1 . a multiple of 4"),
+        ("codec", "crop=33", "config.crop is 33; it must be a multiple of 16"),
+        ("codec", "codec.downsample_time=(True,)", "config.codec: downsample_time needs"),
+        ("codec", "on_object=7.0", "config.on_object is 7.0; it must be from 0 to 1"),
+        ("codec", "loss.kl=-1.0", "config.loss.kl is -1.0; it must be at least 0"),
+        ("codec", "loss.outlines=2.0", "config.loss.outlines is 2.0; it must be from 0 to 1"),
+    ],
+)
+def test_models_that_cannot_be_are_told_before_any_work(task, override, words):
+    config = load_config(f"configs/worlds_{task}.py", [f"--config.{override}"])
+    with pytest.raises(InputError, match=words):
+        check_config(config)
 
 
 @pytest.mark.parametrize("start_from,words", [("nowhere", "nowhere"), ("of another depth", "does not fit")])
@@ -511,8 +552,39 @@ def test_both_tasks_train_on_a_stored_data_set(data_dir, tmp_path):
     np.testing.assert_array_equal(latents["stored"]["ids"], latents["drawn"]["ids"])
     for name in ("latents", "layout"):
         np.testing.assert_allclose(latents["stored"][name], latents["drawn"][name], atol=0.1)
-    with pytest.raises(InputError, match="its clips are"):
+    with pytest.raises(InputError, match="clip 0 is"):
         loop.train(dit_config(tmp_path / "codec", "--config.frames=5", f"--config.data.dir={data_dir}"), tmp_path / "5")
+
+
+def test_stored_clips_are_all_of_one_shape():
+    clips = [{"video": np.zeros((5, 8, 8, 3), np.uint8)}, {"video": np.zeros((6, 8, 8, 3), np.uint8)}]
+    shaped = clips_lib.Shaped(clips, (5, 8, 8, 3), "DIR, split train")
+    assert shaped[0] is clips[0] and len(shaped) == 2
+    with pytest.raises(InputError, match=r"split train: clip 1 is \[6, 8, 8, 3\]; the configuration asks for \[5,"):
+        _ = shaped[1]
+
+
+def test_windows_of_stored_clips_are_around_objects_where_their_truth_is_known():
+    video = np.zeros((9, 32, 32, 3), np.uint8)
+    video[:, 24:28, 4:8] = 255
+    truth = {"present": np.array([True, False]), "center_T2": np.full((2, 9, 2), (6 / 32, 26 / 32), np.float32)}
+    config = codec_config("--config.on_object=1.0")
+    rng = np.random.default_rng(0)
+    around = [cut_window({"video": video, "truth": truth}, rng, config)["video"] for _ in range(8)]
+    assert all(window.shape == (5, 16, 16, 3) and (window == 1).sum() == 5 * 4 * 4 * 3 for window in around)
+    anywhere = [cut_window({"video": video}, rng, config)["video"] for _ in range(8)]
+    assert min((window == 1).sum() for window in anywhere) == 0
+
+
+def test_only_models_of_the_worlds_know_their_words(dit_run, codec_run):
+    codec = read_codec(dit_run / "codec")[0]
+    for overrides, knows in (
+        ((), True),
+        (("--config.data.dir=worlds",), True),
+        (("--config.data.dir=own", "--config.align.weight=0"), False),
+    ):
+        model = model_config(dit_config(codec_run, *overrides), codec)
+        assert bool(model.vocabulary) == bool(model.description) == knows
 
 
 def test_clips_of_other_data_are_not_mixed_in(dit_run, codec_run):

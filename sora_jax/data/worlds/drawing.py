@@ -11,7 +11,7 @@ from sora_jax.data.worlds.captions import caption
 from sora_jax.data.worlds.render import Truth, render
 from sora_jax.data.worlds.scenes import Scene, sample_scene
 
-# Clips that training never uses have numbers from here on: their keys differ from those of all smaller numbers.
+# Training uses numbers and seeds below it. What is held out has those from here on, and so keys of its own.
 HELD_OUT = 2**31
 _BATCH = 8
 
