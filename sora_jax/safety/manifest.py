@@ -143,6 +143,10 @@ def _read(file: BinaryIO, kind: str | None, settings: dict[str, Any]) -> Manifes
     try:
         with c2pa.Reader(kind, file, context=c2pa.Context.from_dict(settings)) as reader:
             report, exact = json.loads(reader.json()), json.loads(reader.crjson())
+    except c2pa.C2paError.NotSupported:
+        return Manifest(
+            "unreadable", ("a manifest cannot be in a file of this kind; it can be in .mp4, .gif, .png, .jpg",)
+        )
     except c2pa.C2paError.ManifestNotFound:
         return Manifest("none")
     except (c2pa.C2paError, ValueError) as error:
