@@ -90,14 +90,10 @@ def test_commands_for_a_slice(in_new_folder, capsys):
             assert messages[words[0]] in capsys.readouterr().err
 
 
-def test_python_of_the_first_section(in_new_folder):
+def test_python_of_the_first_section_and_commands_that_check_and_verify(in_new_folder, capsys):
     names = {}
     exec(python_block("sora_jax.load()"), names)
     assert read_video("ball.mp4").frames.shape == names["video"].frames.shape
-
-
-def test_commands_that_check_and_verify(in_new_folder, capsys):
-    exec(python_block("sora_jax.load()"), {})
     (block,) = [block for block in BLOCKS if "sora-jax verify" in block]
     for command in block.strip().split("\n"):
         assert main(shlex.split(command)[1:]) == 0, command

@@ -158,8 +158,10 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"config.task is {config.task!r}; it can be 'codec' or 'dit'")
     try:
         _check_values(config)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"the config is not like those in configs/ of sora_jax: {one_line(error)}") from error
+    except (AttributeError, KeyError) as error:
+        raise InputError(f"the config is not whole; those in configs/ of sora_jax are: {one_line(error)}") from error
+    except TypeError as error:  # such as None, which a field of any type takes
+        raise InputError(f"a value of the config has the wrong type: {one_line(error)}") from error
 
 
 def _check_values(config: ConfigDict) -> None:

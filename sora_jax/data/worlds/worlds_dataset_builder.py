@@ -5,7 +5,7 @@ Writing and reading need no TensorFlow (the command `tfds build` does). This wri
     from sora_jax.data.worlds.worlds_dataset_builder import Builder, WorldsConfig
     Builder(config="tiny", data_dir="data").download_and_prepare()
 
-Without `config` it writes 10500 clips of 17 frames at 128x128, about 0.8 GB. Other sizes are other configs:
+Without `config` it writes 10500 clips of 17 frames at 128x128, about 0.9 GB. Other sizes are other configs:
 
     config = WorldsConfig(name="small", frames=9, size=(64, 64), train_clips=1000, held_out_clips=100)
     builder = Builder(config=config, data_dir="data")
