@@ -22,6 +22,7 @@ from sora_jax.mesh import constrain, gathered
 
 Initializer = Any
 Dtype = Any
+Padding = tuple[tuple[int, int], tuple[int, int]]  # of rows and columns, before and after
 
 
 def remember(module: nn.Module, x_BTHWC: jax.Array, frames: int, first: bool, zeros: int) -> jax.Array:
@@ -37,13 +38,54 @@ def remember(module: nn.Module, x_BTHWC: jax.Array, frames: int, first: bool, ze
     return x_BTHWC
 
 
+def _convolve_2d(x_NHWC: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    names = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x_NHWC, kernel, (stride, stride), padding, dimension_numbers=names)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve_2d_on_cpu(x_NHWC: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """`_convolve_2d`, with gradients that CPUs are fast at: XLA has fast convolutions there for small kernels alone.
+
+    As a convolution, the gradient of the kernel has one as large as the frames.
+    """
+    return _convolve_2d(x_NHWC, kernel, stride, padding)
+
+
+def _convolve_2d_forward(x_NHWC, kernel, stride, padding):
+    return _convolve_2d(x_NHWC, kernel, stride, padding), (x_NHWC, kernel)
+
+
+def _convolve_2d_backward(stride, padding, kept, change_NHWC):
+    x_NHWC, kernel = kept
+    kh, kw = kernel.shape[:2]
+    if stride == 1:
+        flipped, (rows, columns) = kernel[::-1, ::-1].swapaxes(2, 3), padding
+        mirrored = ((kh - 1 - rows[0], kh - 1 - rows[1]), (kw - 1 - columns[0], kw - 1 - columns[1]))
+        x_change = _convolve_2d(change_NHWC, flipped, 1, mirrored)
+    else:
+        (x_change,) = jax.vjp(lambda x: _convolve_2d(x, kernel, stride, padding), x_NHWC)[1](change_NHWC)
+    padded = jnp.pad(x_NHWC, ((0, 0), *padding, (0, 0)))
+    H, W = (stride * (side - 1) + 1 for side in change_NHWC.shape[1:3])
+
+    def of_tap(row, column):
+        met = padded[:, row : row + H : stride, column : column + W : stride]
+        return jnp.einsum("nhwc,nhwf->cf", met, change_NHWC)
+
+    taps = [jnp.stack([of_tap(row, column) for column in range(kw)]) for row in range(kh)]
+    return x_change, jnp.stack(taps)
+
+
+_convolve_2d_on_cpu.defvjp(_convolve_2d_forward, _convolve_2d_backward)
+
+
 @partial(jax.jit, static_argnames=("stride_t", "stride", "padding"))  # traced once for each shape
 def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: int = 1, padding=None) -> jax.Array:
     """Convolution with `kernel` (time, rows, columns, in, out): no padding in time, by default "same" in space.
 
-    Written as 2-D convolutions of frames: on CPUs that is 2 to 3 times faster than XLA's 3-D convolution forwards, and
-    slower backwards (`experiments/benchmark.py` prints both). Three taps in float32 take 4 of them for two frames, not
-    6. On TPUs XLA's own takes less memory (decoding 480x832 with Wan 2.1, by the compiler: 6.9 against 8.2 GiB).
+    Written as 2-D convolutions of frames: on CPUs that is 2 to 3 times faster than XLA's 3-D convolution, forwards and
+    backwards (`experiments/benchmark.py` prints both). Three taps in float32 take 4 of them for two frames, not 6. On
+    TPUs XLA's own takes less memory (decoding 480x832 with Wan 2.1, by the compiler: 6.9 against 8.2 GiB).
     """
     B, T, H, W, C = x_BTHWC.shape
     kt, kh, kw, _, features = kernel.shape
@@ -52,17 +94,11 @@ def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: i
         return jnp.zeros((B, 0, H // stride, W // stride, features), x_BTHWC.dtype)
     padding = padding or ((kh // 2, kh // 2), (kw // 2, kw // 2))
 
-    def frames(x_BTHWC, kernel):
-        y = lax.conv_general_dilated(
-            x_BTHWC.reshape(-1, H, W, C),
-            kernel,
-            (stride, stride),
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+    def frames(x_BTHWC, kernel, convolve_2d=_convolve_2d_on_cpu):
+        y = convolve_2d(x_BTHWC.reshape(-1, H, W, C), kernel, stride, padding)
         return y.reshape(B, -1, *y.shape[1:])
 
-    def by_taps(x_BTHWC, kernel):
+    def by_taps(x_BTHWC, kernel, frames=frames):
         T = (x_BTHWC.shape[1] - kt) // stride_t + 1
         return sum(frames(x_BTHWC[:, t : t + (T - 1) * stride_t + 1 : stride_t], kernel[t]) for t in range(kt))
 
@@ -83,7 +119,8 @@ def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: i
         return lax.conv_general_dilated(x_BTHWC, kernel, strides, ((0, 0), *padding), dimension_numbers=names)
 
     pairs = (kt, stride_t) == (3, 1) and T > 1 and x_BTHWC.dtype == jnp.float32
-    branches = dict(cpu=by_pairs if pairs else by_taps, tpu=at_once, default=by_taps)
+    elsewhere = partial(by_taps, frames=partial(frames, convolve_2d=_convolve_2d))
+    branches = dict(cpu=by_pairs if pairs else by_taps, tpu=at_once, default=elsewhere)
     return by_rows(lax.platform_dependent(by_rows(x_BTHWC), kernel, **branches))
 
 
