@@ -160,7 +160,7 @@ def check_config(config: ConfigDict) -> None:
         _check_values(config)
     except (AttributeError, KeyError) as error:
         raise InputError(f"the config is not whole; those in configs/ of sora_jax are: {one_line(error)}") from error
-    except TypeError as error:  # such as None, which a field of any type takes
+    except TypeError as error:  # None elsewhere
         raise InputError(f"a value of the config has the wrong type: {one_line(error)}") from error
 
 
@@ -172,7 +172,7 @@ def _check_values(config: ConfigDict) -> None:
             if (group or field) not in own or (config.task == "codec" and name in _OF_DRAWN_LATENTS):
                 continue
             value = (config[group] if group else config)[field]
-            if not fits(value):
+            if not isinstance(value, int | float) or not fits(value):  # a field of any type takes None
                 raise InputError(f"config.{name} is {value}; it must be {words}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.dtype is {config.dtype!r}; it can be 'float32' or 'bfloat16'")
