@@ -69,13 +69,16 @@ class Command:
         return " ".join(words) + (f" <<'EOF'\n{self.text}EOF" if self.text else "")
 
 
-def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folder: str) -> list[Run]:
+def make_runs(
+    config: str, sweep: Sequence[str], overrides: Sequence[str], folder: str, mesh: str | None = None
+) -> list[Run]:
     """One run for every combination of the swept values.
 
     Args:
         sweep: words like "config.optimizer.learning_rate=1e-3,2e-3".
         overrides: words like "--config.steps=1000", for all runs.
         folder: where the work folders are.
+        mesh: in place of the config's.
 
     Raises:
         InputError: the config does not take these values, or two runs would have the same name.
@@ -100,6 +103,7 @@ def make_runs(config: str, sweep: Sequence[str], overrides: Sequence[str], folde
         parts = [f"{name}={value}" for name, value in zip(short, chosen, strict=True)]
         name = re.sub(r"[^\w.=+-]+", "-", "-".join([Path(path).stem, *[argument][: bool(argument)], *parts]))
         arguments = ["train", "--config", config, "--workdir", f"{folder}/{name}", *overrides, *swept]
+        arguments += [] if mesh is None else ["--mesh", mesh]
         runs.append(Run(name, arguments))
     if len({run.name for run in runs}) < len(runs):
         raise InputError("two runs of this sweep have the same name; a value is given twice")
@@ -372,9 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures = 0
     try:
         make = launcher(options)
-        for run in make_runs(options.config, options.sweep, overrides, options.runs):
-            if options.mesh is not None:
-                run.arguments.extend(["--mesh", options.mesh])
+        for run in make_runs(options.config, options.sweep, overrides, options.runs, options.mesh):
             commands = make(run)
             print(f"# {run.name}\n" + " &\n".join(map(str, commands)), flush=True)
             if options.dry_run:
