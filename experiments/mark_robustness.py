@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", nargs="+", metavar="FILE", help="videos to cut clips from (default: generate them)")
     parser.add_argument("--side", type=int, default=256, help="height and width of clips cut from files (default: 256)")
-    parser.add_argument("--frames", type=int, default=17, help="frames of a clip, 1 to 17 (default: 17)")
+    parser.add_argument("--frames", type=int, default=33, help="frames of a clip, 1 to 33 (default: 33)")
     parser.add_argument("--num", type=int, default=32, help="clips (default: 32)")
     parser.add_argument("--keys", type=int, default=200, help="unmarked clips, each under a random key (default: 200)")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,7 +2,7 @@
 
     python experiments/mfu.py                       # Wan 2.1's 1.3B at 480p, 81 frames: a denoising, a training step
     python experiments/mfu.py --model wan2.1-t2v-14b --size 720x1280 --mesh context=8 --parts denoise
-    python experiments/mfu.py --model bundled --size 128x128 --frames 17 --dtype float32 --batch 8    # on a CPU
+    python experiments/mfu.py --model bundled --size 128x128 --frames 33 --dtype float32 --batch 8    # on a CPU
 
 Prints seconds, operations per second and device, and their share of two rates: that of a large matrix product in the
 same precision, timed in between, and the peak in the device's data sheet (MFU: model FLOP utilisation,

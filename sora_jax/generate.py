@@ -35,7 +35,7 @@ from sora_jax.video import Video
 from sora_jax.vision import preprocess
 
 _UNSEEN = 0.03  # so much (log of the ratio of its sides) a picture may be stretched before somebody is told
-_PIXELS_AT_ONCE = 17 * 128 * 128  # more than these the codec takes in pieces, so that its memory does not grow
+_PIXELS_AT_ONCE = 33 * 128 * 128  # more than these the codec takes in pieces, so that its memory does not grow
 
 
 class Generator:

@@ -44,7 +44,7 @@ class SamplingConfig:
     guidance: float = 4.0
     shift: float = 3.0
     solver: str = "unipc"
-    frames: int = 17
+    frames: int = 33
     size: tuple[int, int] = (128, 128)
     fps: float = 8.0
     schedule: str = "linear"

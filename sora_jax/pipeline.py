@@ -22,7 +22,7 @@ from sora_jax.text import T5Encoder
 from sora_jax.vision import VisionEncoder
 
 _MANY = 8192  # tokens that keep a device busy
-_PIXELS_PER_BATCH = 8 * 17 * 128 * 128  # a batch of default videos that fits in about 2 GB
+_PIXELS_PER_BATCH = 4 * 33 * 128 * 128  # a batch of default videos that fits in about 2 GB
 
 
 class Given(NamedTuple):

@@ -245,7 +245,10 @@ def text():
 
 def generate():
     """The bundled model: the same seed gives the same video on any mesh."""
-    alone, noise = load(), np.random.default_rng(0).normal(size=(5, 8, 8, 32)).astype(np.float32)
+    alone = load()
+    sampling = alone.config.sampling
+    shape = alone.config.codec.latent_shape(sampling.frames, *sampling.size)
+    noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
     def run(generator, **options):
         return generator.generate("a red ball rolls behind a gray wall", steps=2, progress=False, **options).frames

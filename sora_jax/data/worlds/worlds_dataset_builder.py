@@ -5,7 +5,7 @@ Writing and reading need no TensorFlow (the command `tfds build` does). This wri
     from sora_jax.data.worlds.worlds_dataset_builder import Builder, WorldsConfig
     Builder(config="tiny", data_dir="data").download_and_prepare()
 
-Without `config` it writes 10500 clips of 17 frames at 128x128, about 0.9 GB. Other sizes are other configs:
+Without `config` it writes 10500 clips of 33 frames at 128x128, about 1.8 GB. Other sizes are other configs:
 
     config = WorldsConfig(name="small", frames=9, size=(64, 64), train_clips=1000, held_out_clips=100)
     builder = Builder(config=config, data_dir="data")
@@ -46,7 +46,7 @@ class WorldsConfig(tfds.core.BuilderConfig):
         InputError: a size or number of things below 1.
     """
 
-    frames: int = 17
+    frames: int = 33
     size: tuple[int, int] = (128, 128)
     train_clips: int = 10_000
     held_out_clips: int = 500
@@ -80,7 +80,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
     BUILDER_CONFIGS = [
-        WorldsConfig(name="128x128x17", description="The size of the bundled model."),
+        WorldsConfig(name="128x128x33", description="The size of the bundled model."),
         WorldsConfig(name="tiny", description="For tests.", frames=5, size=(32, 32), train_clips=8, held_out_clips=4),
     ]
 
