@@ -1,7 +1,6 @@
-"""The scripts that make the README's picture, the reports and the gate's classifier run to their end."""
+"""The scripts that make the README's picture, measure the mark and fit the prompt gate run to their end."""
 
 import hashlib
-import importlib.util
 
 import numpy as np
 import pytest
@@ -9,10 +8,6 @@ import safetensors.numpy
 from scripts import script
 
 from sora_jax import media
-
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sora-jax[tpu]"
-)
 
 
 @pytest.fixture
@@ -72,20 +67,3 @@ def test_the_gate_is_fitted_to_its_examples(run, tmp_path, monkeypatch):
     digests = dict(line.split()[::-1] for line in (tmp_path / module.SUMS).read_text().splitlines())
     assert digests.keys() == {path.name for path in tmp_path.iterdir()} - {module.SUMS}
     assert all(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == one for name, one in digests.items())
-
-
-@needs_tpu_compiler
-def test_the_reports_of_the_plan(run, tmp_path):
-    module = script("experiments/plan_report.py")
-    module.CASES = (("bundled", "v6e:1x1", (32, 32), 5), ("bundled", "v6e:1x1", (32, 32), 9, {"window": 5}))
-    module.TRAINING = ()
-    run(module, "-o", tmp_path / "plan.md")
-    rows = [line for line in (tmp_path / "plan.md").read_text().splitlines() if line.startswith("| bundled")]
-    assert len(rows) == 2 and all("fits" in row for row in rows) and "--window 5" in rows[1]
-
-    module = script("experiments/scaling_report.py")
-    module.TOKENS_MODEL = module.CHIPS_MODEL = "bundled"
-    module.TOKENS, module.CHIPS, module.FRAMES, module.SIZE = ((5, (32, 32)),), ("v6e:1x1", "v6e:2x2"), 5, (64, 64)
-    run(module, "-o", tmp_path / "scaling.md")
-    assert (tmp_path / "scaling.md").read_text().count("GiB | ") >= 3
-    assert media.read(tmp_path / "scaling.png")[0].shape[0] == 1

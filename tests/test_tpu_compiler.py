@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import script
 
+from sora_jax import media, plan
 from sora_jax import mesh as mesh_lib
-from sora_jax import plan
 from sora_jax.attention import self_attention
 from sora_jax.cli import main
 from sora_jax.errors import InputError
@@ -131,3 +132,23 @@ def test_a_compiler_ends_with_whoever_asked_it():
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         out, _ = child.communicate(timeout=60)  # closes the pipe that the parent's end would close
     assert child.returncode == 1 and not out
+
+
+def test_the_reports_of_plans(tmp_path, monkeypatch):
+    def run(module, path):
+        monkeypatch.setattr("sys.argv", [module.__name__, "-o", str(path)])
+        module.main()
+
+    module = script("experiments/plan_report.py")
+    module.CASES = (("bundled", "v6e:1x1", (32, 32), 5), ("bundled", "v6e:1x1", (32, 32), 9, {"window": 5}))
+    module.TRAINING = ()
+    run(module, tmp_path / "plan.md")
+    rows = [line for line in (tmp_path / "plan.md").read_text().splitlines() if line.startswith("| bundled")]
+    assert len(rows) == 2 and all("fits" in row for row in rows) and "--window 5" in rows[1]
+
+    module = script("experiments/scaling_report.py")
+    module.TOKENS_MODEL = module.CHIPS_MODEL = "bundled"
+    module.TOKENS, module.CHIPS, module.FRAMES, module.SIZE = ((5, (32, 32)),), ("v6e:1x1", "v6e:2x2"), 5, (64, 64)
+    run(module, tmp_path / "scaling.md")
+    assert (tmp_path / "scaling.md").read_text().count("GiB | ") >= 3
+    assert media.read(tmp_path / "scaling.png")[0].shape[0] == 1
