@@ -2,9 +2,9 @@
 
     sora-jax train --config configs/worlds_dit.py --workdir runs/dit --config.codec=runs/codec
 
-runs 20,000 steps, some seventeen hours on two CPU cores by the time that one step takes; it has not been run in one go.
-The bundled model was trained in nineteen shorter parts, the first seventeen of six layers (`--config.dit.layers=6
---config.align.layer=3`):
+runs 20,000 steps, some twenty-two hours on two CPU cores by the time that one step takes; it has not been run in one
+go. The bundled model was trained in nineteen shorter parts, the first eighteen of clips of 17 frames
+(`--config.frames=17`), and the first seventeen of six layers (`--config.dit.layers=6 --config.align.layer=3`):
 
 1. 2,640 steps on the latents of an earlier codec, without alignment (`--config.align.weight=0`), about an hour: things
    moved and hid, but not as the prompt said;
