@@ -43,7 +43,7 @@ def test_the_mark_is_measured(run, capsys):
 
 @pytest.mark.slow
 def test_the_gate_is_fitted_to_its_examples(run, tmp_path, monkeypatch):
-    """To few of them here; what it makes of all is in the package, and tests/safety reads it."""
+    """Here to a fraction of them; the fit to all is in the package, where tests/safety measures it."""
     module = script("experiments/fit_gate.py")
     shipped = module.DATA
     for name in ("names.txt", "policy.toml", "vocab.txt"):
