@@ -19,8 +19,12 @@ from sora_jax.errors import InputError, one_line
 KINDS = ("nudity and sexual content", "violence", "hate", "likeness of real people")
 # Above it the classifier's authors call a picture highly probable to be unsafe: https://github.com/yahoo/open_nsfw.
 THRESHOLD = 0.8
-# One frame of each group that the codec codes together, so that what lasts longer cannot slip between.
-EVERY = 4
+# What lasts cannot slip between frames so far apart, and what is there for a moment only is a change: the frames that
+# differ by so many of 255 levels, in the mean, from the last one looked at are looked at too. A moving object of the
+# bundled model's changes 3 to 10 levels in eight frames, a cut or another picture mostly more than 20.
+EVERY = 8
+CHANGE = 12
+_PIXELS = 64  # rows and columns in which changes are looked for
 _BATCH = 16  # frames at a time: more of them take memory and are no faster
 
 
@@ -47,7 +51,8 @@ class ScanResult:
     Attributes:
         passed: whether the worst frame is below the threshold.
         worst_score, worst_frame: of the frame that decides.
-        frames_scanned, every: how many frames were looked at, every so many and the last.
+        frames_scanned: how many frames were looked at.
+        every, change: at least every so many and the last, and what differed by so much, see `scan`.
         scanner, scans_for: see `Scanner`.
         threshold: a score from here on does not pass.
     """
@@ -57,6 +62,7 @@ class ScanResult:
     worst_frame: int
     frames_scanned: int
     every: int
+    change: float
     scanner: str
     scans_for: tuple[str, ...]
     threshold: float
@@ -74,15 +80,20 @@ def not_scanned_for(kinds: Iterable[str]) -> list[str]:
 
 
 def scan(
-    frames_THWC: np.ndarray, scanner: Scanner | None = None, threshold: float = THRESHOLD, every: int = EVERY
+    frames_THWC: np.ndarray,
+    scanner: Scanner | None = None,
+    threshold: float = THRESHOLD,
+    every: int = EVERY,
+    change: float = CHANGE,
 ) -> ScanResult:
-    """Looks at every n-th frame and the last one; the worst decides.
+    """Looks at the first frame, at least every n-th, those that differ, and the last; the worst decides.
 
     Args:
         frames_THWC: uint8 [T, H, W, 3], RGB.
         scanner: by default open_nsfw.
         threshold: 0 to 1; a score from here on does not pass.
-        every: n, at least 1; the first and the last frame are always looked at.
+        every: n, at least 1: no frame is farther from the last one looked at.
+        change: 0 to 255: nor does one differ from it by more, in the mean over pixels (some of them) and colours.
 
     Raises:
         InputError: a number out of range; or the scanner is missing or damaged, or does not give a score in [0, 1]
@@ -92,8 +103,10 @@ def scan(
         raise InputError(f"the frame scan looks at every n-th frame, n at least 1, not {every}")
     if not 0 <= threshold <= 1:
         raise InputError(f"the threshold of the frame scan must be from 0 to 1, not {threshold}")
+    if not 0 <= change <= 255:
+        raise InputError(f"the change that the frame scan looks at must be from 0 to 255, not {change}")
     scanner = scanner or default_scanner()
-    chosen = sorted({*range(0, len(frames_THWC), every), len(frames_THWC) - 1})
+    chosen = _chosen(frames_THWC, every, change)
     try:
         scores = np.asarray(scanner.scores(frames_THWC[chosen]), np.float64)
     except Exception as error:  # whatever it is, these frames were not scanned
@@ -108,10 +121,23 @@ def scan(
         worst_frame=chosen[worst],
         frames_scanned=len(chosen),
         every=every,
+        change=change,
         scanner=scanner.name,
         scans_for=tuple(scanner.scans_for),
         threshold=threshold,
     )
+
+
+def _chosen(frames_THWC: np.ndarray, every: int, change: float) -> list[int]:
+    """The numbers of the frames to look at, in order; see `scan`."""
+    rows, columns = frames_THWC.shape[1:3]
+    small_THWC = frames_THWC[:, :: -(-rows // _PIXELS), :: -(-columns // _PIXELS)].astype(np.int16)
+    chosen = [0]
+    for number in range(1, len(frames_THWC)):
+        last = chosen[-1]
+        if number - last >= every or np.abs(small_THWC[number] - small_THWC[last]).mean() > change:
+            chosen.append(number)
+    return sorted({*chosen, len(frames_THWC) - 1})
 
 
 @functools.cache

@@ -148,7 +148,7 @@ def _of_scans(said: Any) -> list[str]:
             continue
         all_kinds += kinds
         every = one.get("every")
-        which = "all frames" if every == 1 else f"every {every}th frame" if type(every) is int else "frames"
+        which = "all frames" if every == 1 else f"at least every {every}th frame" if type(every) is int else "frames"
         passed = "passed" if one.get("passed") is True else "did not pass"
         lines.append(f"It says that {which} {passed} a scan for {plain(', '.join(kinds))}.")
     if not lines:

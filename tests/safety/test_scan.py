@@ -29,17 +29,39 @@ def test_the_worst_frame_decides():
     assert not scan(frames, Scored(), found.worst_score - 1e-3, every=1).passed
 
 
+class Watching(Scored):
+    """Remembers what it saw."""
+
+    def __init__(self):
+        self.seen = []
+
+    def scores(self, frames_THWC):
+        self.seen.extend(frames_THWC[:, 0, 0, 0])
+        return super().scores(frames_THWC)
+
+
 def test_every_nth_frame_and_always_the_last():
-    seen = []
-
-    class Watching(Scored):
-        def scores(self, frames_THWC):
-            seen.extend(frames_THWC[:, 0, 0, 0])
-            return super().scores(frames_THWC)
-
-    assert scan(clip(*range(7)), Watching(), every=4).frames_scanned == 3
-    assert seen == [0, 4, 6]
+    watching = Watching()
+    assert scan(clip(*range(7)), watching, every=4).frames_scanned == 3
+    assert watching.seen == [0, 4, 6]
     assert scan(clip(5), Watching(), every=4).frames_scanned == 1
+    assert scan(clip(*range(33)), Watching()).frames_scanned == 5
+
+
+def test_a_frame_unlike_the_last_one_looked_at_is_looked_at():
+    watching = Watching()
+    flash = clip(10, 10, 10, 200, 10, 10, 10, 10)
+    assert scan(flash, watching, threshold=0.5).worst_frame == 3
+    assert watching.seen == [10, 200, 10, 10]  # the flash, what follows it, and the last
+    fading = Watching()
+    scan(clip(*range(100, 164, 5)), fading, change=12)
+    assert fading.seen == [100, 115, 130, 145, 160]
+
+
+def test_a_change_is_found_at_any_size():
+    frames = np.zeros((5, 480, 832, 3), np.uint8)
+    frames[2, 100:300, 200:600] = 255
+    assert not scan(frames, Scored(), threshold=0.15).passed
 
 
 def test_the_report_is_json():
@@ -72,6 +94,12 @@ def test_nothing_passes_that_was_not_scanned(scores):
 def test_a_threshold_that_would_pass_everything_or_means_nothing(threshold):
     with pytest.raises(InputError, match="from 0 to 1"):
         scan(clip(0, 255), Scored(), threshold)
+
+
+@pytest.mark.parametrize("change", [np.nan, -1, 256])
+def test_a_change_that_means_nothing(change):
+    with pytest.raises(InputError, match="from 0 to 255"):
+        scan(clip(0, 255), Scored(), change=change)
 
 
 @pytest.mark.parametrize("every", [0, -1])

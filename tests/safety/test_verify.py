@@ -40,7 +40,7 @@ def test_what_was_made_here_is_known_and_marked(copy, capsys):
     for words in (
         "unchanged since it was signed",
         "generative model",
-        "every 4th frame passed a scan for nudity and sexual content.",
+        "at least every 8th frame passed a scan for nudity and sexual content.",
         "not scanned for violence, hate, likeness of real people.",
         "installation's invisible mark",
     ):
