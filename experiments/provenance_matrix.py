@@ -167,6 +167,7 @@ HEAD = """# What reading a signed file says after a change
 Written by `python experiments/provenance_matrix.py --out docs/provenance.md`. Trusted and valid are intact, by a signer
 known here or not; rejected has a bad certificate; tampered was changed; none has no manifest. Numbers count what was
 tried, such as single bytes. "Pixels" says whether a player shows the same frames, other ones, or none.
+Where a flipped byte leaves a file trusted, it is in the empty room that C2PA keeps beside a signature.
 
 What a model made says so (`trainedAlgorithmicMedia`). What it did not make says only what is known: a video that was
 read from a file and saved again was opened, encoded anew and marked, with the file's own manifest within its own;

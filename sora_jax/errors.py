@@ -6,7 +6,15 @@ class InputError(ValueError):
 
 
 class Refused(Exception):
-    """The policy forbids what was asked for, or what came out; one line says why, and never quotes the prompt."""
+    """The policy forbids what was asked for, or what came out; one line says why, and never quotes the prompt.
+
+    Attributes:
+        categories, layer: of the prompt gate's verdict, if that refuses; see `safety.gate.Verdict`.
+    """
+
+    def __init__(self, reason: str, categories: tuple[str, ...] = (), layer: str = ""):
+        super().__init__(reason)
+        self.categories, self.layer = categories, layer
 
 
 class HostLost(Exception):

@@ -79,7 +79,8 @@ def admit(prompts: Sequence[str], policy: Policy, name: str = "prompt") -> None:
         if not verdict.allowed:
             number = f" {prompts.index(text) + 1}" if len(prompts) > 1 else ""
             which = f"{name}{number}: " if number or name != "prompt" else ""
-            raise Refused(f"{which}{verdict.reason} ({', '.join(verdict.categories)})")
+            reason = f"{which}{verdict.reason} ({', '.join(verdict.categories)})"
+            raise Refused(reason, verdict.categories, verdict.layer)
 
 
 def make_request(

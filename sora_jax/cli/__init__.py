@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has enough of it, as `head` has: nothing to say, and nothing left to write at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except ImportError as error:
+        return _fail(f"a package is missing or damaged ({error}); repair it with: pip install --force-reinstall", 2)
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
 
@@ -129,6 +132,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose mistakes are InputErrors, like all others."""
 
     def error(self, message: str) -> NoReturn:
+        # Not what was given for a command: it may be a prompt.
+        message = re.sub(r"^(argument COMMAND: invalid choice): .* \(", r"\1 (", message, flags=re.DOTALL)
         raise InputError(f"{message}; see {self.prog} --help")
 
 

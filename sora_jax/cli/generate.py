@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sora_jax.cli.words import lora, number, prompts_of, size, whole
+from sora_jax.cli.words import PROMPTS_HELP, lora, number, prompts_of, size, whole
 from sora_jax.errors import InputError, Refused
 
 if TYPE_CHECKING:  # mistakes are told without waiting for JAX
@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
     add(
         "--prompts",
         metavar="FILE",
-        help="a file with one prompt per line; blank lines and # comments are skipped",
+        help=PROMPTS_HELP,
     )
     add(
         "-o",
@@ -231,8 +231,7 @@ def _signer(options: argparse.Namespace) -> Any:
         signer = keys.load_signer(options.signing_cert, options.signing_key, options.timestamp_url)
     for note in notes:
         print(note.message, file=sys.stderr)
-    if not signer.local or signer.timestamp_url:
-        provenance.rehearse(signer)
+    provenance.rehearse(signer)
     return signer
 
 

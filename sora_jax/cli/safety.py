@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from sora_jax.cli.words import prompts_of
+from sora_jax.cli.words import PROMPTS_HELP, prompts_of
 from sora_jax.errors import Refused
 
 
@@ -15,7 +15,7 @@ def add_commands(commands: Any) -> None:
     check = commands.add_parser("check", help="what the prompt gate says of prompts", allow_abbrev=False)
     check.set_defaults(run=_check)
     check.add_argument("prompt", nargs="?", help="the prompt")
-    check.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
+    check.add_argument("--prompts", metavar="FILE", help=PROMPTS_HELP)
     check.add_argument("--policy", metavar="FILE", help="a TOML file that changes the policy (see docs/safety.md)")
     check.add_argument("--json", action="store_true", help="print JSON, a list with one verdict per prompt")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sora_jax.errors import InputError
 
+PROMPTS_HELP = "a file with one prompt per line; lines that begin with '# ' are comments"
+
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """A whole number from `low` to `high`."""
@@ -52,7 +54,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
-    """The one prompt of a command, or those of its file: one a line, without blank lines and # comments."""
+    """The one prompt of a command, or those of its file: one a line, but for blank ones and comments (see the help)."""
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("give one prompt, or a file of prompts with --prompts FILE")
     if options.prompt is not None:
@@ -64,7 +66,8 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
         raise InputError(f"cannot read {options.prompts}: it is not UTF-8 text") from error
     except OSError as error:
         raise InputError(f"cannot read {options.prompts}: {error.strerror}") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    prompts = [line.strip() for line in lines]
+    prompts = [line for line in prompts if line and line != "#" and not line.startswith("# ")]
     if not prompts:
         raise InputError(f"{options.prompts} holds no prompts")
     return prompts

@@ -103,6 +103,11 @@ def check_chain(chain: Sequence[x509.Certificate], where: str) -> None:
             raise InputError(
                 f"the chain in {where} is broken: certificate {number} is not issued by certificate {number + 1}"
             ) from None
+        constraints = _extension(issuer, x509.BasicConstraints, where)
+        if constraints is None or not constraints.ca:
+            raise InputError(
+                f"the chain in {where} is broken: certificate {number + 1} is not an authority's, and may issue none"
+            )
     leaf = chain[0]
     if leaf.issuer == leaf.subject:
         raise InputError(f"the first certificate in {where} is issued by itself; C2PA wants one issued by another")

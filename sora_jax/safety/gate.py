@@ -158,9 +158,10 @@ def _windows(texts: Iterable[str]) -> list[str]:
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raises InputError if one is empty, to the eye at least, or no text."""
     check_texts(prompts)
-    for text in prompts:
+    for number, text in enumerate(prompts, 1):
         if not visible(text[:MAX_LENGTH]):
-            raise InputError("the prompt is empty; describe what the video shows, e.g. 'a red ball rolls left'")
+            which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            raise InputError(f"{which} is empty; describe what the video shows, e.g. 'a red ball rolls left'")
 
 
 def check_texts(texts: Sequence[str], name: str = "prompt") -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -113,7 +114,10 @@ def load_signer(
 def local_anchor() -> str:
     """The root certificate of the installation's own key in PEM, or "" if it has made none yet."""
     path = _folder() / "signing.pem"
-    return certificates.pem(certificates.read_chain(_read(path), str(path))[-1:]) if os.path.exists(path) else ""
+    if not os.path.exists(path):
+        return ""
+    _check_closed(path)
+    return certificates.pem(certificates.read_chain(_read(path), str(path))[-1:])
 
 
 def watermark_key() -> bytes:
@@ -145,12 +149,26 @@ def _local() -> Path:
         if not os.path.lexists(path):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _create(path, _new_key_and_chain())
-        shared = path.stat().st_mode & 0o077
     except OSError as error:
         raise InputError(f"cannot make the signing key {path}: {error.strerror}; set XDG_CONFIG_HOME") from error
-    if shared:
-        raise InputError(f"the signing key {path} is open to other users; close it with: chmod 600 {path}")
+    _check_closed(path)
     return path
+
+
+def _check_closed(path: Path) -> None:
+    """Raises InputError if others could have read or replaced the key."""
+    try:
+        modes = {one: one.stat().st_mode for one in (path, path.parent)}
+    except OSError as error:
+        raise InputError(f"cannot read the signing key {path}: {error.strerror}; set XDG_CONFIG_HOME") from error
+    if not stat.S_ISREG(modes[path]):
+        raise InputError(f"the signing key {path} is no file; move away what is there, or set XDG_CONFIG_HOME")
+    if modes[path] & 0o077:
+        raise InputError(f"the signing key {path} is open to other users; close it with: chmod 600 {path}")
+    if modes[path.parent] & stat.S_IWOTH:
+        raise InputError(
+            f"anybody can replace the signing key in {path.parent}; close it with: chmod 700 {path.parent}"
+        )
 
 
 def _create(path: Path, data: bytes) -> None:

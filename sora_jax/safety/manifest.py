@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import mimetypes
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from cryptography import x509
+from cryptography.x509.oid import NameOID
 
 from sora_jax.errors import InputError
 from sora_jax.safety import boxes
@@ -40,6 +42,16 @@ _WORDS = {  # C2PA 2.2, 15.2: status codes
     "signingCredential.untrusted": "the signer is not known here",
     GENERATION: "a part of the file that tells players how to read it was changed after signing",
 }
+_BEGINNINGS = {  # of files that can hold a manifest, whatever their names say
+    rb"\x89PNG\r\n\x1a\n": "image/png",
+    rb"GIF8[79]a": "image/gif",
+    rb"\xff\xd8\xff": "image/jpeg",
+    rb"RIFF....WEBP": "image/webp",
+    rb"RIFF....AVI ": "video/avi",
+    rb"RIFF....WAVE": "audio/wav",
+    rb"II\*\0|MM\0\*": "image/tiff",
+}
+_BRANDS = {b"qt  ": "video/quicktime", b"avif": "image/avif", b"heic": "image/heic", b"mif1": "image/heif"}
 _TOO_SHORT = "it ends too soon, or is not what its name says"
 _EXTRA = ".additionalExclusionsPresent"
 _LEFT_OUT_TOO = "the signer chose to leave out more of the file than C2PA does, and there it may have been changed"
@@ -54,7 +66,8 @@ class Ingredient:
     Attributes:
         title: its name.
         relationship: what it was used for.
-        state: of its manifest, see `Manifest`.
+        state: of its manifest, see `Manifest`, as whoever signed the other file found it: it cannot be checked again
+            without this one.
         by_model: whether that says that a generative model made it, or made what it is a copy or an edit of; if only
             in part.
     """
@@ -132,8 +145,13 @@ def read_manifest(path: str | os.PathLike, anchors: str = "") -> Manifest:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
-def media_type(path: str | os.PathLike) -> str | None:
-    """The MIME type that a file's name stands for."""
+def media_type(path: str | os.PathLike, data: bytes = b"") -> str | None:
+    """The MIME type of a file: of what it begins with, if that is known, else what its name stands for."""
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(data[8:12], "video/mp4")
+    for begins, kind in _BEGINNINGS.items():
+        if re.match(begins, data, re.DOTALL):
+            return kind
     return mimetypes.guess_type(os.fspath(path))[0]
 
 
@@ -150,7 +168,11 @@ def _read(file: BinaryIO, kind: str | None, settings: dict[str, Any]) -> Manifes
     except c2pa.C2paError.ManifestNotFound:
         return Manifest("none")
     except (c2pa.C2paError, ValueError) as error:
-        words = f"{_TOO_SHORT} ({plain(error)})" if "failed to fill whole buffer" in str(error) else plain(error)
+        words = plain(error)
+        if "failed to fill whole buffer" in words:
+            words = f"{_TOO_SHORT} ({words})"
+        elif words.startswith("Remote"):
+            words = f"it is kept at another place, and nobody is contacted here ({words})"
         return Manifest("unreadable", (words,))
     try:
         return _checked(report, _active(exact, report["active_manifest"]), file)
@@ -254,6 +276,12 @@ def _container_problem(file: BinaryIO, generation: Mapping[str, Any]) -> str | N
     if LEFT_OUT in generation:
         return None if generation[LEFT_OUT] == boxes.left_out_sha256(file) else f"{_WORDS[GENERATION]} ({GENERATION})"
     return boxes.header_problem(file)
+
+
+def signer_name(name: x509.Name) -> str:
+    """A name in a certificate as `Manifest` has it: common name and organization."""
+    parts = [name.get_attributes_for_oid(oid) for oid in (NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME)]
+    return ", ".join(plain(found[0].value) for found in parts if found)
 
 
 def plain(text: Any) -> str:

@@ -78,7 +78,7 @@ def read_names(path: str | os.PathLike) -> Names:
     sections: dict[str, list[str]] = {field.name: [] for field in fields(Names)}
     section = None
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise InputError(f"cannot read the names {path}: {error.strerror}") from error
     except ValueError as error:

