@@ -67,7 +67,7 @@ setup(
         ],
         "parity": ["diffusers>=0.35", "peft", "torch", "transformers>=4.56"],
     },
-    entry_points={"console_scripts": ["sora-jax = sora_jax.cli:main"]},
+    entry_points={"console_scripts": ["sora-jax = sora_jax.__main__:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",

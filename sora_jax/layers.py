@@ -12,6 +12,14 @@ from sora_jax.mesh import gathered
 Initializer = Callable[..., jax.Array]
 
 
+def check_sizes(config: Any, *names: str) -> None:
+    """Raises ValueError unless these fields of a config, or the entries of tuples, are whole numbers of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not all(type(one) is int and one >= 1 for one in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{name} is {value}; it must be whole, at least 1")
+
+
 class Dense(nn.Module):
     """x @ kernel + bias: (..., in) -> (..., features), computed in `dtype`.
 

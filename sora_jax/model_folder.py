@@ -157,6 +157,8 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     """The config of a model folder alone; raises InputError."""
     if not Path(path).is_dir():
         raise InputError(f"there is no model folder {path}")
+    if not Path(path, "model.json").exists():
+        raise InputError(f"{path} is no model folder: it holds no model.json, and no model_index.json as Wan's do")
     return _read_json(Path(path, "model.json"), ModelConfig)
 
 
@@ -275,6 +277,8 @@ def read_codec(path: str | os.PathLike) -> tuple[CodecConfig, Any]:
     if (path / "model.json").is_file():
         config, tensors = open_model_folder(path)
         return config.codec, jax.tree.map(Tensor.read, tensors["codec"])
+    if not (path / "codec.json").exists():
+        raise InputError(f"there is no codec in {path}; expected a model folder, or the folder of a codec's training")
     config = _read_json(path / "codec.json", CodecConfig)
     tensors = _open_part(path / "codec.safetensors", _abstract_codec_params(config), "float32")
     return config, jax.tree.map(Tensor.read, tensors)

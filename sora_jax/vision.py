@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax import media
-from sora_jax.layers import Dense, LayerNorm
+from sora_jax.layers import Dense, LayerNorm, check_sizes
 
 # Of the pictures CLIP was trained on, in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,6 +42,7 @@ class VisionConfig:
     epsilon: float = 1e-5
 
     def __post_init__(self):
+        check_sizes(self, "width", "heads", "feed_forward", "layers", "image_size", "patch")
         if self.activation not in ("gelu", "quick_gelu"):
             raise ValueError(f"activation is {self.activation!r}; it can be 'gelu' or 'quick_gelu'")
 

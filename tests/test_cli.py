@@ -175,11 +175,16 @@ def test_wrong_use_ends_in_one_line(capsys, arguments):
 def test_damaged_models_end_in_one_line(tiny_folder, tmp_path, capsys):
     assert main(["generate", "red", "--model", "none"]) == 2
     assert "no model folder none" in one_line(capsys)
+    (tmp_path / "empty").mkdir()
+    assert main(["generate", "red", "--model", "empty"]) == 2
+    assert "empty is no model folder" in one_line(capsys)
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     with open(folder / "dit.safetensors", "r+b") as file:
         file.truncate(100)
-    assert main(["generate", "red", "--model", "model"]) == 2
-    assert "dit.safetensors is damaged" in one_line(capsys)
+    for several in ([], ["--num", "2", "-o", "new"]):
+        assert main(["generate", "red", "--model", "model", *several]) == 2
+        assert "dit.safetensors is damaged" in one_line(capsys)
+    assert sorted(os.listdir()) == ["empty", "model"]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +220,18 @@ def test_too_little_memory_ends_in_one_line(generate, capsys, monkeypatch, failu
     monkeypatch.setattr(generate_module, "_wait", fail)
     assert generate("a red ball") == 2
     assert "not enough memory" in one_line(capsys)
+
+
+def test_an_interrupt_in_the_first_moments(tmp_path):
+    """While the command line itself is imported."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Finder:\n    def find_spec(self, name, *_):\n"
+        "        if name == 'sora_jax.cli': raise KeyboardInterrupt\nsys.meta_path.insert(0, Finder())\n"
+    )
+    folders = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(sora_jax.__file__))])
+    command = [sys.executable, "-m", "sora_jax", "generate", "red"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": folders}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "sora-jax: error: interrupted\n")
 
 
 def test_version_and_help(capsys):

@@ -79,7 +79,7 @@ def _generate(options: argparse.Namespace) -> None:
     # A cache that cannot be written only makes the next start slower.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     if not options.hosts:
-        return _sample(options, _prepare(options))
+        return _to_the_end(options, _prepare(options))
 
     from sora_jax import hosts
 
@@ -87,7 +87,14 @@ def _generate(options: argparse.Namespace) -> None:
     with hosts.watched():
         task = hosts.by_all(partial(_prepare, options))
         hosts.check_same("model, prompts, pictures, policy and options", task.said(options))
+        _to_the_end(options, task)
+
+
+def _to_the_end(options: argparse.Namespace, task: _Task) -> None:
+    try:
         _sample(options, task)
+    finally:
+        task.target.tidy()
 
 
 @dataclass(frozen=True)
@@ -239,7 +246,7 @@ class _Target:
     """Where videos go: the one file that was asked for, or names made from prompts in a folder."""
 
     def __init__(self, output: str | None, several: bool, frames: int, fps: float):
-        self.frames, self.fps = frames, fps
+        self.frames, self.fps, self.made = frames, fps, False
         self.file = Path(output) if output and not several and not Path(output).is_dir() else None
         self.folder = Path(output or ".")
         if self.file is None and not self.folder.is_dir() and self.folder.suffix in (".mp4", ".gif", ".png"):
@@ -252,11 +259,18 @@ class _Target:
         path = self.path(prompt)
         if self.file is None:
             try:
+                self.made = not self.folder.exists()
                 self.folder.mkdir(exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot make the folder {self.folder}: {error.strerror}") from error
             path = next(one for one in numbered(path) if not one.exists())
         check_output(path, self.frames, self.fps)
+
+    def tidy(self) -> None:
+        """Takes away the folder that was made, if nothing is in it."""
+        if self.made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def path(self, title: str) -> Path:
         """The path of a video; one in the folder gets a number when it is saved, if its name is taken then."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.codec import layers
+from sora_jax.layers import check_sizes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class CodecConfig:
     latents_std: tuple[float, ...] = ()
 
     def __post_init__(self):
+        check_sizes(self, "latent_channels", "width", "decoder_width", "multipliers", "blocks", "patch")
         if len(self.downsample_time) != len(self.multipliers) - 1:
             raise ValueError("downsample_time needs one entry for each step between two multipliers")
         for name in ("latents_mean", "latents_std"):

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sora_jax import mesh as mesh_lib
 from sora_jax.attention import cross_attention, self_attention
 from sora_jax.dit.positions import rotary_angles, rotate
-from sora_jax.layers import Dense, LayerNorm, RMSNorm, layer_norm
+from sora_jax.layers import Dense, LayerNorm, RMSNorm, check_sizes, layer_norm
 
 # What the backward pass finds of a block and does not compute again: everything, what products without a batch
 # dimension gave, the tokens that went in ("full"), or those, in the host's memory meanwhile ("offload").
@@ -73,6 +73,11 @@ class DiTConfig:
     image_positions: int = 0
 
     def __post_init__(self):
+        check_sizes(self, "latent_channels", "heads", "head_width", "feed_forward", "layers", "text_width", "patch")
+        if self.head_width % 2:
+            raise ValueError(
+                f"head_width is {self.head_width}; it must be even: rotary positions turn pairs of channels"
+            )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; it can be {', '.join(REMAT_POLICIES)}")
         if self.patch[0] != 1:

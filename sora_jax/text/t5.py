@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.layers import Dense, RMSNorm
+from sora_jax.layers import Dense, RMSNorm, check_sizes
 from sora_jax.text.tokenizer import PAD
 
 
@@ -44,6 +44,7 @@ class TextConfig:
     tokenizer: str = "bytes"
 
     def __post_init__(self):
+        check_sizes(self, "vocabulary_size", "width", "heads", "head_width", "feed_forward", "layers", "length")
         if self.tokenizer not in ("bytes", "file"):
             raise ValueError(f"tokenizer is {self.tokenizer!r}; it can be 'bytes' or 'file'")
 

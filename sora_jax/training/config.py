@@ -21,6 +21,7 @@ from sora_jax.dit import DiTConfig
 from sora_jax.errors import InputError, one_line
 from sora_jax.json_files import read_json
 from sora_jax.model_config import ModelConfig, SamplingConfig
+from sora_jax.safety.gate import check_prompts
 from sora_jax.text import TextConfig
 from sora_jax.text.tokenizer import VOCABULARY_SIZE
 from sora_jax.training.state import make_optimizer
@@ -70,7 +71,12 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
 )
 _OF_DRAWN_LATENTS = ("data.clips", "data.shard", "data.captions", "data.seed")  # which the codec's data has not
 # What a work directory's data and weights were made with, and a later start may not change.
-_LASTING = {"codec": ("task", "codec"), "dit": ("task", "codec", "text", "dit", "size", "frames")}
+_LASTING = {
+    "codec": ("task", "codec", "optimizer.name"),
+    "dit": ("task", "codec", "text", "dit", "size", "frames", "optimizer.name"),
+}
+# What may be another number at each start: how far, and how often something is written.
+_FREE = {"steps", "log_every", "preview_every", "checkpoint_every", "mesh", "start_from"}
 
 
 def _fields(config: ConfigDict) -> dict[str, Any]:
@@ -205,11 +211,20 @@ def _check_dit(config: ConfigDict) -> None:
         )
     if not config.prompts:
         raise InputError("config.prompts is empty; it must hold a prompt for the previews")
+    try:
+        check_prompts(config.prompts)
+    except InputError as error:
+        raise InputError(f"config.prompts: {error}") from error
     check_kernel(config.kernel)
 
 
-def check_run(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
-    """Raises InputError, before any work, for what the mesh cannot share and for another run's work directory."""
+def check_run(config: ConfigDict, workdir: Path, mesh: Mesh) -> str:
+    """Raises InputError, before any work, for what the mesh cannot share and for another run's work directory.
+
+    Returns:
+      what the work directory was made with and this config has otherwise, so that the run goes on, but not as it would
+      have done without a pause; "" if there is nothing of the kind.
+    """
     if config.task == "dit":
         mesh_lib.check_heads(config.dit.heads, mesh)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -217,14 +232,31 @@ def check_run(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         raise InputError(f"config.batch is {config.batch}; it must be a multiple of {shares}, which share it")
     path = workdir / "config.json"
     if not path.exists():
-        return
-    before = read_json(path)
-    now = json.loads(config.to_json_best_effort())
-    for name in _LASTING.get(config.task, ("task",)):
-        if before.get(name) != now[name]:
-            raise InputError(
-                f"{workdir} was started with another config.{name}: {before.get(name)}; use a new --workdir"
-            )
+        return ""
+    before, now = _leaves(read_json(path)), _leaves(json.loads(config.to_json_best_effort()))
+    changed = [name for name in now if now[name] != before.get(name)]
+    for lasting in _LASTING.get(config.task, ("task",)):
+        for name in changed:
+            if name == lasting or name.startswith(f"{lasting}."):
+                raise InputError(
+                    f"{workdir} was started with another config.{name}: {before.get(name)}; use a new --workdir"
+                )
+    return ", ".join(
+        f"{name} {before[name]} -> {now[name]}"
+        for name in changed
+        if name in before and name.partition(".")[0] not in _FREE
+    )
+
+
+def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested groups by their names with dots."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {
+        leaf: value
+        for name, part in config.items()
+        for leaf, value in _leaves(part, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:

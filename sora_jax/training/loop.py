@@ -112,7 +112,9 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
     if mesh_words is not None:
         config.mesh = _sizes(config, mesh_words)
     mesh = mesh_lib.make_mesh(**config.mesh)
-    check_run(config, workdir, mesh)
+    changed = check_run(config, workdir, mesh)
+    if changed and hosts.is_first():
+        tqdm.write(f"note: {workdir} goes on with other values than it had: {changed}", file=sys.stderr)
     workdir.mkdir(parents=True, exist_ok=True)
     with hosts.watched():
         hosts.check_same("the config", config.to_json_best_effort())

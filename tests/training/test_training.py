@@ -31,6 +31,7 @@ from sora_jax.cli.config_file import load_config
 from sora_jax.data import clips as clips_lib
 from sora_jax.data.latents import first_latents, write_shards
 from sora_jax.errors import InputError, Refused
+from sora_jax.mesh import make_mesh
 from sora_jax.model_folder import read_codec, read_model_folder
 from sora_jax.models import load
 from sora_jax.safety.manifest import read_manifest
@@ -40,7 +41,7 @@ from sora_jax.training import loop
 from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.codec_task import cut_window
-from sora_jax.training.config import check_config, model_config
+from sora_jax.training.config import check_config, check_run, model_config
 from sora_jax.training.log import Log
 from sora_jax.training.loop import make_task
 from sora_jax.video import Video
@@ -427,6 +428,16 @@ def test_another_model_in_the_same_folder_is_refused(codec_run):
         loop.train(codec_config("--config.steps=8", "--config.codec.width=8"), codec_run)
 
 
+def test_a_run_that_goes_on_otherwise_says_so(tmp_path):
+    (tmp_path / "config.json").write_text(codec_config("--config.steps=2").to_json_best_effort())
+    mesh = make_mesh()
+    assert check_run(codec_config("--config.steps=9", "--config.log_every=1"), tmp_path, mesh) == ""
+    changed = check_run(codec_config("--config.seed=5", "--config.loss.kl=0.5"), tmp_path, mesh)
+    assert re.fullmatch(r"loss.kl \S+ -> 0.5, seed 0 -> 5", changed)
+    with pytest.raises(InputError, match="another config.optimizer.name: muon; use a new --workdir"):
+        check_run(codec_config("--config.optimizer.name=adamw"), tmp_path, mesh)
+
+
 def test_export_writes_a_model_that_generates(dit_run, tmp_path, capsys):
     assert main(["export", "--workdir", str(dit_run), str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "model")
@@ -492,6 +503,12 @@ def test_numbers_that_cannot_be_are_told_before_any_work(name, value, words):
     "task,override,words",
     [
         ("dit", "dit.remat=foo", "config: .*remat"),
+        ("dit", "dit.heads=0", "config: heads is 0; it must be whole, at least 1"),
+        ("dit", "dit.head_width=7", "config: head_width is 7; it must be even"),
+        ("dit", "text.layers=0", "config: layers is 0"),
+        ("dit", "prompts=('a red ball','')", "config.prompts: prompt 2 is empty"),
+        ("codec", "codec.width=0", "config.codec: width is 0"),
+        ("codec", "codec.multipliers=('a','b','c')", "config.codec: multipliers is .*whole, at least 1"),
         ("dit", "sampling.solver=bar", "config.sampling: solver 'bar' does not exist"),
         ("dit", "sampling.steps=0", "config.sampling: steps must be at least 1"),
         ("dit", "steps=None", "config.steps is None; it must be at least 1"),
