@@ -434,8 +434,8 @@ def test_a_run_that_goes_on_otherwise_says_so(tmp_path):
     assert check_run(codec_config("--config.steps=9", "--config.log_every=1"), tmp_path, mesh) == ""
     changed = check_run(codec_config("--config.seed=5", "--config.loss.kl=0.5"), tmp_path, mesh)
     assert re.fullmatch(r"loss.kl \S+ -> 0.5, seed 0 -> 5", changed)
-    with pytest.raises(InputError, match="another config.optimizer.name: muon; use a new --workdir"):
-        check_run(codec_config("--config.optimizer.name=adamw"), tmp_path, mesh)
+    with pytest.raises(InputError, match="another config.optimizer.name: adamw; use a new --workdir"):
+        check_run(codec_config("--config.optimizer.name=muon"), tmp_path, mesh)
 
 
 def test_export_writes_a_model_that_generates(dit_run, tmp_path, capsys):
