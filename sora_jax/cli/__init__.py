@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ImportError as error:
-        return _fail(f"a package is missing or damaged ({error}); repair it with: pip install --force-reinstall", 2)
+        return _fail(f"a package is missing or damaged ({error}); install sora_jax again", 2)
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
 

@@ -26,11 +26,7 @@ def add_commands(commands: Any) -> None:
     generate.set_defaults(run=_generate)
     add = generate.add_argument
     add("prompt", nargs="?", help="what the video shows")
-    add(
-        "--prompts",
-        metavar="FILE",
-        help=PROMPTS_HELP,
-    )
+    add("--prompts", metavar="FILE", help=PROMPTS_HELP)
     add(
         "-o",
         "--output",

@@ -20,12 +20,12 @@ EXIT_CODES = {"trusted": 0, "valid": 4, "tampered": 5, "none": 6, "rejected": 7,
 _HEADLINES = {"valid": "valid, signer unknown"}  # of states whose name alone says too much
 # What whoever signed a file says of the manifests of those that it was made from, by state: nobody else can check it.
 _SAYS = {
-    "trusted": "and that the manifest of that was intact",
-    "valid": "and that the manifest of that was intact",
-    "rejected": "and that the manifest of that was intact, but its signer's certificate did not hold",
-    "tampered": "and that that had been changed after it was signed",
-    "none": "and that that held no manifest",
-    "unreadable": "and that the manifest of that could not be read",
+    "trusted": "whose manifest was intact",
+    "valid": "whose manifest was intact",
+    "rejected": "whose manifest was intact, but by a signer whose certificate did not hold",
+    "tampered": "which had been changed after it was signed",
+    "none": "which held no manifest",
+    "unreadable": "whose manifest could not be read",
 }
 _MOST_FRAMES = 96  # of a long file the mark is looked for in so many, evenly spread
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -84,16 +85,21 @@ def _fields(config: ConfigDict) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
 
 
+def _make(kind: type, name: str, **fields: Any) -> Any:
+    """A dataclass of the fields that `config.name` has; InputError, with the name, if none is possible."""
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.{name}: {error}") from error
+
+
 def codec_config(config: ConfigDict) -> CodecConfig:
     """The codec described by `config.codec`.
 
     Raises:
       InputError: it describes no possible codec.
     """
-    try:
-        return CodecConfig(**_fields(config.codec))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"config.codec: {error}") from error
+    return _make(CodecConfig, "codec", **_fields(config.codec))
 
 
 def trained_configs(config: ConfigDict, latent_channels: int) -> tuple[TextConfig, DiTConfig]:
@@ -102,20 +108,14 @@ def trained_configs(config: ConfigDict, latent_channels: int) -> tuple[TextConfi
     Raises:
       InputError: the configuration describes none that are possible.
     """
-    try:
-        return (
-            TextConfig(**_fields(config.text)),
-            DiTConfig(latent_channels=latent_channels, text_width=config.text.width, **_fields(config.dit)),
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"config: {error}") from error
+    text = _make(TextConfig, "text", **_fields(config.text))
+    widths = dict(latent_channels=latent_channels, text_width=text.width)
+    return text, _make(DiTConfig, "dit", **widths, **_fields(config.dit))
 
 
 def _sampling_config(config: ConfigDict) -> SamplingConfig:
-    try:
-        return SamplingConfig(frames=config.frames, size=(config.size, config.size), **_fields(config.sampling))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"config.sampling: {error}") from error
+    shape = dict(frames=config.frames, size=(config.size, config.size))
+    return _make(SamplingConfig, "sampling", **shape, **_fields(config.sampling))
 
 
 def model_config(config: ConfigDict, codec: CodecConfig) -> ModelConfig:
@@ -233,7 +233,9 @@ def check_run(config: ConfigDict, workdir: Path, mesh: Mesh) -> str:
     path = workdir / "config.json"
     if not path.exists():
         return ""
-    before, now = _leaves(read_json(path)), _leaves(json.loads(config.to_json_best_effort()))
+    before, now = (
+        flatten_dict(values, sep=".") for values in (read_json(path), json.loads(config.to_json_best_effort()))
+    )
     changed = [name for name in now if now[name] != before.get(name)]
     for lasting in _LASTING.get(config.task, ("task",)):
         for name in changed:
@@ -246,17 +248,6 @@ def check_run(config: ConfigDict, workdir: Path, mesh: Mesh) -> str:
         for name in changed
         if name in before and name.partition(".")[0] not in _FREE
     )
-
-
-def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of nested groups by their names with dots."""
-    if not isinstance(config, dict):
-        return {prefix: config}
-    return {
-        leaf: value
-        for name, part in config.items()
-        for leaf, value in _leaves(part, f"{prefix}.{name}" if prefix else name).items()
-    }
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:

@@ -84,15 +84,15 @@ def test_a_file_that_no_model_made_is_told_apart(signed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     theirs = write(tmp_path / "theirs.mp4", noisy_clip().frames, 8.0)
     copied = "Its frames are those of the file that it was made from, encoded anew and marked."
-    intact = "the manifest of that was intact"
+    intact = "whose manifest was intact"
     by_model = f"{intact}; that manifest says that a generative model made it."
-    for source, parent in [(theirs, "that held no manifest."), (signed, by_model)]:
+    for source, parent in [(theirs, "which held no manifest."), (signed, by_model)]:
         for _ in range(2):  # also a copy of a copy
             source = save(read_video(source), tmp_path / "copy.mp4")
             text = verify(source).text
             assert copied in text and "and made by a generative model" not in text
-            assert f'It says that it was made from "video.mp4", and that {parent}' in text
-            parent = parent.replace("that held no manifest", intact)
+            assert f'It says that it was made from "video.mp4", {parent}' in text
+            parent = parent.replace("which held no manifest", intact)
     text = verify(save(Video(noisy_clip().frames), tmp_path / "own.mp4")).text
     assert "It does not say where its frames come from." in text and "generative model" not in text
 

@@ -502,10 +502,10 @@ def test_numbers_that_cannot_be_are_told_before_any_work(name, value, words):
 @pytest.mark.parametrize(
     "task,override,words",
     [
-        ("dit", "dit.remat=foo", "config: .*remat"),
-        ("dit", "dit.heads=0", "config: heads is 0; it must be whole, at least 1"),
-        ("dit", "dit.head_width=7", "config: head_width is 7; it must be even"),
-        ("dit", "text.layers=0", "config: layers is 0"),
+        ("dit", "dit.remat=foo", "config.dit: .*remat"),
+        ("dit", "dit.heads=0", "config.dit: heads is 0; it must be whole, at least 1"),
+        ("dit", "dit.head_width=7", "config.dit: head_width is 7; it must be even"),
+        ("dit", "text.layers=0", "config.text: layers is 0"),
         ("dit", "prompts=('a red ball','')", "config.prompts: prompt 2 is empty"),
         ("codec", "codec.width=0", "config.codec: width is 0"),
         ("codec", "codec.multipliers=('a','b','c')", "config.codec: multipliers is .*whole, at least 1"),
