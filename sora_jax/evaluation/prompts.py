@@ -20,6 +20,8 @@ _ROUND = (
 )  # fmt: skip
 _PAIR_MOTIONS = ("still", "left", "right", "up", "down", "bouncing")
 _BATCH = 24
+_RELATION = re.compile(r"\b(left of|right of|above|below|under(?! (?:a|the)(?: \w+){0,2} sky))\b")
+_SIDE = re.compile(r"\bfrom (?:left|right) to (?:left|right)\b|\b(?:left|right)(?! of)(?:ward)?\b")
 _REST_WORDS = ("rest", "stand", "sit", "stay", "not moving", "float", "hover", "hang")
 
 
@@ -31,7 +33,9 @@ class EvaluationPrompt:
         text: the prompt; it states all of the following that is not None.
         kind: one of `vocabulary.KINDS`.
         colors, shapes: names, one per object.
-        direction: one of `vocabulary.MOTIONS`; None for pairs, trucks and moving cameras.
+        directions: one of `vocabulary.MOTIONS` for each object; None where the prompt asks for none: trucks, moving
+            cameras, pairs of which nothing moves.
+        relation: one of `vocabulary.RELATIONS`, of the first object to the second, if the prompt states it, else None.
         camera: one of `vocabulary.CAMERAS` if the prompt asks for a camera motion, else None.
         background: one of `vocabulary.BACKGROUNDS` if the prompt names one, else None.
         hidden: whether the object is to be hidden for a moment and to come back.
@@ -43,7 +47,8 @@ class EvaluationPrompt:
     kind: str
     colors: tuple[str, ...]
     shapes: tuple[str, ...]
-    direction: str | None
+    directions: tuple[str | None, ...]
+    relation: str | None
     camera: str | None
     background: str | None
     hidden: bool
@@ -120,21 +125,24 @@ def _deck(rng, cards):
 
 
 def _prompt(scene, rng):
-    kind = vocabulary.KINDS[scene.kind]
-    motion, background = vocabulary.MOTIONS[scene.motion[0]], vocabulary.BACKGROUNDS[scene.background]
-    direction = motion if kind in ("single", "wall", "pillar") else None
-    text = caption(scene, rng)
-    while not _states(text.lower(), direction):
-        text = caption(scene, rng)
+    kind, background = vocabulary.KINDS[scene.kind], vocabulary.BACKGROUNDS[scene.background]
     objects = range(1 + int(scene.present[1]))
     colors = tuple(vocabulary.COLORS[scene.color[i]] for i in objects)
     shapes = tuple(vocabulary.SHAPES[scene.shape[i]] for i in objects)
+    motions = tuple(vocabulary.MOTIONS[scene.motion[i]] for i in objects)
+    # A truck drives past, a camera moves, or an object moves: of what rests then, captions say so now and then.
+    asks = kind in ("single", "wall", "pillar") or (kind == "pair" and any(motion != "still" for motion in motions))
+    text = caption(scene, rng)
+    while asks and not _states(text.lower(), motions):
+        text = caption(scene, rng)
+    rests = asks and _says_rest(text.lower())
     return EvaluationPrompt(
         text=text,
         kind=kind,
         colors=colors,
         shapes=shapes,
-        direction=direction,
+        directions=tuple(motion if asks and (motion != "still" or rests) else None for motion in motions),
+        relation=vocabulary.RELATIONS[scene.relation] if kind == "pair" and _RELATION.search(text.lower()) else None,
         camera=vocabulary.CAMERAS[scene.camera] if kind == "camera" else None,
         background=background if _names(text.lower(), f"background {background}") else None,
         hidden=kind in ("wall", "pillar", "truck"),
@@ -143,11 +151,15 @@ def _prompt(scene, rng):
     )
 
 
-def _states(text, direction):
+def _states(text, motions):
     """Captions leave out rest and the side now and then; every other motion is in the verb."""
-    if direction in ("left", "right"):
-        return re.search(rf"\b{direction}", text) is not None  # not "bright"
-    return direction != "still" or any(word in text for word in _REST_WORDS)
+    if motions == ("still",):
+        return _says_rest(text)
+    return len(_SIDE.findall(text)) >= sum(motion in ("left", "right") for motion in motions)
+
+
+def _says_rest(text):
+    return any(word in text for word in _REST_WORDS)
 
 
 def _names(text, symbol):

@@ -1,5 +1,6 @@
 """The prompts of the evaluation are balanced, reproducible, and say what is compared."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from sora_jax.data.worlds import vocabulary
 from sora_jax.errors import InputError
-from sora_jax.evaluation.prompts import evaluation_prompts
+from sora_jax.evaluation.prompts import _RELATION, _SIDE, evaluation_prompts
 
 BACKGROUND_WORDS = {
     "plain": ("plain",),
@@ -26,7 +27,7 @@ def prompts():
 def test_kinds_motions_and_cameras_are_balanced(prompts):
     kinds = Counter(prompt.kind for prompt in prompts)
     assert set(kinds) == set(vocabulary.KINDS) and min(kinds.values()) >= 20
-    singles = Counter(prompt.direction for prompt in prompts if prompt.kind == "single")
+    singles = Counter(prompt.directions[0] for prompt in prompts if prompt.kind == "single")
     assert set(singles) == set(vocabulary.MOTIONS) and len(set(singles.values())) == 1
     cameras = Counter(prompt.camera for prompt in prompts if prompt.kind == "camera")
     assert set(cameras) == set(vocabulary.CAMERAS) - {"fixed"} and len(set(cameras.values())) == 1
@@ -48,8 +49,12 @@ def test_the_text_states_everything_that_is_compared(prompts):
         for part, names in (("color", prompt.colors), ("shape", prompt.shapes)):
             for name in names:
                 assert any(word in text for word in vocabulary.GRAMMAR[f"{part} {name}"]), text
-        if prompt.direction in ("left", "right"):
-            assert prompt.direction in text.replace("bright", ""), text
+        for direction in {"left", "right"} & set(prompt.directions):
+            assert direction in re.sub("bright|left of|right of", "", text), text
+        if prompt.relation:
+            words = {"left of": ["left of"], "right of": ["right of"], "above": ["above"], "below": ["below", "under"]}
+            opposite = vocabulary.RELATIONS[vocabulary.RELATIONS.index(prompt.relation) ^ 1]
+            assert any(word in text for one in (prompt.relation, opposite) for word in words[one]), text
         if prompt.background:
             assert any(word in text for word in BACKGROUND_WORDS[prompt.background]), text
         if prompt.camera:
@@ -65,8 +70,48 @@ def test_the_scene_is_what_the_prompt_asks_for(prompts):
         assert vocabulary.CAMERAS[scene.camera] == (prompt.camera or "fixed")
         assert prompt.hidden == bool(scene.occluder)
         assert prompt.background in (None, vocabulary.BACKGROUNDS[scene.background])
-        if prompt.direction:
-            assert vocabulary.MOTIONS[scene.motion[0]] == prompt.direction
+        assert prompt.relation in (None, vocabulary.RELATIONS[scene.relation])
+        motions = [vocabulary.MOTIONS[motion] for motion in scene.motion[scene.present]]
+        assert all(asked in (None, motion) for asked, motion in zip(prompt.directions, motions, strict=True))
+
+
+def test_pairs_are_asked_to_move_and_to_stand_somewhere(prompts):
+    pairs = [prompt for prompt in prompts if prompt.kind == "pair"]
+    assert sum(prompt.relation is not None for prompt in pairs) >= 5
+    assert sum(any(prompt.directions) for prompt in pairs) >= 20
+    moving = [prompt for prompt in pairs if prompt.scene.motion.any()]
+    assert all(any(prompt.directions) for prompt in moving)
+    assert any(None in prompt.directions for prompt in moving) and any(
+        "still" in prompt.directions for prompt in moving
+    )
+
+
+@pytest.mark.parametrize(
+    "text, states",
+    [
+        ("a red ball above a blue cube", True),
+        ("a red ball under a blue cube in a field under a blue sky", True),
+        ("a red ball and a blue cube under a starry night sky", False),
+        ("a red ball and a blue cube on the grass under a pale sky", False),
+        ("a red ball rolls to the left and a blue cube rests", False),
+        ("a red ball to the left of a blue cube", True),
+    ],
+)
+def test_a_place_under_the_sky_is_no_relation(text, states):
+    assert bool(_RELATION.search(text)) == states
+
+
+@pytest.mark.parametrize(
+    "text, sides",
+    [
+        ("a red ball rolls from left to right and a blue cube slides left", 2),
+        ("a bright blue ball rolls to the right", 1),
+        ("a red ball moving leftward left of a cube", 1),
+        ("a red ball rolls right of a cube", 0),
+    ],
+)
+def test_sides_are_counted_once(text, sides):
+    assert len(_SIDE.findall(text)) == sides
 
 
 def test_the_seed_decides(prompts):

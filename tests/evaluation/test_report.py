@@ -191,7 +191,7 @@ def test_scores_of_made_up_readings():
         return Reading(objects, "fixed", background)
 
     wall = prompts["wall"]
-    right = score(wall, read(seen(*wall.colors, *wall.shapes, wall.direction, True), background=wall.background))
+    right = score(wall, read(seen(*wall.colors, *wall.shapes, wall.directions[0], True), background=wall.background))
     assert all(right.values()) and {"color", "shape", "direction", "hidden"} <= set(right)
     nothing = score(wall, read())
     assert not any(nothing[question] for question in ("color", "shape", "direction", "hidden", "count"))
@@ -208,6 +208,32 @@ def test_scores_of_made_up_readings():
     named = next(prompt for prompt in evaluation_prompts(COUNT) if prompt.background)
     assert score(named, read(background=named.background))["background"]
     assert not score(named, read())["background"]
+
+
+def test_scores_of_where_two_objects_are_and_go():
+    pair = next(prompt for prompt in evaluation_prompts(COUNT) if prompt.kind == "pair")
+    names = list(zip(pair.colors, pair.shapes, strict=True))
+
+    def read(*directions, apart):
+        places = [np.array([[0.5, 0.5], [np.nan, np.nan]]), np.array([[0.5, 0.5], [0.5, 0.5]]) + apart]
+        objects = [
+            SeenObject(*name, direction, False, place, np.ones(2))
+            for name, direction, place in zip(names, directions, places, strict=True)
+        ]
+        return Reading((objects[1], objects[0]), "fixed", "other")
+
+    def answers(reading, relation, *directions):
+        right = score(dataclasses.replace(pair, relation=relation, directions=directions), reading)
+        return {part: right[part] for part in ("pair", "placed", "moving") if part in right}
+
+    reading = read("left", "still", apart=(0.3, -0.1))
+    assert answers(reading, "left of", "left", "still") == {"pair": True, "placed": True, "moving": True}
+    assert answers(reading, "below", "left", None) == {"pair": True, "placed": True, "moving": True}
+    assert answers(reading, "above", "still", "left") == {"pair": True, "placed": False, "moving": False}
+    assert answers(reading, "right of", None, None) == {"pair": True, "placed": False}
+    assert answers(reading, None, None, "still") == {"pair": True, "moving": True}
+    other = dataclasses.replace(reading, objects=reading.objects[:1])
+    assert answers(other, "left of", None, "still") == {"pair": False, "placed": False, "moving": False}
 
 
 def test_wilson_intervals():
