@@ -123,8 +123,8 @@ def make_request(
         guidance_low = defaults.guidance_low if guidance is None else guidance
     guidance = _number("guidance", defaults.guidance if guidance is None else guidance)
     guidance_low = _number("guidance_low", guidance if guidance_low is None else guidance_low)
-    frames = _whole("frames", defaults.frames if frames is None else frames, 1)
-    size = tuple(_whole("size", side, 1) for side in _pair(defaults.size if size is None else size))
+    frames = _whole("frames", defaults.frames if frames is None else frames)
+    size = tuple(_whole("size", side) for side in _pair(defaults.size if size is None else size))
     check_shape(config, frames, size)
     window, overlap = check_window(config, frames, window, overlap)
     if window < frames and (noise is not None or last_image is not None):
@@ -182,8 +182,8 @@ def check_window(config: ModelConfig, frames: int, window: Any, overlap: Any) ->
     stride = config.codec.stride_time
     if window is None and overlap is not None:
         raise InputError("an overlap is that of windows: give the window too")
-    window = frames if window is None else _whole("window", window, 1)
-    overlap = 1 if overlap is None else _whole("overlap", overlap, 1)
+    window = frames if window is None else _whole("window", window)
+    overlap = 1 if overlap is None else _whole("overlap", overlap)
     for name, value in (("window", window), ("overlap", overlap)):
         _check_multiple(name, value, stride, 1)
     if window >= frames:
@@ -234,12 +234,12 @@ def _listed(value: Any) -> list[Any]:
         return [value]
 
 
-def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+def _whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     try:
         number = operator.index(value)
     except TypeError:
         raise InputError(f"{name} must be a whole number, not {value!r}") from None
-    if number < low or (high is not None and number > high):
+    if (low is not None and number < low) or (high is not None and number > high):
         raise InputError(
             f"{name} must be {f'at least {low}' if high is None else f'from {low} to {high}'}, not {value}"
         )
@@ -267,8 +267,9 @@ def _check_multiple(name: str, value: int, step: int, offset: int) -> None:
     """Raises InputError, naming the nearest values, unless value = offset + a positive multiple of step."""
     if value >= max(offset, 1) and value % step == offset % step:
         return
-    below = value - (value - offset) % step
-    nearest = [str(n) for n in (below, below + step) if n > 0]
+    near = max(value, 1)
+    below = near - (near - offset) % step
+    nearest = [str(n) for n in (below, below + step) if n > 0][: 1 if value < near else 2]
     rule = f"{offset} + a multiple of {step}" if offset else f"a multiple of {step}"
     are = f"nearest are {nearest[0]} and {nearest[1]}" if len(nearest) > 1 else f"nearest is {nearest[0]}"
     raise InputError(f"{name} must be {rule}; {value} is not, {are}")

@@ -125,6 +125,8 @@ def test_names_come_from_prompts():
         (["--prompts", "none.txt"], "cannot read none.txt"),
         (["red", "--frames", "16"], "nearest are 13 and 17"),
         (["red", "--size", "100x64"], "nearest are 96 and 128"),
+        (["red", "--frames", "0"], "0 is not, nearest is 1"),
+        (["red", "--size", "0x64"], "0 is not, nearest is 32"),
         (["red", "--size", "wide"], "HEIGHTxWIDTH"),
         (["red", "--steps", "0"], "at least 1"),
         (["red", "--guidance", "nan"], "must be a number"),
@@ -140,6 +142,7 @@ def test_names_come_from_prompts():
         (["red", "-o", "red.png"], "holds one frame"),
         (["red", "--image", "none.png"], "takes no image"),
         (["red", "--num", "2", "-o", "red.mp4"], "folder"),
+        (["red", "--num", "2", "-o", "red.AVI"], "folder"),
         (["red", "--num", "2", "-o", "none/out"], "cannot make the folder"),
     ],
 )
@@ -293,7 +296,9 @@ def test_wrong_overrides_are_named(tmp_path, words, message):
 
 def test_wrong_config_files_end_in_one_line(tmp_path, capsys):
     (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
-    for name, message in {"none.py": "no config file none.py", "broken.py": "ZeroDivisionError"}.items():
+    (tmp_path / "leaves.py").write_text("import sys\n\n\ndef get_config():\n    sys.exit(3)\n")
+    mistakes = {"none.py": "no config file none.py", "broken.py": "ZeroDivisionError", "leaves.py": "SystemExit: 3"}
+    for name, message in mistakes.items():
         assert main(["train", "--config", name, "--workdir", "run"]) == 2
         assert message in one_line(capsys)
 

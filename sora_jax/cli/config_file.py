@@ -32,7 +32,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
     try:
         spec.loader.exec_module(module)
         config = ml_collections.ConfigDict(module.get_config(*argument))
-    except Exception as error:  # the file is the user's code and can fail in any way
+    except (Exception, SystemExit) as error:  # the file is the user's code and can fail in any way
         raise InputError(f"the config {path} fails: {type(error).__name__}: {error}") from error
     words = list(overrides)
     while words:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import mimetypes
 import re
 import sys
 import warnings
@@ -40,9 +41,9 @@ def add_commands(commands: Any) -> None:
         default=1,
         help="videos per prompt, with seeds SEED, SEED+1, ... (default: 1)",
     )
-    add("--frames", type=whole(1), help="frames of the video (default: the model's)")
-    add("--window", type=whole(1), metavar="N", help="frames sampled at a time; longer videos go on from the last ones")
-    add("--overlap", type=whole(1), metavar="N", help="frames a window has from the one before (default: 1)")
+    add("--frames", type=whole(0), help="frames of the video (default: the model's)")
+    add("--window", type=whole(0), metavar="N", help="frames sampled at a time; longer videos go on from the last ones")
+    add("--overlap", type=whole(0), metavar="N", help="frames a window has from the one before (default: 1)")
     add("--size", type=size, metavar="HxW", help="height and width in pixels (default: the model's)")
     add("--fps", type=number(0), help="frames per second of the file (default: the model's)")
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
@@ -245,7 +246,8 @@ class _Target:
         self.frames, self.fps, self.made = frames, fps, False
         self.file = Path(output) if output and not several and not Path(output).is_dir() else None
         self.folder = Path(output or ".")
-        if self.file is None and not self.folder.is_dir() and self.folder.suffix in (".mp4", ".gif", ".png"):
+        kind, _ = mimetypes.guess_type(self.folder.name)
+        if self.file is None and not self.folder.is_dir() and (kind or "").startswith(("video/", "image/")):
             raise InputError(f"several videos need a folder, not {output}; give -o the name of a folder")
 
     def check(self, prompt: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, one_line
 
 
 def stored(data_dir: str | Path, split: str) -> Sequence[dict]:
@@ -66,7 +66,10 @@ class Shaped:
         return len(self.clips)
 
     def __getitem__(self, number: int) -> dict:
-        clip = self.clips[number]
+        try:
+            clip = self.clips[number]
+        except RuntimeError as error:  # what ArrayRecord makes of a file that is cut off or damaged
+            raise InputError(f"{self.name}: clip {number} cannot be read: {one_line(error)}") from error
         if (found := clip["video"].shape) != self.shape:
             asked = list(self.shape)
             raise InputError(f"{self.name}: clip {number} is {list(found)}; the configuration asks for {asked}")

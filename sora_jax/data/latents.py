@@ -3,6 +3,7 @@
 Encoding costs far more than the rest of reading a clip, and a DiT sees each clip many times.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jax.sharding import Sharding
 
 from sora_jax.data import loading
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, one_line
 from sora_jax.json_files import read_json
 from sora_jax.text import tokenize
 
@@ -96,8 +97,12 @@ def check_about(path: Path, about: dict) -> None:
 
 
 def first_latents(path: Path, count: int) -> np.ndarray:
-    """The latents of the first clips of a file: (count, F, Y, X, Z) float32."""
-    records = grain.sources.ArrayRecordDataSource([str(path)])
+    """The latents of the first clips of a file: (count, F, Y, X, Z) float32.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    records = _Records([path])
     clips = [safetensors.numpy.load(records[i]) for i in range(min(count, len(records)))]
     return np.stack([clip["latents"] for clip in clips]).astype(np.float32)
 
@@ -110,6 +115,9 @@ def batches(
 
     A function of `seed` and the number of the batch, with one of its captions for each clip; placed by `sharding`
     (see `loading.batches`).
+
+    Raises:
+      InputError: a file is damaged; also from the iterator, where it comes to the damaged part.
     """
 
     def read(record: bytes, rng: np.random.Generator) -> dict:
@@ -118,5 +126,32 @@ def batches(
         ids_L = tokenize([captions[rng.integers(len(captions))]], text_length)[0]
         return {**clip, "ids": ids_L}
 
-    source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-    return loading.batches(source, read, batch, seed, start, sharding)
+    return loading.batches(_Records(paths), read, batch, seed, start, sharding)
+
+
+class _Records:
+    """The records of some files, one file after the other."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths, self._sources = paths, []
+        for path in paths:
+            with _told(path):
+                self._sources.append(grain.sources.ArrayRecordDataSource([str(path)]))
+        self._ends = np.cumsum([len(source) for source in self._sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: int) -> bytes:
+        file = int(np.searchsorted(self._ends, number, side="right"))
+        source = self._sources[file]
+        with _told(self._paths[file]):
+            return source[int(number - self._ends[file]) + len(source)]
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what ArrayRecord makes of a file that is cut off or damaged
+        raise InputError(f"cannot read {path}: {one_line(error)}; delete it, and it is made again") from error

@@ -49,11 +49,13 @@ class Checkpoints:
         """The newest checkpoint, placed as the shardings of `abstract` say.
 
         Raises:
-          InputError: the checkpoint belongs to a model of another shape.
+          InputError: the checkpoint belongs to a model of another shape, or is damaged.
         """
         step = self.latest()
         # Before anything is read: a restore that fails on the way leaves half of its work behind.
-        wanted, found = _shapes(abstract), _shapes(self._manager.item_metadata(step).tree)
+        with self._reading(step):
+            tree = self._manager.item_metadata(step).tree
+        wanted, found = _shapes(abstract), _shapes(tree)
         if wanted != found:
             name = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
             has, needs = (list(shapes[name]) if name in shapes else "absent" for shapes in (found, wanted))
@@ -61,13 +63,14 @@ class Checkpoints:
                 f"checkpoint {step} in {self._manager.directory} does not fit this configuration: "
                 f"{name} is {has} there, and {needs} here"
             )
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def read(self, *parts: str) -> dict:
         """Parts of the newest checkpoint, such as "ema", by name: trees of NumPy arrays, without knowing the model.
 
         Raises:
-          InputError: there is no checkpoint.
+          InputError: there is no checkpoint, or it is damaged.
         """
         step = self.latest()
         if step is None:
@@ -78,22 +81,35 @@ class Checkpoints:
         except RuntimeError:  # JAX_PLATFORMS leaves it out
             device = jax.local_devices()[0]
         here = jax.sharding.SingleDeviceSharding(device)
-        tree = self._manager.item_metadata(step).tree
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            {part: tree[part] for part in parts},
-        )
-        restore = ocp.args.PyTreeRestore(
-            target, ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-        )
-        with ocp.CheckpointManager(self._manager.directory, item_handlers=ocp.PyTreeCheckpointHandler()) as reader:
-            return jax.tree.map(np.asarray, reader.restore(step, args=restore))
+        with self._reading(step):
+            tree = self._manager.item_metadata(step).tree
+            target = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                {part: tree[part] for part in parts},
+            )
+            restore = ocp.args.PyTreeRestore(
+                target, ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+            )
+            with ocp.CheckpointManager(self._manager.directory, item_handlers=ocp.PyTreeCheckpointHandler()) as reader:
+                return jax.tree.map(np.asarray, reader.restore(step, args=restore))
 
     def close(self) -> None:
         """Waits for what is being written; raises InputError if that fails."""
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # of memory, or of a lost host
+            raise
+        except Exception as error:  # of many kinds, by which file is damaged and how
+            where = self._manager.directory / str(step)
+            raise InputError(
+                f"cannot read the checkpoint {where}: {one_line(error)}; without that folder, the one before it counts"
+            ) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

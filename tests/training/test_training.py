@@ -29,6 +29,7 @@ from sora_jax import pipeline, sampler
 from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
 from sora_jax.data import clips as clips_lib
+from sora_jax.data import latents as latents_lib
 from sora_jax.data.latents import first_latents, write_shards
 from sora_jax.errors import InputError, Refused
 from sora_jax.mesh import make_mesh
@@ -738,6 +739,48 @@ def test_clips_that_were_half_written_are_written_again(tmp_path):
         tmp_path, 4, 2, lambda start, count: asked.append(start) or clips(start, count), lambda _: None
     )
     assert asked == [2] and first_latents(paths[1], 2)[:, 0, 0, 0, 0].tolist() == [2, 3]
+
+
+def test_clips_are_read_from_several_files_and_damage_is_told(tmp_path):
+    def clips(start, count):
+        rng = np.random.default_rng(start)
+        for number in range(start, start + count):
+            yield {"latents": np.r_[number, rng.random(20_000)].reshape(1, 1, 1, -1), "captions": "a"}
+
+    paths = write_shards(tmp_path, 7, 3, clips, lambda _: None)
+    read = latents_lib.batches(paths, 7, 4, seed=0, start=0)
+    assert sorted(next(read)["latents"][:, 0, 0, 0, 0].tolist()) == list(range(7))
+    whole = paths[1].read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:1000] + b"x" * 100 + whole[1100:]):
+        paths[1].write_bytes(damaged)
+        with pytest.raises(InputError, match=f"cannot read {paths[1]}: .*; delete it, and it is made again"):
+            next(latents_lib.batches(paths, 7, 4, seed=0, start=0))
+
+
+def _without_metadata(checkpoint):
+    (checkpoint / "default" / "_METADATA").unlink()
+
+
+def _cut_off(checkpoint):
+    largest = max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda checkpoint: shutil.rmtree(checkpoint / "default"), _without_metadata, _cut_off]
+)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_counts(codec_run, tmp_path, damage):
+    workdir = shutil.copytree(codec_run, tmp_path / "run")
+    before, newest = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    damage(workdir / "checkpoints" / str(newest))
+    told = f"cannot read the checkpoint .*checkpoints/{newest}: .*the one before it counts"
+    with Checkpoints(workdir) as checkpoints, pytest.raises(InputError, match=told):
+        checkpoints.read("ema")
+    with pytest.raises(InputError, match=told):
+        loop.train(codec_config(), workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(newest))
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest() == before and "ema" in checkpoints.read("ema")
 
 
 def test_alignment_trains_the_tokens_and_is_not_exported(dit_run, codec_run, tmp_path):
