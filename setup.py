@@ -65,7 +65,7 @@ setup(
             "ruff",
             "scipy",
         ],
-        "parity": ["diffusers>=0.35", "peft", "torch", "transformers>=4.56"],
+        "parity": ["diffusers>=0.37", "peft", "torch", "transformers>=4.56"],
     },
     entry_points={"console_scripts": ["sora-jax = sora_jax.__main__:main"]},
     classifiers=[

@@ -38,6 +38,7 @@ from pathlib import Path
 
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
+from sora_jax.mesh import parse_sizes, whole_sizes
 from sora_jax.training.config import check_config, check_local
 
 # Options that only one of the launchers reads.
@@ -70,7 +71,12 @@ class Command:
 
 
 def make_runs(
-    config: str, sweep: Sequence[str], overrides: Sequence[str], folder: str, mesh: str | None = None
+    config: str,
+    sweep: Sequence[str],
+    overrides: Sequence[str],
+    folder: str,
+    mesh: str | None = None,
+    devices: int | None = None,
 ) -> list[Run]:
     """One run for every combination of the swept values.
 
@@ -79,9 +85,11 @@ def make_runs(
         overrides: words like "--config.steps=1000", for all runs.
         folder: where the work folders are.
         mesh: in place of the config's.
+        devices: how many there will be, if that is known.
 
     Raises:
-        InputError: the config does not take these values, or two runs would have the same name.
+        InputError: the config does not take these values, the devices make no such mesh, or two runs would have the
+            same name.
     """
     check_local(folder, "--runs")
     fields, values = [], []
@@ -90,6 +98,8 @@ def make_runs(
         choices = _split(text)
         if not name.startswith("config.") or not equals or "" in choices:
             raise InputError(f"--sweep {word} must look like config.FIELD=VALUE,VALUE")
+        if name in fields:
+            raise InputError(f"--sweep {name} is given twice; all its values belong into one")
         fields.append(name)
         values.append(choices)
     # The last part of a field's name is enough, unless two of them have the same.
@@ -99,7 +109,12 @@ def make_runs(
     runs = []
     for chosen in itertools.product(*values):
         swept = [f"--{name}={value}" for name, value in zip(fields, chosen, strict=True)]
-        check_config(load_config(config, [*overrides, *swept]))  # better here than on a cluster an hour later
+        # Better here than on a cluster an hour later.
+        loaded = load_config(config, [*overrides, *swept])
+        check_config(loaded)
+        if mesh != "auto":
+            sizes = dict(loaded.get("mesh", {})) if mesh is None else parse_sizes(mesh)
+            whole_sizes(devices or abs(math.prod(sizes.values())), **sizes)
         parts = [f"{name}={value}" for name, value in zip(short, chosen, strict=True)]
         name = re.sub(r"[^\w.=+-]+", "-", "-".join([Path(path).stem, *[argument][: bool(argument)], *parts]))
         arguments = ["train", "--config", config, "--workdir", f"{folder}/{name}", *overrides, *swept]
@@ -110,6 +125,18 @@ def make_runs(
     if len({_kubernetes_name(run.name) for run in runs}) < len(runs):
         raise InputError("two runs of this sweep would have the same name in Kubernetes")
     return runs
+
+
+def devices_of(options: argparse.Namespace) -> int | None:
+    """How many devices a run will have, where the options tell."""
+    kind, _, value = options.on.partition("=")
+    if kind == "processes" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        return int(value)
+    if kind == "slurm" and options.gpus_per_node:
+        return options.nodes * options.gpus_per_node
+    if kind == "gke" and re.match(r"tpu-v[456]", options.tpu):  # whose chips are one device each
+        return math.prod(int(side) for side in options.topology.split("x"))
+    return None
 
 
 def _split(text: str) -> list[str]:
@@ -140,12 +167,18 @@ def on_this_machine(run: Run, processes: int) -> list[Command]:
 
 def on_tpu_vm(run: Run, options: argparse.Namespace, name: str) -> Command:
     """https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh; JAX finds the hosts of a pod itself."""
+    if not re.fullmatch(r"[a-zA-Z][-\w]*", name):
+        raise InputError(f"--on tpu-vm={name}: a TPU VM's name begins with a letter; letters, digits and dashes follow")
     where = [f"--zone={options.zone}"] if options.zone else []
-    train = (f"cd {shlex.quote(options.folder)} && " if options.folder else "") + shlex.join(
-        # The shell of such a command has not read the profile that knows where pip puts scripts.
-        [options.python, "-m", "sora_jax", *run.arguments]
-    )
+    folder = f"cd {_home_path(options.folder)} && " if options.folder else ""
+    # The shell of such a command has not read the profile that knows where pip puts scripts.
+    train = f"{folder}{_home_path(options.python)} {shlex.join(['-m', 'sora_jax', *run.arguments])}"
     return Command(["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *where, "--worker=all", f"--command={train}"])
+
+
+def _home_path(path: str) -> str:
+    """A path for the shell of a host, which knows what ~ is there."""
+    return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") and path[2:] else shlex.quote(path)
 
 
 def on_slurm(run: Run, options: argparse.Namespace) -> Command:
@@ -159,17 +192,27 @@ def on_slurm(run: Run, options: argparse.Namespace) -> Command:
         f"--nodes={options.nodes}",
         f"--ntasks-per-node={options.gpus_per_node or 1}",
         *gpus,
-        f"--output={options.runs}/{run.name}-%j.out",
+        f"--output={f'{options.runs}/{run.name}'.replace('%', '%%')}-%j.out",
         "--open-mode=append",
         "--requeue",
         f"--signal=TERM@{2 * options.grace}",
-        *[f"--{setting}" for setting in options.sbatch],
+        *[f"--{setting.lstrip('-')}" for setting in options.sbatch],
     ]
-    lines = ["#SBATCH " + re.sub("=(.* .*)", r'="\1"', setting) + "\n" for setting in settings]
+    lines = [f"#SBATCH {_sbatch_word(setting)}\n" for setting in settings]
     srun = shlex.join(["srun", "--kill-on-bad-exit=1", "sora-jax", *run.arguments])
     # srun does not take over the cores of a task from sbatch (since 22.05).
     cores = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
     return Command(["sbatch"], "#!/bin/bash\n" + "".join(lines) + f"\n{cores}\n{srun}\n")
+
+
+def _sbatch_word(setting: str) -> str:
+    """An option as sbatch reads it in a script: outside of quotes, space ends it and # begins a comment."""
+    name, equals, value = setting.partition("=")
+    if "\n" in setting:
+        raise InputError(f"--sbatch {setting!r}: an option is one line")
+    if re.search(r"[^\w./:,=+@%-]", value):
+        value = '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    return f"{name}{equals}{value}"
 
 
 def on_gke(run: Run, options: argparse.Namespace) -> Command:
@@ -227,8 +270,10 @@ def on_gke(run: Run, options: argparse.Namespace) -> Command:
 
 
 def _kubernetes_name(name: str) -> str:
-    """Lower-case letters, digits and dashes, short enough for the names of pods that are made from it."""
+    """A letter, then lower-case letters, digits and dashes, short enough for the names of pods made from it."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not re.match("[a-z]", plain):
+        plain = f"run-{plain}".strip("-")
     if len(plain) <= 40 and plain == re.sub("[_=]", "-", name):
         return plain
     # What was left out may be all that tells two runs apart.
@@ -353,10 +398,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--nodes", type=_at_least(1), default=1, help="slurm: nodes (default: 1)")
     add("--gpus-per-node", type=_at_least(0), default=0, help="slurm: GPUs on each, a process for each (default: none)")
-    add(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="slurm: such as partition=a100, cpus-per-task=8"
-    )
-    add("--image", help="gke: the container image, with sora-jax in it")
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="slurm: partition=a100, cpus-per-task=8, ...")
+    add("--image", help="gke: the container image, with sora-jax installed and the config's path in its folder")
     add("--claim", help="gke: the persistent volume claim that is mounted at --runs")
     add("--tpu", default="tpu-v5-lite-podslice", help="gke: the kind of TPU (default: tpu-v5-lite-podslice)")
     add("--topology", type=_topology, default="4x4", help="gke: the chips of the slice (default: 4x4)")
@@ -376,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures = 0
     try:
         make = launcher(options)
-        for run in make_runs(options.config, options.sweep, overrides, options.runs, options.mesh):
+        for run in make_runs(options.config, options.sweep, overrides, options.runs, options.mesh, devices_of(options)):
             commands = make(run)
             print(f"# {run.name}\n" + " &\n".join(map(str, commands)), flush=True)
             if options.dry_run:

@@ -223,17 +223,18 @@ def _splash(q, k, v, valid_L, with_log_sum, interpret: bool = False):
 
     # The kernel has no gradient where it gives the sums too.
     @jax.custom_vjp
-    def run(q, k, v):
+    def run(q, k, v, valid_L):
         return _splash_forward(q, k, v, valid_L, True, interpret)
 
-    def forward(q, k, v):
-        return run(q, k, v), (q, k, v)
+    def forward(q, k, v, valid_L):
+        return run(q, k, v, valid_L), (q, k, v, valid_L)
 
     def backward(arrays, cotangents):
-        return jax.vjp(lambda q, k, v: _xla(q, k, v, valid_L, True), *arrays)[1](cotangents)
+        *arrays, valid_L = arrays
+        return *jax.vjp(lambda q, k, v: _xla(q, k, v, valid_L, True), *arrays)[1](cotangents), None
 
     run.defvjp(forward, backward)
-    return run(q, k, v)
+    return run(q, k, v, valid_L)
 
 
 def _splash_forward(q, k, v, valid_L, with_log_sum, interpret):

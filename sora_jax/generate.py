@@ -119,7 +119,8 @@ class Generator:
                 stride in time; by default 1. More of them carry motion along, in models that take more than one.
             size: (height, width) in pixels, multiples of what codec and transformer fold together.
             steps: steps of the solver, >= 1.
-            guidance: the velocity is `without + guidance * (with - without)` the prompt (arXiv:2207.12598).
+            guidance: above 1 the velocity is `without + guidance * (with - without)` the prompt (arXiv:2207.12598), and
+                up to 1 that with the prompt, as in published pipelines.
             guidance_low: the guidance of a second transformer for low noise levels, where the model has one.
             negative_prompt: takes the place of the empty prompt in "without".
             fps: frames per second of the result; it changes the speed, not the frames.

@@ -13,7 +13,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is damaged: it holds no JSON object")

@@ -46,11 +46,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, 
       InputError: the sizes do not multiply to the number of devices; it names some that would.
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
-    rest = fsdp * context * tensor
-    if data == -1 and rest > 0 and devices.size % rest == 0:
-        data = devices.size // rest
-    shape = (data, fsdp, context, tensor)
-    check_sizes(dict(zip(AXES, shape, strict=True)), devices.size)
+    shape = tuple(whole_sizes(devices.size, data, fsdp, context, tensor).values())
     # Auto axes: the constraints below are hints to the compiler, which fills in the rest.
     return Mesh(_along_links(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -62,6 +58,20 @@ def _along_links(devices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         if math.prod(sides) == devices.size:  # a whole slice, each chip one device
             return mesh_utils.create_device_mesh(shape, list(devices.flat), allow_split_physical_axes=True)
     return devices.reshape(shape)
+
+
+def whole_sizes(devices: int, data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> dict[str, int]:
+    """The sizes of a mesh of so many devices: `data=-1` is what the other axes leave.
+
+    Raises:
+      InputError: as `make_mesh` does.
+    """
+    rest = fsdp * context * tensor
+    if data == -1 and rest > 0 and devices % rest == 0:
+        data = devices // rest
+    sizes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
+    check_sizes(sizes, devices)
+    return sizes
 
 
 def check_sizes(sizes: dict[str, int], devices: int) -> None:
@@ -156,7 +166,7 @@ def check_heads(heads: int, mesh: Mesh) -> None:
     """Raises InputError if the mesh cannot divide the heads of attention, which no parameter has for an axis."""
     tensor = math.prod(mesh.shape[axis] for axis in RULES["heads"])
     if heads % tensor:
-        possible = [n for n in range(1, tensor) if heads % n == 0]
+        possible = [n for n in range(1, tensor) if heads % n == mesh.size % n == 0]
         raise InputError(
             f"mesh tensor={tensor} cannot divide {heads} heads; sizes below that can: {', '.join(map(str, possible))}"
         )

@@ -52,8 +52,8 @@ class SamplingConfig:
 
     @property
     def is_guided(self) -> bool:
-        """Whether there is guidance: at 1, the half without the prompt has no weight."""
-        return not self.guidance == 1.0 or self.guidance_low not in (None, 1.0)
+        """Whether there is guidance: none up to 1, as published pipelines have it, for both transformers."""
+        return self.guidance > 1
 
     def __post_init__(self) -> None:
         for name, least in (("steps", self.steps), ("frames", self.frames), ("size", min(self.size))):
@@ -117,6 +117,8 @@ class ModelConfig:
                 raise ValueError(f"dit expects {here} channels from {part}, which has {there}")
         if self.dit.image_width != (self.vision.width if self.vision else 0):
             raise ValueError(f"dit expects {self.dit.image_width} channels from vision, which has another width")
+        if self.dit.image_positions not in (0, 2 * self.vision.tokens if self.vision else 0):
+            raise ValueError(f"dit has {self.dit.image_positions} positions for what vision sees of two images")
         if self.dit.condition_channels not in (0, self.codec.stride_time + self.codec.latent_channels):
             raise ValueError("the condition of dit is a mask of stride_time channels, and latents")
         if self.boundary is not None and not 0 <= self.boundary <= 1:

@@ -71,8 +71,8 @@ def write_model_folder(
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     if config.dtype not in _STORED_AS:
         raise InputError(f"a model folder holds float32, float16 or bfloat16, not {config.dtype}")
-    if path.exists() and not (path / "model.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"cannot write the model to {path}: something other than a model folder is there")
+    if path.exists() and not _may_be_replaced(path):
+        raise InputError(f"cannot write the model to {path}: something other than a model is there, or beside one")
     expected = abstract_params(config)
     tensors = {part: _stored(part, params[part], expected[part], config.dtype) for part in config.parts}
     with _complete_or_absent(path, "the model") as hidden:
@@ -83,6 +83,21 @@ def write_model_folder(
         text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=1)
         (hidden / "model.json").write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether what is there is an empty folder, or a model folder with nothing else in it."""
+    if not path.is_dir():
+        return False
+    there = {one.name for one in path.iterdir()}
+    if not there:
+        return True
+    parts = ("text", "codec", "dit", "dit_low", "vision")
+    ours = {"model.json", "tokenizer.json", *(f"{part}.safetensors" for part in parts)}
+    try:
+        return there <= ours and "format_version" in read_json(path / "model.json")
+    except InputError:
+        return False
 
 
 @contextlib.contextmanager
@@ -156,7 +171,9 @@ def described_by(path: Path) -> Iterator[None]:
 def read_config(path: str | os.PathLike) -> ModelConfig:
     """The config of a model folder alone; raises InputError."""
     if not Path(path).is_dir():
-        raise InputError(f"there is no model folder {path}")
+        raise InputError(
+            f"there is no model folder {path}; it is a folder on this machine (docs/wan.md names some to fetch)"
+        )
     if not Path(path, "model.json").exists():
         raise InputError(f"{path} is no model folder: it holds no model.json, and no model_index.json as Wan's do")
     return _read_json(Path(path, "model.json"), ModelConfig)

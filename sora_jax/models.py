@@ -67,13 +67,20 @@ def load(
         raise InputError(f"dtype is {dtype!r}; it can be {' or '.join(DTYPES)}")
     check_kernel(kernel, mesh.devices.flat[0].platform if mesh else jax.default_backend())
     config, tensors, tokenizer = open_model(folder, dtype, mesh)
-    for part, files in (("dit", lora), ("dit_low", lora_low)):
+    for name, part, files in (("lora", "dit", lora or {}), ("lora_low", "dit_low", lora_low or {})):
+        if not isinstance(files, dict):
+            raise InputError(f"{name} must be a dictionary, of files with their scales, not {files!r}")
         if files and part not in tensors:
             raise InputError("lora_low is for models with a second transformer; this one has none")
-        for file, scale in (files or {}).items():
+        for file, scale in files.items():
             from sora_jax.interop import lora as lora_lib
 
             tensors[part] = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
+            both = "give it as --lora-low too, with the scale 0 if that is not wanted"
+            if part == "dit" and file not in (lora_low or {}) and lora_lib.is_for_both(file):
+                raise InputError(
+                    f"{file} has parts for two transformers: {both if 'dit_low' in tensors else 'this model has one'}"
+                )
     adapted = {"dit": lora or {}, "dit_low": lora_low or {}}
     # The host that writes the files says what they were made with.
     weights = _in_background(partial(_weights_of, folder, adapted)) if hosts.is_first() else str
@@ -128,8 +135,9 @@ def open_model(
 
         return open_pipeline_folder(path, dtype, mesh)
     config, tensors = model_folder.open_model_folder(path, dtype, mesh)
-    tokenizer = FileTokenizer(path / "tokenizer.json") if config.text.tokenizer == "file" else ByteTokenizer()
-    return config, tensors, tokenizer
+    if config.text.tokenizer == "bytes":
+        return config, tensors, ByteTokenizer()
+    return config, tensors, FileTokenizer(path / "tokenizer.json", config.text.vocabulary_size)
 
 
 def _weights_of(folder: Path, adapted: dict[str, dict[str | os.PathLike, float]]) -> str:

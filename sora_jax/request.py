@@ -58,8 +58,8 @@ class Request:
 
     @property
     def is_guided(self) -> bool:
-        """Whether there is guidance: without it, the half without the prompt has no weight."""
-        return not self.guidance == self.guidance_low == 1.0
+        """As `SamplingConfig.is_guided`."""
+        return self.guidance > 1
 
     def __post_init__(self) -> None:
         check_texts([self.negative_prompt], "negative prompt")
@@ -206,6 +206,8 @@ def _images(config: ModelConfig, image: Any, last_image: Any, frames: int) -> di
         raise InputError(f"{frames} frames are too few for a first and a last image")
     if dit.image_positions and last_image is None:
         raise InputError("this model goes from a first to a last image: give --last-image FILE too")
+    if dit.image_width and not dit.image_positions and last_image is not None:
+        raise InputError("this model sees one image, with which the video starts: it takes no last image")
     arrays, ingredients = {}, []
     for name, picture in (("image", image), ("last_image", last_image)):
         source = None

@@ -25,7 +25,7 @@ def options(kind: str, expected: dict[str, np.ndarray]) -> dict[str, Any]:
     return given | ({"guidance_low": 2.0} if kind.endswith("a14b") else {})
 
 
-def run(generator: Generator, noise: np.ndarray, **options) -> np.ndarray:
+def run(generator: Generator, noise: np.ndarray, guidance: float = 4.0, **options) -> np.ndarray:
     """Frames, uint8 (T, H, W, 3)."""
     stride = generator.config.codec.stride_space
     return generator.generate(
@@ -35,7 +35,7 @@ def run(generator: Generator, noise: np.ndarray, **options) -> np.ndarray:
         size=(8 * stride, 4 * stride),
         frames=9,
         steps=6,
-        guidance=4.0,
+        guidance=guidance,
         progress=False,
         **options,
     ).frames

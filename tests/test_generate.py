@@ -148,7 +148,9 @@ def test_prompt_guidance_and_negative_prompt_count(generator):
     assert not np.array_equal(plain, frames("red"))
     assert not np.array_equal(plain, frames(guidance=9.0))
     assert not np.array_equal(plain, frames(negative_prompt="red"))
-    assert np.array_equal(frames(guidance=0.0), frames("red", guidance=0.0))
+    without = frames(guidance=1.0)
+    assert not np.array_equal(plain, without) and not np.array_equal(frames(guidance=1.5), without)
+    assert np.array_equal(frames(guidance=0.5, negative_prompt="red"), without)
 
 
 def test_what_is_made_of_pictures_says_so_and_needs_their_files_no_longer(tiny_config, tiny_params, tmp_path):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -134,6 +135,8 @@ def test_names_of_kubernetes_are_short_and_differ(launch):
     for one, other in (("seed=-1", "seed=1"), ("rate=1e-3", "rate=1e+3"), ("name=A", "name=a")):
         assert launch._kubernetes_name(one) != launch._kubernetes_name(other)
     names = {launch._kubernetes_name("worlds_dit-" + "learning_rate=1e-3-" * 5 + end) for end in "ab"}
+    for name in ("\u6a21\u578b", "1b", "=", "-x-"):  # jobs and pods take labels of DNS
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", launch._kubernetes_name(name)), name
     assert len(names) == 2 and all(len(name) <= 40 and name.strip("-") == name for name in names)
 
 
@@ -185,6 +188,59 @@ def test_values_with_spaces_are_quoted_for_slurm(launch, capsys):
 
 def python(launch, script):
     return launch.Command([sys.executable, "-c", script])
+
+
+def test_what_sbatch_would_read_otherwise_is_quoted(launch, capsys):
+    options = ['comment=say "hi" #1', "comment=it's", "--partition=a100", "exclusive", "mail-user=a@b.c"]
+    words = [*CONFIG, "--on", "slurm", "--dry-run", "--runs", "/r/%u \\x", *[f"--sbatch={o}" for o in options]]
+    assert launch.main(words) == 0
+    said = capsys.readouterr().out
+    for line in (
+        r'--comment="say \"hi\" #1"',
+        """--comment="it's\"""",
+        "--partition=a100",
+        "--exclusive",
+        "--mail-user=a@b.c",
+        r'--output="/r/%%u \\x/worlds_codec-%j.out"',
+    ):
+        assert f"#SBATCH {line}\n" in said, line
+
+
+def test_a_host_knows_where_its_home_is(launch, capsys):
+    words = [*CONFIG, "--on", "tpu-vm=a", "--dry-run", "--folder", "~/my sora", "--python", "~/v/bin/python"]
+    assert launch.main(words) == 0
+    (command,) = capsys.readouterr().out.splitlines()[1:]
+    assert shlex.split(command)[-1].startswith("--command=cd ~/'my sora' && ~/v/bin/python -m sora_jax train ")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            ["--on", "processes=4", "--mesh", "data=3"],
+            "mesh data=3,fsdp=1,context=1,tensor=1 does not multiply to the 4",
+        ),
+        (["--on", "processes=4", "--mesh", "banana=3"], "'banana=3' is none of"),
+        (["--on", "local", "--mesh", "data=0"], "does not multiply to the"),
+        (
+            ["--on", "gke", "--image=i", "--claim=c", "--runs=/r", "--topology=2x2", "--mesh=data=99"],
+            "to the 4 devices",
+        ),
+        (["--on", "slurm", "--nodes=2", "--gpus-per-node=8", "--mesh=fsdp=3"], "to the 16 devices"),
+        (["--on", "processes=2", "--sweep", "config.mesh.fsdp=1,3"], "data=-1,fsdp=3,context=1,tensor=1 does not"),
+        (["--on", "local", "--sweep=config.seed=1", "--sweep=config.seed=2"], "config.seed is given twice"),
+        (["--on", "tpu-vm=-x"], "a TPU VM's name begins with a letter"),
+        (["--on", "slurm", "--sbatch=comment=a\nb"], "an option is one line"),
+    ],
+)
+def test_what_could_not_run_is_told_before_it_is_handed_over(launch, words, said, capsys):
+    assert launch.main([*CONFIG, "--dry-run", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--mesh=auto"], ["--mesh=fsdp=4"], ["--mesh=data=2,fsdp=2"]])
+def test_meshes_that_can_be_are_handed_over(launch, words):
+    assert launch.main([*CONFIG, "--dry-run", "--on", "processes=4", *words]) == 0
 
 
 def test_how_processes_end_is_told(launch):

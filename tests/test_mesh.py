@@ -57,6 +57,10 @@ def test_every_kind_of_wan_gives_the_same_video_on_a_mesh():
     assert on_eight_devices("wan").count("equal on") == 8
 
 
+def test_training_with_rings_is_lowered_for_tpus():
+    assert on_eight_devices("rings_for_tpus") == "lowered\n"
+
+
 def test_every_mesh_computes_what_one_device_does():
     assert on_eight_devices("dit").count("equal on") == 7
 

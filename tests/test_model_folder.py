@@ -160,9 +160,18 @@ def test_only_model_folders_are_replaced(folder, tiny_config, tiny_params, tmp_p
     assert read_model_folder(folder)[0] == config
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").write_text("data")
-    with pytest.raises(InputError, match="something other than a model folder"):
+    with pytest.raises(InputError, match="something other than a model"):
         write_model_folder(tmp_path / "other", config, tiny_params)
-    assert sorted(os.listdir(tmp_path)) == ["model", "other"]
+    (tmp_path / "other" / "model.json").write_text('{"my": "own"}')
+    with pytest.raises(InputError, match="something other than a model is there, or beside one"):
+        write_model_folder(tmp_path / "other", config, tiny_params)
+    (tmp_path / "other" / "precious").unlink()
+    with pytest.raises(InputError, match="something other than a model"):
+        write_model_folder(tmp_path / "other", config, tiny_params)
+    (folder / "notes.txt").write_text("data")
+    with pytest.raises(InputError, match="something other than a model"):
+        write_model_folder(folder, config, tiny_params)
+    assert sorted(os.listdir(tmp_path)) == ["model", "other"] and (folder / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -47,7 +47,7 @@ def add_commands(commands: Any) -> None:
     add("--size", type=size, metavar="HxW", help="height and width in pixels (default: the model's)")
     add("--fps", type=number(0), help="frames per second of the file (default: the model's)")
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
-    add("--guidance", type=number(), help="weight of the prompt; 1 is no guidance (default: the model's)")
+    add("--guidance", type=number(), help="weight of the prompt; up to 1 there is no guidance (default: the model's)")
     add("--guidance-low", type=number(), help="the same at low noise levels, for models with two transformers")
     add("--negative-prompt", default="", metavar="TEXT", help="what the video should not show")
     add("--image", metavar="FILE", help="the picture that the video starts with, for models that take one")

@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
     add("--num", type=whole(1), default=240, help="number of prompts (default: 240)")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of prompts and noise (default: 0)")
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
-    add("--guidance", type=number(), help="weight of the prompt; 1 is no guidance (default: the model's)")
+    add("--guidance", type=number(), help="weight of the prompt; up to 1 there is no guidance (default: the model's)")
 
 
 def _batch(text: str) -> int | str:

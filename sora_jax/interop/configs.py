@@ -27,6 +27,7 @@ _CLASSES = {
     "scheduler": _SOLVERS,
 }
 _TEXT_LENGTH = 512  # the pipelines pad and cut prompts to this
+_MOST_LAYERS = 1000  # beyond what anybody has, and few enough to be counted up
 _OTHER_SCHEDULES = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -47,7 +48,7 @@ def pipeline_config(path: Path) -> ModelConfig:
     with described_by(path):
         index = read_json(path / "model_index.json")
         _one_of(path / "model_index.json", index, "_class_name", "WanPipeline", "WanImageToVideoPipeline")
-        low = False
+        named = {}
         for part, possible in _CLASSES.items():
             library_and_class = index.get(part) or [None, None]
             if not isinstance(library_and_class, list) or len(library_and_class) != 2:
@@ -56,10 +57,16 @@ def pipeline_config(path: Path) -> ModelConfig:
             if found not in (*possible, None):
                 words = " or ".join(map(repr, possible))
                 raise InputError(f"{path / 'model_index.json'}: {part} is {found!r}; only {words} can be read")
-            low |= part == "transformer_2" and found is not None
+            named[part] = found
+        low = named["transformer_2"] is not None
+        if not low and index.get("boundary_ratio") is not None:
+            raise InputError(f"{path / 'model_index.json'}: there is a boundary_ratio, and no transformer_2 below it")
         boundary = _positive(path / "model_index.json", index, "boundary_ratio") if low else None
         if low and boundary > 1:
             raise InputError(f"{path / 'model_index.json'}: boundary_ratio is {boundary}; it must be at most 1")
+        scheduler = path / "scheduler" / "scheduler_config.json"
+        if named["scheduler"] is not None:
+            _one_of(scheduler, read_json(scheduler), "_class_name", named["scheduler"])
         dit = dit_config(path / "transformer" / "config.json")
         if low and dit_config(path / "transformer_2" / "config.json") != dit:
             raise InputError(f"{path}: transformer and transformer_2 have different sizes")
@@ -71,7 +78,7 @@ def pipeline_config(path: Path) -> ModelConfig:
             text=text_config(path / "text_encoder" / "config.json"),
             codec=codec_config(path / "vae" / "config.json"),
             dit=dit,
-            sampling=sampling_config(path / "scheduler" / "scheduler_config.json", dit, low, level_per_frame),
+            sampling=sampling_config(scheduler, dit, low, level_per_frame),
             boundary=boundary,
             known_frames=level_per_frame,
             vision=vision,
@@ -79,9 +86,9 @@ def pipeline_config(path: Path) -> ModelConfig:
 
 
 def text_config(path: Path) -> TextConfig:
-    """Of a `UMT5EncoderModel` or `T5EncoderModel`."""
+    """Of a `UMT5EncoderModel`."""
     values = read_json(path)
-    shared = _one_of(path, values, "model_type", "umt5", "t5") == "t5"
+    _one_of(path, values, "model_type", "umt5")
     _one_of(path, values, "feed_forward_proj", "gated-gelu")
     _one_of(path, values, "layer_norm_epsilon", 1e-6)
     _one_of(path, values, "pad_token_id", 0)
@@ -91,11 +98,11 @@ def text_config(path: Path) -> TextConfig:
         heads=_whole(path, values, "num_heads"),
         head_width=_whole(path, values, "d_kv"),
         feed_forward=_whole(path, values, "d_ff"),
-        layers=_whole(path, values, "num_layers"),
+        layers=_layers(path, values, "num_layers"),
         length=_TEXT_LENGTH,
         buckets=_optional(path, values, "relative_attention_num_buckets", _whole, 32),
         max_distance=_optional(path, values, "relative_attention_max_distance", _whole, 128),
-        shared_positions=shared,
+        shared_positions=False,
         tokenizer="file",
     )
 
@@ -116,7 +123,7 @@ def codec_config(path: Path) -> CodecConfig:
             decoder_width=_optional(path, values, "decoder_base_dim", _whole, width),
             multipliers=_each(path, values, "dim_mult", _whole),
             downsample_time=_each(path, values, "temperal_downsample", _flag),
-            blocks=_whole(path, values, "num_res_blocks"),
+            blocks=_layers(path, values, "num_res_blocks"),
             patch=patch,
             residual=_optional(path, values, "is_residual", _flag, False),
             latents_mean=_each(path, values, "latents_mean", _number, channels),
@@ -145,7 +152,7 @@ def dit_config(path: Path) -> DiTConfig:
             heads=_whole(path, values, "num_attention_heads"),
             head_width=_whole(path, values, "attention_head_dim"),
             feed_forward=_whole(path, values, "ffn_dim"),
-            layers=_whole(path, values, "num_layers"),
+            layers=_layers(path, values, "num_layers"),
             text_width=_whole(path, values, "text_dim"),
             patch=_each(path, values, "patch_size", _whole, 3),
             frequency_width=_whole(path, values, "freq_dim"),
@@ -162,7 +169,7 @@ def vision_config(path: Path) -> VisionConfig:
             width=_whole(path, values, "hidden_size"),
             heads=_whole(path, values, "num_attention_heads"),
             feed_forward=_whole(path, values, "intermediate_size"),
-            layers=_whole(path, values, "num_hidden_layers") - 1,
+            layers=_layers(path, values, "num_hidden_layers") - 1,
             image_size=_whole(path, values, "image_size"),
             patch=_whole(path, values, "patch_size"),
             activation=field(path, values, "hidden_act"),
@@ -230,7 +237,8 @@ def field(path: Path, values: dict, name: str) -> Any:
 
 def _number(path: Path, values: dict, name: str) -> float:
     value = field(path, values, name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or abs(value) > 1e30 or not math.isfinite(value):
         raise InputError(f"{path}: {name} is {value!r}; it must be a number")
     return value
 
@@ -249,8 +257,18 @@ def _whole(path: Path, values: dict, name: str) -> int:
     return value
 
 
+def _layers(path: Path, values: dict, name: str) -> int:
+    value = _whole(path, values, name)
+    if value > _MOST_LAYERS:
+        raise InputError(f"{path}: {name} is {value}; it must be at most {_MOST_LAYERS}")
+    return value
+
+
 def _flag(path: Path, values: dict, name: str) -> bool:
-    return _one_of(path, values, name, False, True)
+    value = field(path, values, name)
+    if not isinstance(value, bool):  # 1 == True
+        raise InputError(f"{path}: {name} is {value!r}; it must be true or false")
+    return value
 
 
 def _optional(path: Path, values: dict, name: str, get: Callable, default: Any) -> Any:

@@ -5,13 +5,12 @@ needed; nothing is imported from diffusers, and only safetensors are read.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -51,10 +50,10 @@ def open_pipeline_folder(
     config = pipeline_config(path)
     with described_by(path):
         expected = {part: _flatten(tree) for part, tree in abstract_params(config, mesh).items()}
-    tokenizer = FileTokenizer(path / "tokenizer" / "tokenizer.json")
+    tokenizer = FileTokenizer(path / "tokenizer" / "tokenizer.json", config.text.vocabulary_size)
     params = {}
     for part in config.parts:
-        files, sources = _Files(path / _FOLDERS[part]), _sources(config, part, expected[part])
+        files, sources = _Files(path / _FOLDERS[part], part == "vision"), _sources(config, part, expected[part])
         _check(files, sources, expected[part], _unneeded(config, part))
         params[part] = {
             ours: Tensor(
@@ -68,22 +67,20 @@ def open_pipeline_folder(
 class _Files:
     """The safetensors of a folder, one file or shards with an index, and where each tensor is."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, is_vision: bool):
         self.folder = folder
         stems = ("diffusion_pytorch_model", "model")
         indices = [folder / f"{stem}.safetensors.index.json" for stem in stems]
         index, weight_map = next((path for path in indices if path.is_file()), None), {}
         if index is not None:
             weight_map = field(index, read_json(index), "weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
                 raise InputError(f"{index} is damaged: its weight_map does not give the name of a file for each tensor")
             paths = [folder / name for name in sorted(set(weight_map.values()))]
         else:
             paths = [path for path in (folder / f"{stem}.safetensors" for stem in stems) if path.is_file()]
         if not paths:
-            pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]
-            hint = f" ({pickles[0]} is a pickle, which is never read: convert it to safetensors)" if pickles else ""
-            raise InputError(f"{folder} has no safetensors{hint}")
+            raise InputError(f"{folder} has no {stems[0]}.safetensors or {stems[1]}.safetensors{_hint(folder)}")
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self._place_of: dict[str, tuple[TensorFile, str]] = {}
@@ -91,9 +88,10 @@ class _Files:
             file = TensorFile(path)
             weight_map = {name: shard for name, shard in weight_map.items() if name not in file.shapes}
             for stored, shape in file.shapes.items():
-                name = stored.removeprefix("vision_model.")  # as older versions of the image encoder are saved
+                # Older versions of the image encoder are saved so.
+                name = stored.removeprefix("vision_model.") if is_vision else stored
                 kind = file.formats[stored]
-                if name.endswith("position_ids"):  # counts from 0; older versions of the image encoder store that
+                if is_vision and name == "embeddings.position_ids":  # counts from 0
                     continue
                 if kind not in FORMATS:
                     raise InputError(f"{path}: the tensor {name} is {kind}; only {', '.join(FORMATS)} can be read")
@@ -106,9 +104,11 @@ class _Files:
         if weight_map:
             raise InputError(f"{index} names the tensor {min(weight_map)}, which none of its files holds")
         for copy, name in names.TEXT_COPIES.items():
-            if copy in self.shapes and name not in self.shapes:
+            if copy in self.shapes:
                 for known in (self.shapes, self.dtypes, self._place_of):
-                    known[name] = known[copy]
+                    known.setdefault(name, known[copy])
+                if self.shapes[copy] != self.shapes[name]:
+                    raise InputError(f"{folder}: the tensors {copy} and {name} must be the same, and differ in shape")
 
     def read(self, name: str) -> np.ndarray:
         file, stored = self._place_of[name]
@@ -119,14 +119,27 @@ class _Files:
         return file.pieces(stored)
 
 
+def _hint(folder: Path) -> str:
+    """What is there in place of safetensors of the usual names."""
+    there = sorted(path.name for path in folder.glob("*") if path.suffix in (*PICKLES, ".safetensors"))
+    if there and there[0].endswith(".safetensors"):
+        return f", and no index for {there[0]}"
+    return f" ({there[0]} is a pickle, which is never read: convert it to safetensors)" if there else ""
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether it names a file in the same folder, and not elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\\\0]", name)
+
+
 def _pieces(files: _Files, source: names.Source) -> Iterator[np.ndarray]:
     """A parameter of ours, layer by layer where it is a stack of them."""
     if not source.stacked:
         name = source.names[0]
-        if source.convert is names.as_is:
+        if source.layout is names.AS_IS:
             yield from files.pieces(name)
         else:
-            whole = source.convert(files.read(name))
+            whole = source.layout.convert(files.read(name))
             yield _copy(whole, np.empty(whole.shape, whole.dtype))
         return
     dtypes = {files.dtypes[name] for name in source.names}
@@ -136,7 +149,7 @@ def _pieces(files: _Files, source: names.Source) -> Iterator[np.ndarray]:
     def read(layers: slice) -> np.ndarray:
         piece = None
         for number, name in enumerate(source.names[layers]):
-            layer = source.convert(files.read(name))
+            layer = source.layout.convert(files.read(name))
             if piece is None:
                 piece = np.empty((layers.stop - layers.start, *layer.shape), dtype)
             _copy(layer, piece[number])
@@ -162,7 +175,7 @@ def _sources(config: ModelConfig, part: str, expected: dict[str, Any]) -> dict[s
         "codec": partial(names.codec, config.codec),
         "dit": partial(names.dit, config.dit),
         "dit_low": partial(names.dit, config.dit),
-        "vision": partial(names.vision, config.vision.layers if config.vision else 0),
+        "vision": partial(names.vision, config.vision),
     }[part]
     return {name: find(name) for name in expected}
 
@@ -189,15 +202,10 @@ def _check(
         for name in source.names:
             if name not in files.shapes:
                 raise InputError(f"{files.folder}: the tensor {name} is missing")
-            found = files.shapes[name]
-            try:
-                converted = jax.eval_shape(source.convert, jax.ShapeDtypeStruct(found, jnp.float32)).shape
-            except (TypeError, ValueError, IndexError):
-                converted = None
-            if converted != shape:
+            found, asked = files.shapes[name], source.layout.published(shape)
+            if found != asked:
                 raise InputError(
-                    f"{files.folder}: the tensor {name} is {list(found)}, of {math.prod(found)} numbers; the config "
-                    f"asks for {math.prod(shape)}, as {list(shape)} here"
+                    f"{files.folder}: the tensor {name} is {list(found)}; the config asks for {list(asked)}"
                 )
             used.add(name)
     if left := {name for name in files.shapes.keys() - used if not unneeded(name)}:

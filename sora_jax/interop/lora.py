@@ -102,22 +102,25 @@ def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, 
       low: whether this is the transformer for low noise levels; a file may have parts for both.
 
     Raises:
-      InputError: the file is damaged, or does not fit this transformer in all its parts.
+      InputError: the file is damaged, or does not fit this transformer in all its parts, or the scale is no finite
+        number; when it is read, also if what it adds is not finite.
     """
     path = Path(path)
+    if not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
+        raise InputError(f"the scale of {path} must be a finite number, not {scale!r}")
     changes = _read(TensorFile(path), low)
     flat = traverse_util.flatten_dict(params, sep=".")
     for ours, tensor in flat.items():
         source = names.dit(config, ours)
         added = {}
         for layer, theirs in enumerate(source.names):
-            shape = _published(config, theirs, tensor.shape[1:] if source.stacked else tensor.shape)
+            shape = source.layout.published(tensor.shape[1:] if source.stacked else tensor.shape)
             terms = changes.pop(theirs, [])
             for term in terms:
                 if term.shape not in (shape, (shape[0], math.prod(shape[1:]))):
                     raise InputError(f"{path}: it changes {theirs} as {list(term.shape)}; here it is {list(shape)}")
             if terms:
-                added[layer] = partial(_added, terms, shape, source.convert, scale)
+                added[layer] = partial(_added, path, theirs, terms, shape, source.layout.convert, scale)
         if added:
             flat[ours] = dataclasses.replace(tensor, pieces=partial(_pieces, tensor, added, source.stacked))
     if changes:
@@ -128,15 +131,19 @@ def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, 
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
-def _published(config: DiTConfig, theirs: str, here: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a published tensor, from that of the parameter here."""
-    if theirs == "patch_embedding.weight":
-        return config.width, config.latent_channels + config.condition_channels, *config.patch
-    return (1, *here) if theirs.endswith(_TABLES) else here[::-1]
+def _added(
+    path: Path, theirs: str, terms: list[_Term], shape: tuple[int, ...], convert: Callable, scale: float
+) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        added = (scale * sum(term.read(shape) for term in terms)).astype(np.float32)
+    if not np.isfinite(added).all():
+        raise InputError(f"{path}: what it adds to {theirs} is not finite")
+    return convert(added)
 
 
-def _added(terms: list[_Term], shape: tuple[int, ...], convert: Callable, scale: float) -> np.ndarray:
-    return convert(scale * sum(term.read(shape) for term in terms))
+def is_for_both(path: str | Path) -> bool:
+    """Whether a file has parts for each of two transformers."""
+    return set(_PARTS) <= {_PREFIX.match(name)[1] for name in TensorFile(Path(path)).shapes}
 
 
 def _pieces(tensor: Tensor, added: dict[int, Callable], stacked: bool) -> Iterator[np.ndarray]:
@@ -216,6 +223,8 @@ def _scaling(path: Path, metadata: dict[str, str], part: str) -> tuple[float | N
             mine = [name for name in mine if not name.startswith(other)]
         values = {name.rpartition(".")[2]: config[name] for name in mine}
         alpha = None if values.get("lora_alpha") is None else float(values["lora_alpha"])
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha is {alpha}")
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its metadata are damaged: {one_line(error)}") from error
     if values.get("alpha_pattern"):

@@ -6,13 +6,20 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from sora_jax.codec import CodecConfig
 from sora_jax.dit import DiTConfig
+from sora_jax.vision import VisionConfig
+
+
+class Layout(NamedTuple):
+    """How a published tensor lies: what makes a parameter of ours of it, and its shape, from that of the parameter."""
+
+    convert: Callable
+    published: Callable
 
 
 class Source(NamedTuple):
@@ -20,49 +27,31 @@ class Source(NamedTuple):
 
     names: tuple[str, ...]
     stacked: bool
-    convert: Callable  # one published tensor -> (that layer of) our parameter; array methods only, so JAX can trace it
+    layout: Layout  # of one published tensor, and (that layer of) our parameter
 
 
-def as_is(x):
-    return x
+AS_IS = Layout(lambda x: x, lambda shape: shape)
+_FIRST = Layout(lambda x: x[0], lambda shape: (1, *shape))
+_LINEAR = Layout(lambda x: x.transpose(1, 0), lambda shape: shape[::-1])  # (out, in) -> (in, out)
+# (out, in, time, rows, columns) -> (time, rows, columns, in, out)
+_CONVOLUTION = Layout(lambda x: x.transpose(2, 3, 4, 1, 0), lambda shape: (*shape[:2:-1], *shape[:3]))
+# (out, in, rows, columns) -> (1, rows, columns, in, out)
+_CONVOLUTION_2D = Layout(lambda x: x.transpose(2, 3, 1, 0)[None], lambda shape: (*shape[:2:-1], *shape[1:3]))
+_POINTWISE = Layout(lambda x: x[:, :, 0, 0].transpose(1, 0), lambda shape: (*shape[::-1], 1, 1))  # likewise, 1 x 1
 
 
-def _first(x):
-    return x[0]
+def _scale(axes):
+    """(channels, 1, ..., 1) -> (channels)."""
+    return Layout(lambda x: x.reshape(-1), lambda shape: shape + (1,) * axes)
 
 
-def _flat(x):
-    return x.reshape(-1)
+def _patches(channels, *patch):
+    """(width, channels, ...) with the axes of a patch -> (numbers of a patch, channels last; width)."""
 
+    def convert(x):
+        return x.transpose(*range(2, x.ndim), 1, 0).reshape(-1, x.shape[0])
 
-def _linear(x):
-    """(out, in) -> (in, out)."""
-    return x.transpose(1, 0)
-
-
-def _convolution(x):
-    """(out, in, time, rows, columns) -> (time, rows, columns, in, out)."""
-    return x.transpose(2, 3, 4, 1, 0)
-
-
-def _convolution_2d(x):
-    """(out, in, rows, columns) -> (1, rows, columns, in, out)."""
-    return x.transpose(2, 3, 1, 0)[None]
-
-
-def _pointwise(x):
-    """(out, in, 1, 1) -> (in, out)."""
-    return x[:, :, 0, 0].transpose(1, 0)
-
-
-def _patches(x):
-    """(width, channels, 1, rows, columns) -> (rows * columns * channels, width)."""
-    return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
-
-
-def _patches_2d(x):
-    """(width, channels, rows, columns) -> (rows * columns * channels, width)."""
-    return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+    return Layout(convert, lambda shape: (shape[-1], channels, *patch))
 
 
 def _order_of_halves(width, head_width):
@@ -70,12 +59,9 @@ def _order_of_halves(width, head_width):
     return np.arange(width).reshape(-1, head_width // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _halves(x, head_width):
-    return x[_order_of_halves(len(x), head_width)]
-
-
-def _linear_halves(x, head_width):
-    return _linear(_halves(x, head_width))
+def _halves(layout, head_width):
+    """The same, with the halves of each head in the place of its pairs."""
+    return layout._replace(convert=lambda x: layout.convert(x[_order_of_halves(len(x), head_width)]))
 
 
 _DIT = {
@@ -122,20 +108,18 @@ def dit(config: DiTConfig, name: str) -> Source:
         parts = [_ATTENTION[part] for part in module] + [_LEAF[leaf]]
     theirs = ".".join([_DIT[prefix], *parts])
     turned = re.match(r"blocks\.self_attention\.(query|key)", name) is not None
-    if name.endswith("kernel"):
-        convert = partial(_linear_halves, head_width=config.head_width) if turned else _linear
-        convert = _patches if prefix == "patches_in" else convert
-    elif not parts:  # the tables of modulation and positions have a leading axis of one
-        convert = _first
-    else:
-        convert = partial(_halves, head_width=config.head_width) if turned else as_is
-    return _source(theirs, config.layers, convert)
+    if theirs == "patch_embedding.weight":
+        layout = _patches(config.latent_channels + config.condition_channels, *config.patch)
+    elif name.endswith("kernel"):
+        layout = _LINEAR
+    else:  # the tables of modulation and positions have a leading axis of one
+        layout = AS_IS if parts else _FIRST
+    return _source(theirs, config.layers, _halves(layout, config.head_width) if turned else layout)
 
 
 _TEXT = {
     "embedding": "shared.weight",
     "norm.scale": "encoder.final_layer_norm.weight",
-    "positions.table": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     "blocks.positions.table": "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight",
     "blocks.attention_norm.scale": "encoder.block.{}.layer.0.layer_norm.weight",
     "blocks.query.kernel": "encoder.block.{}.layer.0.SelfAttention.q.weight",
@@ -152,7 +136,7 @@ TEXT_COPIES = {"encoder.embed_tokens.weight": "shared.weight"}  # the embedding 
 
 def text(layers: int, name: str) -> Source:
     """The source of the text encoder's parameter `name`."""
-    return _source(_TEXT[name], layers, _linear if name.endswith("kernel") else as_is)
+    return _source(_TEXT[name], layers, _LINEAR if name.endswith("kernel") else AS_IS)
 
 
 _VISION = {
@@ -171,12 +155,13 @@ _VISION = {
 }
 
 
-def vision(layers: int, name: str) -> Source:
+def vision(config: VisionConfig, name: str) -> Source:
     """The source of the image encoder's parameter `name`."""
     if name in _VISION:
-        return _source(_VISION[name], layers, _patches_2d if name == "patches_kernel" else as_is)
+        layout = _patches(3, config.patch, config.patch) if name == "patches_kernel" else AS_IS
+        return _source(_VISION[name], config.layers, layout)
     module, leaf = name.rsplit(".", 1)
-    return _source(f"{_VISION[module]}.{_LEAF[leaf]}", layers, _linear if leaf == "kernel" else as_is)
+    return _source(f"{_VISION[module]}.{_LEAF[leaf]}", config.layers, _LINEAR if leaf == "kernel" else AS_IS)
 
 
 def is_after_vision(layers: int, name: str) -> bool:
@@ -191,12 +176,12 @@ def codec(config: CodecConfig, name: str) -> Source:
     theirs = ".".join(_codec_module(config, path, leaf.startswith("time_")))
     leaf = leaf.removeprefix("time_")
     if leaf == "scale":
-        return _source(f"{theirs}.gamma", 0, _flat)
+        return _source(f"{theirs}.gamma", 0, _scale(2 if "attention" in path else 3))
     if leaf == "bias":
-        return _source(f"{theirs}.bias", 0, as_is)
+        return _source(f"{theirs}.bias", 0, AS_IS)
     is_2d = path[-1].endswith(("_up", "_down")) and not theirs.endswith("time_conv")
-    convert = _pointwise if "attention" in path else _convolution_2d if is_2d else _convolution
-    return _source(f"{theirs}.weight", 0, convert)
+    layout = _POINTWISE if "attention" in path else _CONVOLUTION_2D if is_2d else _CONVOLUTION
+    return _source(f"{theirs}.weight", 0, layout)
 
 
 def _codec_module(config: CodecConfig, path: list[str], time: bool) -> list[str]:
@@ -226,7 +211,7 @@ def _codec_module(config: CodecConfig, path: list[str], time: bool) -> list[str]
     return [half, f"down_blocks.{number}", *(resample if kind == "down" else inner)]
 
 
-def _source(theirs: str, layers: int, convert: Callable) -> Source:
+def _source(theirs: str, layers: int, layout: Layout) -> Source:
     if "{}" in theirs:
-        return Source(tuple(theirs.format(layer) for layer in range(layers)), True, convert)
-    return Source((theirs,), False, convert)
+        return Source(tuple(theirs.format(layer) for layer in range(layers)), True, layout)
+    return Source((theirs,), False, layout)

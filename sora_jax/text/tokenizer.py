@@ -40,11 +40,14 @@ tokenize = ByteTokenizer()
 class FileTokenizer:
     """The tokenizer that a `tokenizer.json` describes, after the cleaning that Wan's prompts get.
 
+    Args:
+      vocabulary_size: of the encoder that reads what it gives.
+
     Raises:
-      InputError: the file cannot be read.
+      InputError: the file cannot be read, or does not fit the encoder.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, vocabulary_size: int):
         import tokenizers
 
         try:
@@ -54,6 +57,9 @@ class FileTokenizer:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         except Exception as error:  # the library raises plain exceptions
             raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+        largest = max(self._tokenizer.get_vocab().values(), default=0)
+        if largest >= vocabulary_size:  # JAX would take another row of the embedding for it
+            raise InputError(f"{path} has a token {largest}; the text encoder has {vocabulary_size}, counted from 0")
 
     def __call__(self, prompts: Sequence[str], length: int) -> np.ndarray:
         self._tokenizer.no_padding()

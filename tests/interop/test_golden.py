@@ -1,5 +1,6 @@
 """Published model folders load, and give what the public implementations gave (`tests/golden/make.py`)."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from chunks import in_chunks
 from golden_pipelines import GOLDEN, KINDS
 
 import sora_jax
-from sora_jax import generate, media, sampler
+from sora_jax import generate, media, models, sampler
 from sora_jax.cli import main
 from sora_jax.codec import Codec
 from sora_jax.dit import DiT
@@ -153,6 +154,9 @@ def test_the_solver_that_the_folder_names(kind, expected, tmp_path):
     """The 5B is published with UniPC; the folder here has Euler steps."""
     folder = Path(shutil.copytree(GOLDEN / kind, tmp_path / "model"))
     shutil.copy(GOLDEN / "t2v" / "scheduler" / "scheduler_config.json", folder / "scheduler")
+    index = folder / "model_index.json"
+    named = {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}
+    index.write_text(json.dumps({**json.loads(index.read_text()), **named}))
     generator = sora_jax.load(folder)
     assert quality(generator, expected["noise"], expected["frames_unipc"]) > BEST - 0.5
     assert quality(generator, expected["noise"], expected["frames"]) < BEST - 10
@@ -204,7 +208,7 @@ def test_older_and_newer_names_together_are_refused(tmp_path):
 def test_pictures_that_the_image_encoder_would_see_otherwise_are_refused(tmp_path):
     folder = Path(shutil.copytree(GOLDEN / "i2v", tmp_path / "model"))
     path = folder / "image_processor" / "preprocessor_config.json"
-    usual, config = json.loads(path.read_text()), sora_jax.models.read_config(folder)
+    usual, config = json.loads(path.read_text()), models.read_config(folder)
     for field, value in (
         ("image_mean", [0.5, 0.5, 0.5]),
         ("image_std", [0.5, 0.5, 0.5]),
@@ -218,9 +222,9 @@ def test_pictures_that_the_image_encoder_would_see_otherwise_are_refused(tmp_pat
         path.write_text(json.dumps({**usual, field: value}))
         refused(folder, f"image_processor/preprocessor_config.json: {field} is .*; only ")
     path.write_text(json.dumps({"size": 28, "resample": None}))  # older versions write the number alone
-    assert sora_jax.models.read_config(folder) == config
+    assert models.read_config(folder) == config
     path.unlink()
-    assert sora_jax.models.read_config(folder) == config
+    assert models.read_config(folder) == config
 
 
 @pytest.mark.parametrize("kind", ["i2v"], indirect=True)
@@ -317,6 +321,89 @@ def test_what_is_damaged_is_named(folder, capsys, monkeypatch):
     refused(with_tensors({**tensors, name: tensors[name][:-1]}), f"the tensor {name} is \\[31, 32\\]")
 
 
+@pytest.mark.parametrize(
+    "model, part, name, change",
+    [
+        ("t2v", "transformer", "patch_embedding.weight", lambda x: x.reshape(*x.shape[:2], 1, 4, 1)),
+        ("t2v", "transformer", "patch_embedding.weight", lambda x: x.reshape(x.shape[0], -1, 1, 1, 1)),
+        ("t2v", "transformer", "scale_shift_table", lambda x: np.concatenate([x, x])),
+        ("t2v", "transformer", "blocks.0.scale_shift_table", lambda x: x[0]),
+        ("t2v", "vae", "encoder.mid_block.attentions.0.to_qkv.weight", lambda x: np.concatenate([x, x, x], axis=2)),
+        ("t2v", "vae", "decoder.norm_out.gamma", lambda x: x.reshape(-1)),
+        ("t2v", "vae", "decoder.mid_block.attentions.0.norm.gamma", lambda x: x[..., None]),
+        ("t2v", "text_encoder", "encoder.embed_tokens.weight", lambda _: np.zeros((3, 3), np.float32)),
+        ("i2v", "image_encoder", "embeddings.patch_embedding.weight", lambda x: x.reshape(*x.shape[:2], -1, 1)),
+    ],
+)
+def test_a_tensor_of_another_shape_is_named_however_many_numbers_it_has(tmp_path, model, part, name, change):
+    folder = Path(shutil.copytree(GOLDEN / model, tmp_path / "model"))
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = safetensors.numpy.load(path.read_bytes())
+    stored = next((one for one in (name, f"vision_model.{name}") if one in tensors), name)
+    tensors[stored] = np.ascontiguousarray(change(tensors.get(stored)))
+    path.write_bytes(safetensors.numpy.save(tensors))
+    refused(folder, f"{part}: the tensors? {name} (is|and shared.weight must be the same)")
+
+
+def test_what_only_the_image_encoder_may_have_is_not_passed_over_elsewhere(folder):
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load(path.read_bytes())
+    for name in ("blocks.0.position_ids", "vision_model.scale_shift_table"):
+        path.write_bytes(safetensors.numpy.save({**tensors, name: tensors["scale_shift_table"]}))
+        refused(folder, f"the tensor {name} is not part of this model")
+
+
+@pytest.mark.parametrize("positions", [3, 12])
+def test_positions_for_two_images_are_as_many_as_their_tokens(tmp_path, positions):
+    folder = Path(shutil.copytree(GOLDEN / "flf", tmp_path / "model"))
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pos_embed_seq_len": positions}))
+    refused(folder, f"dit has {positions} positions for what vision sees of two images")
+
+
+@pytest.mark.parametrize("kind", ["i2v"], indirect=True)
+def test_a_model_that_sees_one_image_takes_no_last_one(kind, generator, expected):
+    with pytest.raises(InputError, match="it takes no last image"):
+        generator.generate("a red ball", frames=9, image=expected["image"], last_image=expected["image"])
+
+
+@pytest.mark.parametrize("kind", ["a14b"], indirect=True)
+def test_a_level_at_the_boundary_is_for_the_first_transformer(kind, generator, expected, monkeypatch):
+    """Published schedules hit it: 0.875 and 0.9 are among the 40 levels of a shift of 3."""
+    sampling = generator.config.sampling
+    schedule = sampler.noise_schedule(6, sampling.shift, sampling.schedule)
+    stride = generator.config.codec.stride_space
+    options = {"noise": expected["noise"], "size": (8 * stride, 4 * stride), "frames": 9, "steps": 6, "progress": False}
+
+    def frames(boundary):
+        config = dataclasses.replace(generator.config, boundary=float(boundary))
+        return generate.Generator(config, generator.params, generator.tokenizer).generate("a ball", **options).frames
+
+    level = float(schedule.told[2])  # between levels nothing changes, and at one it is still for the first
+    np.testing.assert_array_equal(frames(level), frames((level + float(schedule.told[3])) / 2))
+    assert not np.array_equal(frames(level), frames((level + float(schedule.told[1])) / 2))
+
+
+def test_the_levels_of_published_schedules_reach_the_published_boundaries():
+    told = np.asarray(sampler.noise_schedule(40, 3.0, "wan-unipc").told)
+    for boundary in (0.875, 0.9):
+        assert np.abs(told - boundary).min() < 1e-6
+
+
+def test_guidance_up_to_one_is_none(generator, expected, kind):
+    if kind not in ("t2v", "a14b"):
+        pytest.skip("nothing more to see")
+    low = [{}] if kind == "t2v" else [{"guidance_low": 1.0}, {"guidance_low": 3.0}]  # it counts for both transformers
+    found = [
+        golden_pipelines.run(generator, expected["noise"], guidance=guidance, **options)
+        for guidance in (1.0, 0.5)
+        for options in low
+    ]
+    for frames in found[1:]:
+        np.testing.assert_array_equal(frames, found[0])
+    assert not np.array_equal(found[0], golden_pipelines.run(generator, expected["noise"], guidance=1.5, **low[0]))
+
+
 @pytest.mark.parametrize("kind", ["t2v"], indirect=True)
 def test_shards_load_as_one_file_does(folder, generator, kind):
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -332,8 +419,13 @@ def test_shards_load_as_one_file_does(folder, generator, kind):
     jax.tree.map(np.testing.assert_array_equal, sora_jax.load(folder).params, generator.params)
     index.write_text(json.dumps({"weight_map": {**weight_map, "extra": min(shards)}}))
     refused(folder, "index.json names the tensor extra, which none of its files holds")
-    index.write_text(json.dumps({"weight_map": {"one": ["a", "b"]}}))
-    refused(folder, "its weight_map does not give the name of a file for each tensor")
+    for shard in (["a", "b"], "../one.safetensors", str(path), ".."):
+        index.write_text(json.dumps({"weight_map": {**weight_map, "one": shard}}))
+        refused(folder, "its weight_map does not give the name of a file for each tensor")
+    index.write_text("[" * 100_000)
+    refused(folder, "index.json is damaged")
+    index.unlink()
+    refused(folder, "transformer has no .*, and no index for diffusion_pytorch_model-00001-of-00002.safetensors")
     index.write_text(json.dumps({"weight_map": weight_map}))
     twice = {name: tensors[name] for name in names[::2] + names[1:2]}
     (path.parent / min(shards)).write_bytes(safetensors.numpy.save(twice))
@@ -345,7 +437,7 @@ def test_shards_load_as_one_file_does(folder, generator, kind):
 def test_pickles_and_unknown_classes_are_refused(folder):
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     path.rename(path.with_suffix(".bin"))
-    refused(folder, "vae has no safetensors .diffusion_pytorch_model.bin is a pickle, which is never read")
+    refused(folder, r"vae has no .* \(diffusion_pytorch_model.bin is a pickle, which is never read")
     path.with_suffix(".bin").rename(path)
     for part, field, value, message in (
         ("model_index.json", "_class_name", "LTXPipeline", "_class_name is 'LTXPipeline'; only 'WanPipeline'"),
@@ -373,10 +465,60 @@ def test_pickles_and_unknown_classes_are_refused(folder):
         ("vae/config.json", "latents_std", [0.0] * 4, r"latents_std\[0\] is 0.0; it must be above 0"),
         ("vae/config.json", "latents_mean", [], r"latents_mean is \[\]; it must be a list of 4 values"),
         ("vae/config.json", "latents_mean", [0, 0, 0, "x"], r"latents_mean\[3\] is 'x'; it must be a number"),
-        ("vae/config.json", "temperal_downsample", [True, 0.5], r"temperal_downsample\[1\] is 0.5; only False or True"),
+        (
+            "vae/config.json",
+            "temperal_downsample",
+            [True, 0.5],
+            r"temperal_downsample\[1\] is 0.5; it must be true or false",
+        ),
+        ("vae/config.json", "temperal_downsample", [1, 1], r"temperal_downsample\[0\] is 1; it must be true or false"),
+        ("vae/config.json", "attn_scales", [1.0], r"attn_scales is \[1.0\]; no published codec has any"),
+        ("transformer/config.json", "num_layers", 10**6, "num_layers is 1000000; it must be at most 1000"),
+        ("transformer/config.json", "eps", 10**400, "eps is 10*; it must be a number"),
+        ("transformer/config.json", "qk_norm", "layer_norm", "qk_norm is 'layer_norm'; only 'rms_norm_across_heads'"),
+        ("transformer/config.json", "cross_attn_norm", False, "cross_attn_norm is False; only True"),
+        ("text_encoder/config.json", "model_type", "t5", "model_type is 't5'; only 'umt5'"),
+        ("text_encoder/config.json", "feed_forward_proj", "relu", "feed_forward_proj is 'relu'; only 'gated-gelu'"),
+        ("text_encoder/config.json", "layer_norm_epsilon", 1e-5, "layer_norm_epsilon is 1e-05; only 1e-06"),
+        ("text_encoder/config.json", "pad_token_id", 1, "pad_token_id is 1; only 0"),
+        ("text_encoder/config.json", "vocab_size", 4, "tokenizer.json has a token .*; the text encoder has 4, counted"),
+        ("model_index.json", "boundary_ratio", 0.875, "there is a boundary_ratio, and no transformer_2"),
+        (
+            "model_index.json",
+            "scheduler",
+            ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "_class_name is 'UniPCMultistepScheduler'; only 'FlowMatchEulerDiscreteScheduler'",
+        ),
+        *(
+            ("scheduler/scheduler_config.json", name, value, f"{name} is {value!r}; only")
+            for name, value in {
+                "num_train_timesteps": 500,
+                "use_flow_sigmas": False,
+                "solver_order": 3,
+                "solver_type": "bh1",
+                "predict_x0": False,
+                "lower_order_final": False,
+                "final_sigmas_type": "sigma_min",
+            }.items()
+        ),
+        *(
+            ("scheduler/scheduler_config.json", name, value, f"{name} is .*, which is not supported")
+            for name, value in {
+                "use_exponential_sigmas": True,
+                "use_beta_sigmas": True,
+                "use_dynamic_shifting": True,
+                "shift_terminal": 0.1,
+                "invert_sigmas": True,
+                "stochastic_sampling": True,
+                "thresholding": True,
+                "disable_corrector": [0],
+                "solver_p": "x",
+                "rescale_betas_zero_snr": True,
+            }.items()
+        ),
         ("vae/config.json", "dim_mult", [], r"dim_mult is \[\]; it must be a list of some values"),
-        ("vae/config.json", "is_residual", "no", "is_residual is 'no'; only False or True"),
-        ("model_index.json", "expand_timesteps", "no", "expand_timesteps is 'no'; only False or True"),
+        ("vae/config.json", "is_residual", "no", "is_residual is 'no'; it must be true or false"),
+        ("model_index.json", "expand_timesteps", "no", "expand_timesteps is 'no'; it must be true or false"),
     ):
         path = folder / part
         before = path.read_text()

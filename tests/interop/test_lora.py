@@ -1,5 +1,6 @@
 """Low-rank adaptations: merging one equals loading a model whose published tensors were changed by hand."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -104,6 +105,38 @@ def test_a_file_for_both_transformers_goes_to_each(matrices, tmp_path):
     for part, factor in (("dit", 1.0), ("dit_low", 2.0)):
         added = merged[part]["blocks"]["up"]["kernel"][1] - plain[part]["blocks"]["up"]["kernel"][1]
         np.testing.assert_allclose(added, factor * (up @ down).T, atol=1e-5)
+    with pytest.raises(InputError, match="both.safetensors has parts for two transformers: give it as --lora-low too"):
+        sora_jax.load(GOLDEN / "a14b", lora={path: 1.0})
+    half = sora_jax.load(GOLDEN / "a14b", lora={path: 1.0}, lora_low={path: 0.0}).params
+    jax.tree.map(np.testing.assert_array_equal, half["dit"], merged["dit"])
+    jax.tree.map(np.testing.assert_array_equal, half["dit_low"], plain["dit_low"])
+    with pytest.raises(InputError, match="has parts for two transformers: this model has one"):
+        sora_jax.load(GOLDEN / "t2v", lora={path: 1.0})
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, "x", None])
+def test_a_scale_is_a_finite_number(matrices, tmp_path, scale):
+    path = write(tmp_path / "style.safetensors", "peft", matrices, None)
+    with pytest.raises(InputError, match=f"the scale of {path} must be a finite number, not"):
+        sora_jax.load(GOLDEN / "t2v", lora={path: scale})
+    for given in (str(path), [path]):
+        with pytest.raises(InputError, match="lora must be a dictionary, of files with their scales"):
+            sora_jax.load(GOLDEN / "t2v", lora=given)
+
+
+def test_an_adaptation_that_is_not_finite_is_named(matrices, tmp_path):
+    down, up = matrices["blocks.0.attn1.to_q"]
+    name, path = "transformer.blocks.0.attn1.to_q", tmp_path / "style.safetensors"
+    for down_by, up_by, alpha in ((np.nan, 1, 1), (1e30, 1e30, 1), (1, 1, np.inf)):
+        tensors = {f"{name}.lora_A.weight": np.float32(down_by) * down, f"{name}.lora_B.weight": np.float32(up_by) * up}
+        safetensors.numpy.save_file({**tensors, f"{name}.alpha": np.array(alpha, np.float32)}, path)
+        with pytest.raises(InputError, match=r"style.safetensors.* not finite"):
+            sora_jax.load(GOLDEN / "t2v", lora={path: 1.0})
+    adapter = json.dumps({"transformer.lora_alpha": float("nan")})
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    safetensors.numpy.save_file(tensors, path, metadata={"lora_adapter_metadata": adapter})
+    with pytest.raises(InputError, match="its metadata are damaged: lora_alpha is nan"):
+        sora_jax.load(GOLDEN / "t2v", lora={path: 1.0})
 
 
 def test_the_command_merges_a_file_into_each_transformer(matrices, tmp_path):

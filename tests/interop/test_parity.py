@@ -233,7 +233,7 @@ def test_tokenizer(random, tmp_path):
     prompts += ["".join(chr(code) for code in random.integers(32, 0x3000, 12)) for _ in range(50)]
     options = {"padding": "max_length", "max_length": 24, "truncation": True, "return_tensors": "np"}
     expected = theirs([prompt_clean(prompt) for prompt in prompts], **options)["input_ids"]
-    np.testing.assert_array_equal(FileTokenizer(tmp_path / "tokenizer.json")(prompts, 24), expected)
+    np.testing.assert_array_equal(FileTokenizer(tmp_path / "tokenizer.json", 10**6)(prompts, 24), expected)
 
 
 @pytest.mark.parametrize("chunks", [0, 2])

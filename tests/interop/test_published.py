@@ -35,8 +35,10 @@ def test_every_tensor_has_its_place_and_shape(name):
         ours, used = _flatten(tree), []
         for key, source in _sources(preset, part, ours).items():
             for tensor in source.names:
-                shape = jax.eval_shape(source.convert, jax.ShapeDtypeStruct(theirs[tensor], "float32")).shape
-                assert shape == (ours[key].shape[1:] if source.stacked else ours[key].shape), tensor
+                shape = ours[key].shape[1:] if source.stacked else ours[key].shape
+                assert source.layout.published(shape) == theirs[tensor], tensor
+                layout = source.layout.convert
+                assert jax.eval_shape(layout, jax.ShapeDtypeStruct(theirs[tensor], "float32")).shape == shape, tensor
                 used.append(tensor)
         left = {tensor for tensor in theirs if unneeded(tensor)}
         assert sorted(used) == sorted(theirs.keys() - left)
