@@ -22,7 +22,7 @@ _PAIR_MOTIONS = ("still", "left", "right", "up", "down", "bouncing")
 _BATCH = 24
 _RELATION = re.compile(r"\b(left of|right of|above|below|under(?! (?:a|the)(?: \w+){0,2} sky))\b")
 _SIDE = re.compile(r"\bfrom (?:left|right) to (?:left|right)\b|\b(?:left|right)(?! of)(?:ward)?\b")
-_REST_WORDS = ("rest", "stand", "sit", "stay", "not moving", "float", "hover", "hang")
+_REST = re.compile(r"\b(rest|stand|sit|stay|lies\b|lying|motionless|not moving|hover|hang|float\w* in place)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def evaluation_prompts(n: int = 240, seed: int = 0) -> tuple[EvaluationPrompt, .
         kind = _ROUND[i % len(_ROUND)]
         is_unseen = bool(next(decks[f"{kind} unseen"]))
         color, shape = next(decks[is_unseen])
-        others = [(c, s) for c, s in trained if c != color and s != shape]
+        others = [(c, s) for c, s in trained if (c, s) != (color, shape)]
         color2, shape2 = others[rng.integers(len(others))]
         motions = decks.get({"wall": "screen", "pillar": "screen"}.get(kind, kind))
         asked.append(
@@ -159,7 +159,7 @@ def _states(text, motions):
 
 
 def _says_rest(text):
-    return any(word in text for word in _REST_WORDS)
+    return _REST.search(text) is not None
 
 
 def _names(text, symbol):

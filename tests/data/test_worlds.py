@@ -121,8 +121,11 @@ def test_objects_stay_inside_the_frame_and_apart(scenes, draw):
     edge = np.concatenate([video[:, :, 0], video[:, :, -1], video[:, :, :, 0], video[:, :, :, -1]], axis=2)
     assert (edge.max(-1) - edge.min(-1)).max() < 0.2
     pairs = shown.present[:, 1]
-    assert (shown.color[pairs, 0] != shown.color[pairs, 1]).all()
-    assert (shown.shape[pairs, 0] != shown.shape[pairs, 1]).all()
+    same_color, same_shape = (
+        (shown.color[pairs, 0] == shown.color[pairs, 1]),
+        (shown.shape[pairs, 0] == shown.shape[pairs, 1]),
+    )
+    assert not (same_color & same_shape).any() and same_color.any() and same_shape.any()
 
 
 @pytest.mark.parametrize("kind", ["wall", "pillar", "truck"])
@@ -236,8 +239,8 @@ def test_captions_name_what_is_seen_in_known_words(scenes):
 def test_moving_captions_mostly_tell_the_direction(scenes):
     rng = np.random.default_rng(1)
     rightward = np.flatnonzero((scenes.kind == 0) & (scenes.motion[:, 0] == vocabulary.MOTIONS.index("right")))
-    texts = [caption(take(scenes, i), rng).lower() for i in rightward]
-    assert np.mean(["right" in text for text in texts]) > 0.85
+    texts = [caption(take(scenes, i), rng).lower() for i in rightward for _ in range(10)]
+    assert np.mean([bool({"right", "rightward"} & {*vocabulary.words_of(text)}) for text in texts]) > 0.85
     assert not any("left" in text.replace("from left to right", "") for text in texts)
 
 

@@ -11,10 +11,12 @@ from sora_jax.errors import InputError
 DETAILS = ("terse", "medium", "full")
 MAX_BYTES = 120  # captions are ASCII
 
-_DETAIL_ODDS = (0.15, 0.35, 0.5)
+_DETAIL_ODDS = (0.1, 0.25, 0.65)
 _SIZE_ODDS = {"terse": 0.25, "medium": 0.6, "full": 0.95}
-_BACKGROUND_ODDS = {"terse": 0.0, "medium": 0.4, "full": 0.85}
+_BACKGROUND_ODDS = {"terse": 0.0, "medium": 0.4, "full": 0.95}
 _NO_DIRECTION_ODDS = 0.08
+# "moves right above it" may mean straight above it; and one backdrop behind a truck is enough.
+_MISLEADING = re.compile(r"\b(left|right) (above|below|under)\b|\bin front of\b.*\bin front of\b")
 
 
 def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None) -> str:
@@ -33,9 +35,10 @@ def caption(scene: Scene, rng: np.random.Generator, detail: str | None = None) -
     detail = detail or str(rng.choice(DETAILS, p=_DETAIL_ODDS))
     while True:
         text = _Writer(scene, rng, detail).write()
-        if len(text) <= MAX_BYTES:
+        if len(text) > MAX_BYTES:
+            detail = DETAILS[max(DETAILS.index(detail) - 1, 0)]
+        elif not _MISLEADING.search(text.lower()):
             return text
-        detail = DETAILS[max(DETAILS.index(detail) - 1, 0)]
 
 
 class _Writer:
@@ -99,7 +102,7 @@ class _Writer:
         }
         if not any(moves):
             in_row = relation in ("left of", "right of")
-            return self._say("pair still", lambda text: in_row or "side by side" not in text)
+            return self._say("pair still", lambda text: in_row or not re.search("side by side|beside|near", text))
         if all(moves):
             return self._say("pair both move")
         in_row = relation in ("left of", "right of")
@@ -128,7 +131,9 @@ class _Writer:
         return self._say(f"does {motion}")
 
     def _rests(self, i):
-        return self._say("rests air" if self._floats(i) else "rests ground")
+        if self._floats(i):
+            return self._say("rests air")
+        return self._say("rests ball" if vocabulary.SHAPES[int(self.scene.shape[i])] == "ball" else "rests ground")
 
     def _go(self, i):
         return self._say("fly" if self._floats(i) else f"go {vocabulary.SHAPES[int(self.scene.shape[i])]}")
@@ -144,7 +149,11 @@ class _Writer:
         if not self._chance(_BACKGROUND_ODDS[self.detail]):
             return text
         where = self._say(f"background {vocabulary.BACKGROUNDS[int(self.scene.background)]}")
-        return f"{where}, {text}" if self._chance(0.12) else f"{text} {where}"
+        if self._chance(0.12):
+            return f"{where}, {text}"
+        # It is not the camera that is somewhere.
+        thing, *camera = re.split(r"(?= (?:while|as) the camera)", text, maxsplit=1)
+        return " ".join([thing, where, *camera])
 
     def _polish(self, text, sentence):
         # After these words only a sentence can follow.

@@ -27,6 +27,10 @@ _DWELL = 0.4
 _HOPS = 2.0  # of what bounces: half a hop to a latent frame, which is what a small model can draw
 _KIND_ODDS = (0.14, 0.36, 0.08, 0.08, 0.06, 0.28)  # two objects and moving cameras are the hardest to learn
 _SHAPE_ODDS = (1, 1, 1, 3)  # and so are stars: for the codec, and more so for the transformer
+# Of a second object: as many of the first one's colour or shape as of others. There are seven other colours, and three
+# other shapes; those of one colour are the harder ones to tell apart.
+_SAME_COLOR_ODDS, _SAME_SHAPE_ODDS = 2.0, 0.5
+_CAMERA_BACKGROUND_ODDS = (1, 1, 1, 1, 2.5)  # at night a moving camera moves little else than stars
 _MOTION_ODDS = (0.12, 0.12, 0.12, 0.12, 0.12, 0.06, 0.06, 0.06, 0.06, 0.16)
 # In a pair: side by side, one above the other; of the first object, and of the second. Two that move are harder.
 _COLUMN_ODDS = ((0.2, 0, 0, 0.22, 0.22, 0, 0, 0, 0, 0.36), (0.55, 0, 0, 0.15, 0.15, 0, 0, 0, 0, 0.15))
@@ -106,7 +110,7 @@ def sample_scene(key: jax.Array, *, unseen: bool = False, **fixed) -> Scene:
     kind = draw("kind", _KIND_ODDS)
     is_pair, is_camera, is_truck = kind == _PAIR, kind == _CAMERA, kind == _TRUCK
     is_screen = (kind == _WALL) | (kind == _PILLAR)
-    background = draw("background", (1.0,) * 5)
+    background = draw("background", jnp.where(is_camera, jnp.asarray(_CAMERA_BACKGROUND_ODDS), 1.0))
     camera = jnp.where(is_camera, draw("camera", (0.0, 1.0, 1.0, 1.0, 1.0)), 0)
 
     first = _color_and_shape(next(numbers), fixed.get("color"), fixed.get("shape"), unseen, None)
@@ -218,7 +222,7 @@ def _is_any(value, *options):
 
 
 def _color_and_shape(number, color, shape, unseen, other):
-    """One colour and one shape, both different from those of the other object."""
+    """One colour and one shape, not both the same as those of the other object."""
     color_ids, shape_ids = jnp.divmod(jnp.arange(32), 4)
     kept_out = jnp.zeros(32, bool)
     for color_name, shape_name in vocabulary.UNSEEN:
@@ -231,10 +235,13 @@ def _color_and_shape(number, color, shape, unseen, other):
     if shape is not None:
         fits &= shape_ids == shape
     allowed = fits & (kept_out if unseen else ~kept_out)
+    odds = jnp.asarray(_SHAPE_ODDS, jnp.float32)[shape_ids]
     if other is not None:
-        allowed &= ((color_ids != other[0]) | (color is not None)) & ((shape_ids != other[1]) | (shape is not None))
+        same_color, same_shape = color_ids == other[0], shape_ids == other[1]
+        allowed &= ~(same_color & same_shape)
+        odds *= jnp.where(same_color, _SAME_COLOR_ODDS, 1.0) * jnp.where(same_shape, _SAME_SHAPE_ODDS, 1.0)
     allowed = jnp.where(allowed.any(), allowed, fits)
-    pair = _pick(number, allowed * jnp.asarray(_SHAPE_ODDS)[shape_ids])
+    pair = _pick(number, allowed * odds)
     return color_ids[pair].astype(jnp.int32), shape_ids[pair].astype(jnp.int32)
 
 
