@@ -23,7 +23,7 @@ def look(path: Path) -> list[tuple]:
     """Times and pixels of the frames that a player would show, up to where it fails."""
     frames = []
     try:
-        with open(path, "rb") as file, av.open(file, metadata_errors="replace") as container:
+        with open(path, "rb") as file, av.open(file, **media.ANY_NOTES) as container:
             if (decoder := container.streams.video[0].codec_context) is not None:
                 decoder.thread_count = 1  # to start threads takes longer than to decode
             for frame in container.decode(video=0):

@@ -32,7 +32,7 @@ _FORMATS = "mov,matroska,avi,flv,ogg,mpegts,gif,apng,png_pipe,jpeg_pipe,mjpeg,we
 _MOST_PIXELS = 2**27  # of one frame; that is 8 bits RGB in 384 MiB
 _MOST_BYTES = 2**30  # of frames, where not all are asked for
 # Notes in a file that are no text do not matter; PyAV takes them as they are from version 19 on.
-_ANY_NOTES = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+ANY_NOTES = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 _BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer functions and matrices
 # Without these the conversion between RGB and YUV takes shortcuts that darken frames by one or two levels.
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -140,7 +140,7 @@ def _decode(
     frames, step = [], 1
     mirrored = _mirrored(file)
     try:
-        with av.open(file, options={"format_whitelist": _FORMATS}, **_ANY_NOTES) as container:
+        with av.open(file, options={"format_whitelist": _FORMATS}, **ANY_NOTES) as container:
             if not container.streams.video:
                 raise InputError(f"cannot read {path}: it holds no video")
             stream = container.streams.video[0]

@@ -1,5 +1,6 @@
 """The packages of others that the prompt gate reads with: without one of them, whole, nothing passes."""
 
+import importlib
 import importlib.metadata
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ def test_a_package_that_cannot_be_used_is_one_line(tmp_path, name, how):
 def test_a_package_is_as_it_was_installed(tmp_path, monkeypatch, name):
     """A table that was emptied, or a file that is gone, would let disguises pass in silence."""
     package, distribution = normalize.package.__wrapped__, PACKAGES[name]
+    importlib.import_module(name)  # from where it is: later tests go on with it
     files = [
         file for file in importlib.metadata.files(distribution) if file.suffix != ".pyc" and ".." not in file.parts
     ]

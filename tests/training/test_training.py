@@ -13,6 +13,7 @@ import signal
 import time
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -630,7 +631,7 @@ def _products(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             found.add(str(equation.outvars[0].aval.dtype))
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             found |= _products(inner)
     return found
 
@@ -762,8 +763,8 @@ def _without_metadata(checkpoint):
 
 
 def _cut_off(checkpoint):
-    largest = max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:1000])
+    for path in checkpoint.rglob("d/*"):  # which of them holds what is by chance
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize(
