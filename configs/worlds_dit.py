@@ -78,8 +78,8 @@ go. The bundled model was trained in twenty-one shorter parts, the first eightee
 20. as part 19 from the model it gave, with yet more pairs and stars (odds of the kinds 0.12, 0.48, 0.09, 0.07, 0.05,
    0.19, of the shapes 1, 1, 1, 4): `--config.data.seed=34 --config.seed=34 --config.steps=1000`, the first 288 steps
    with `--config.steps=1100` (73 minutes, some of them beside other work, after 28 for the latents, beside part 9 in
-   worlds_codec.py). Of the same 576 pairs 485 come out right, and of 52
-   stars 48, with the decoder of that part, where 44 did;
+   worlds_codec.py). Of the same 576 pairs 485 come out right, and of 52 stars 48, with the decoder of that
+   part, where 44 did;
 21. as part 20 from the model it gave, in the worlds as they are now, in which two objects may have one colour or one
    shape, cameras are drawn more often at night, and captions have more details and words (odds of the kinds 0.12,
    0.44, 0.08, 0.07, 0.05, 0.24, of the shapes 1, 1, 1, 3.5): `--config.data.seed=35 --config.seed=35

@@ -76,11 +76,10 @@ def load(
             from sora_jax.interop import lora as lora_lib
 
             tensors[part] = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
-            both = "give it as --lora-low too, with the scale 0 if that is not wanted"
             if part == "dit" and file not in (lora_low or {}) and lora_lib.is_for_both(file):
-                raise InputError(
-                    f"{file} has parts for two transformers: {both if 'dit_low' in tensors else 'this model has one'}"
-                )
+                use = "give it as --lora-low too, with the scale 0 if that is not wanted"
+                use = use if "dit_low" in tensors else "this model has one"
+                raise InputError(f"{file} has parts for two transformers: {use}")
     adapted = {"dit": lora or {}, "dit_low": lora_low or {}}
     # The host that writes the files says what they were made with.
     weights = _in_background(partial(_weights_of, folder, adapted)) if hosts.is_first() else str
@@ -135,9 +134,9 @@ def open_model(
 
         return open_pipeline_folder(path, dtype, mesh)
     config, tensors = model_folder.open_model_folder(path, dtype, mesh)
-    if config.text.tokenizer == "bytes":
-        return config, tensors, ByteTokenizer()
-    return config, tensors, FileTokenizer(path / "tokenizer.json", config.text.vocabulary_size)
+    if config.text.tokenizer == "file":
+        return config, tensors, FileTokenizer(path / "tokenizer.json", config.text.vocabulary_size)
+    return config, tensors, ByteTokenizer()
 
 
 def _weights_of(folder: Path, adapted: dict[str, dict[str | os.PathLike, float]]) -> str:

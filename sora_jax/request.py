@@ -64,7 +64,7 @@ class Request:
     def __post_init__(self) -> None:
         check_texts([self.negative_prompt], "negative prompt")
         admit(self.prompts, self.policy)
-        if self.negative_prompt and min(self.guidance, self.guidance_low) < 1:  # such a guidance leads towards it
+        if self.negative_prompt and min(self.guidance, self.guidance_low) < 1:  # at low levels that leads towards it
             admit([self.negative_prompt], self.policy, "negative prompt")
         for name, picture in (("image", self.image), ("last_image", self.last_image)):
             if picture is not None and not scan(picture[None]).passed:

@@ -5,7 +5,6 @@ needed; nothing is imported from diffusers, and only safetensors are read.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -129,7 +128,7 @@ def _hint(folder: Path) -> str:
 
 def _is_file_name(name: Any) -> bool:
     """Whether it names a file in the same folder, and not elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\\\0]", name)
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def _pieces(files: _Files, source: names.Source) -> Iterator[np.ndarray]:
