@@ -172,7 +172,7 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     """The config of a model folder alone; raises InputError."""
     if not Path(path).is_dir():
         raise InputError(
-            f"there is no model folder {path}; it is a folder on this machine (docs/wan.md names some to fetch)"
+            f"there is no model folder {path}; it must be a folder on this machine (docs/wan.md names some to fetch)"
         )
     if not Path(path, "model.json").exists():
         raise InputError(f"{path} is no model folder: it holds no model.json, and no model_index.json as Wan's do")
