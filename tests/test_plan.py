@@ -190,6 +190,18 @@ def test_the_search_puts_a_mesh_on_which_a_part_does_not_fit_last(monkeypatch):
     assert plan.verdict(job, found[last], 50).startswith("does not fit in 31.2 GiB: decode needs 40.0 GiB")
 
 
+def test_the_search_goes_on_after_a_program_that_could_not_be_made(monkeypatch):
+    def needs(job, parts, full):
+        if mesh_lib.parse_sizes(job.mesh)["context"] == 8:
+            raise RuntimeError("the program of text could not be made")
+        return {part: plan.Need(hbm=plan.GIB) for part in parts}
+
+    monkeypatch.setattr(plan, "needs", needs)
+    job = plan.Job("wan2.1-t2v-14b", "", "v6e:2x4", "", (720, 1280), 81)
+    *others, last = plan.search(job, plan.parts(job.model), 50).values()
+    assert others and plan.verdict(job, last, 50) == "does not compile: text"
+
+
 def test_windows_after_the_first_are_told_of_frames_of_each_video():
     mesh = AbstractMesh((3, 1, 1, 1), mesh_lib.AXES)
     for model, windows, told in (("wan2.2-ti2v-5b", 1, ()), ("wan2.2-ti2v-5b", 2, (3, 3))):
@@ -293,10 +305,12 @@ def test_the_verdict_adds_up():
     needs["decode"] = plan.Need(error="too large")
     said = plan.for_scripts(job, needs, 10)
     assert not said["fits"] and said["at_least"] is None and "bounds" not in said["parts"]["decode"]
-    assert plan.verdict(job, needs, 10) == "does not fit: decode cannot be compiled"
+    assert plan.verdict(job, needs, 10) == "does not compile: decode"
+    needs["decode"] = plan.Need(error="RESOURCE_EXHAUSTED: 40 of 16 GiB")
+    assert plan.verdict(job, needs, 10) == "does not fit: decode"
     needs["denoise"] = dataclasses.replace(need, moved=819e9, collectives={"all-gather": 300e9})
     rows = plan.describe(job, needs, 10).splitlines()
-    assert "does not compile: too large" in "".join(rows)
+    assert "does not compile: RESOURCE_EXHAUSTED: 40 of 16 GiB" in "".join(rows)
     # The three bounds of a step, each beside what it is of.
     (step,) = [row for row in rows if "one step" in row]
     assert "197.00 T    1.000 s" in step
@@ -358,3 +372,10 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch, rest, growth, bend, l
 def test_without_the_compiler_the_extra_is_named(capsys):
     assert main(["plan", "--model", "bundled", "--topology", "v6e:1x1"]) == 2
     assert "pip install -e '.[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sora-jax[tpu]")
+def test_a_program_that_cannot_be_made_is_a_fault_and_no_answer():
+    job = plan.Job("bundled", "text", "v6e:1x1", "data=1", (128, 128), 17, dtype="float3")
+    with pytest.raises(RuntimeError, match="the program of text could not be made for data=1: .*Error"):
+        plan.compile_part(job)

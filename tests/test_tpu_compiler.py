@@ -65,6 +65,19 @@ def test_four_chips_send_what_the_documents_of_attention_say():
     assert need.arguments == pytest.approx(2 * PARAMETERS / 4, rel=0.08)
 
 
+@pytest.mark.parametrize(
+    "model,topology,mesh,size,aim",
+    [
+        ("wan2.1-t2v-14b", "v6e:2x4", "context=8", (720, 1280), 5.0),
+        ("wan2.1-t2v-1.3b", "v6e:1x1", "data=1", (480, 832), 3.7),
+    ],
+)
+def test_a_step_of_81_frames_needs_no_more_hbm_than_docs_plan_says(model, topology, mesh, size, aim):
+    need = plan.compile_part(plan.Job(model, "denoise", topology, mesh, size, 81))
+    assert not need.error and need.hbm < aim * plan.GIB
+    assert sum(need.collectives.values()) < 50 * plan.GIB
+
+
 @pytest.mark.parametrize("topology,fits", [("v5e:1x1", False), ("v5p:1x1x1", True)])
 def test_the_state_of_training_fits_or_not(topology, fits, capsys):
     """Parameters, their average and the two of AdamW, float32: 21 GiB, of 15.75 and of 95.74."""

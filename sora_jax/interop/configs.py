@@ -26,6 +26,7 @@ _CLASSES = {
     "image_encoder": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "scheduler": _SOLVERS,
 }
+_READ_ELSEWHERE = {"tokenizer", "image_processor"}
 _TEXT_LENGTH = 512  # the pipelines pad and cut prompts to this
 _MOST_LAYERS = 1000  # beyond what anybody has, and few enough to be counted up
 _OTHER_SCHEDULES = (
@@ -48,6 +49,10 @@ def pipeline_config(path: Path) -> ModelConfig:
     with described_by(path):
         index = read_json(path / "model_index.json")
         _one_of(path / "model_index.json", index, "_class_name", "WanPipeline", "WanImageToVideoPipeline")
+        parts = {name for name, value in index.items() if isinstance(value, list) and value[1:] != [None]}
+        if unknown := sorted(parts - _CLASSES.keys() - _READ_ELSEWHERE):
+            words = "has parts of no published Wan, which would be left out"
+            raise InputError(f"{path / 'model_index.json'}: {words}: {', '.join(unknown)}")
         named = {}
         for part, possible in _CLASSES.items():
             library_and_class = index.get(part) or [None, None]

@@ -60,7 +60,10 @@ def search(job: Job, which: tuple[str, ...], steps: int, full: bool = False) -> 
         raise InputError(f"no mesh that makes sense of {number} chips divides {asked}")
     found = {}
     for mesh in tqdm(tried, desc="searching", unit="mesh"):
-        found[mesh] = needs(dataclasses.replace(job, mesh=mesh), which, full)
+        try:
+            found[mesh] = needs(dataclasses.replace(job, mesh=mesh), which, full)
+        except RuntimeError as error:  # the others are worth knowing all the same
+            found[mesh] = {which[0]: Need(error=str(error))}
 
     def rank(mesh):
         here, needed = dataclasses.replace(job, mesh=mesh), found[mesh]

@@ -31,7 +31,8 @@ def compile_part(job: Job, full: bool = False) -> Need:
     but an impossible kernel is found only there.
 
     Raises:
-        InputError: libtpu is not installed.
+        InputError: libtpu is not installed, or there is no such topology or mesh.
+        RuntimeError: the program could not be made; a fault of this package.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = {
@@ -63,6 +64,8 @@ def compile_part(job: Job, full: bool = False) -> Need:
         values = json.loads(answer) if answer else {}
         if "input_error" in values:
             raise InputError(values["input_error"])
+        if not values:  # it never came to the compiler: that says nothing of what fits
+            raise RuntimeError(f"the program of {job.part} could not be made for {job.mesh}: {_reason(errors)}")
         report = _report(Path(folder))
         if not report or (full and process.returncode):
             return Need(error=_reason(errors), seconds=seconds)

@@ -66,7 +66,8 @@ def verdict(job: Job, needs: dict[str, Need], steps: int) -> str:
     """Whether it fits, and how long a video takes at least."""
     chip, _ = chips(job.topology)
     if failed := [part for part, need in needs.items() if need.error]:
-        return f"does not fit: {', '.join(failed)} cannot be compiled"
+        memory = all("RESOURCE_EXHAUSTED" in needs[part].error for part in failed)
+        return f"{'does not fit' if memory else 'does not compile'}: {', '.join(failed)}"
     if "train" in needs:
         need = needs["train"]
         words = "fits" if fits(job, needs) else "does not fit"

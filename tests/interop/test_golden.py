@@ -434,6 +434,10 @@ def test_shards_load_as_one_file_does(folder, generator, kind):
     refused(folder, "cannot read .*00001-of-00002.safetensors")
 
 
+def test_the_fixtures_stay_small():
+    assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 6e6
+
+
 def test_pickles_and_unknown_classes_are_refused(folder):
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     path.rename(path.with_suffix(".bin"))
@@ -443,6 +447,7 @@ def test_pickles_and_unknown_classes_are_refused(folder):
         ("model_index.json", "_class_name", "LTXPipeline", "_class_name is 'LTXPipeline'; only 'WanPipeline'"),
         ("model_index.json", "vae", ["diffusers", "AutoencoderKL"], "vae is 'AutoencoderKL'; only 'AutoencoderKLWan'"),
         ("model_index.json", "scheduler", ["diffusers", "DDIMScheduler"], "scheduler is 'DDIMScheduler'; only 'UniPC"),
+        ("model_index.json", "motion_adapter", ["diffusers", "MotionAdapter"], "be left out: motion_adapter"),
         ("model_index.json", "transformer", 3, "model_index.json: transformer is 3; it must be a pair of names"),
         ("transformer/config.json", "_class_name", "FluxTransformer", "_class_name is 'FluxTransformer'"),
         ("transformer/config.json", "image_dim", 1280, "the field added_kv_proj_dim is missing"),
