@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import math
 import os
-import re
-import time
+import threading
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -199,14 +200,15 @@ class Generator:
                     # One video at a time: decoding needs far more memory than sampling.
                     with self._on_mesh():
                         frames_THWC = np.concatenate(self._go_on(before[number], latents_FYXZ, request))
-                    claim = self._claim(request, start + number)
-                    yield Video(frames_THWC[: request.frames], request.fps, claim)
+                    frames_THWC = frames_THWC[: request.frames]
+                    claim = self._claim(request, start + number, frames_THWC)
+                    yield Video(frames_THWC, request.fps, claim)
 
     def _go_on(self, clips: list[np.ndarray], latents_FYXZ: jax.Array, request: Request) -> list[np.ndarray]:
         """The windows of a video with another one, without the frames that are those of the last."""
         return [*clips, self._decode_video(latents_FYXZ, request)[request.overlap if clips else 0 :]]
 
-    def _claim(self, request: Request, number: int) -> Claim:
+    def _claim(self, request: Request, number: int, frames_THWC: np.ndarray) -> Claim:
         """What the file of a video will say of how it was made."""
         sampling = self.config.sampling
         said = {name: getattr(request, name) for name in ("frames", "size", "steps", "guidance", "fps")}
@@ -231,6 +233,7 @@ class Generator:
             mesh=",".join(f"{axis}={n}" for axis, n in self.mesh.shape.items() if n > 1) if self.mesh else "",
             checks={"prompt": {"policy_sha256": request.policy.digest, "allowed": True}},
             ingredients=request.ingredients,
+            frames_sha256=hashlib.sha256(np.ravel(frames_THWC)).hexdigest(),
         )
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
@@ -240,7 +243,7 @@ class Generator:
         """Features of the prompts, and after them, with guidance, of as many negative prompts."""
         negative = [request.negative_prompt] * len(prompts) if request.is_guided else []
         ids_BL = self.tokenizer([*prompts, *negative], self.config.text.length)
-        return self._encode_text(self.params["text"], ids_BL)
+        return self._waited(self._encode_text, self.params["text"], ids_BL)
 
     def _sample(
         self, request: Request, chosen: list[int], text_BLD: jax.Array, given: Given, window: int
@@ -255,10 +258,8 @@ class Generator:
         schedule = sampler.noise_schedule(request.steps, sampling.shift, sampling.schedule)
         guidance_2 = np.float32([request.guidance, request.guidance_low])
         dits = [self.params[part] for part in self.config.transformers]
-        latents_BFYXZ = _wait(
-            self._denoise(dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given, is_guided=request.is_guided)
-        )
-        jax.effects_barrier()  # the last steps reach the bar before it closes
+        denoise = partial(self._denoise, is_guided=request.is_guided)
+        latents_BFYXZ = self._waited(denoise, dits, noise_BFYXZ, text_BLD, schedule, guidance_2, given)
         if not jnp.isfinite(latents_BFYXZ).all():  # they would make black frames
             raise InputError(
                 "sampling ended in numbers that are not finite: too much guidance or noise, or the model is damaged"
@@ -270,16 +271,16 @@ class Generator:
         few = request.window * math.prod(request.size) <= _PIXELS_AT_ONCE
         at_once = len(latents_FYXZ) if few else 1
         pieces = (latents_FYXZ[None, start : start + at_once] for start in range(0, len(latents_FYXZ), at_once))
-        frames = stream(self._decode, self.params["codec"], pieces)
-        return np.concatenate([hosts.whole(_wait(piece_BTHWC))[0] for piece_BTHWC in frames])
+        frames = stream(partial(self._waited, self._decode), self.params["codec"], pieces)
+        return np.concatenate([hosts.whole(piece_BTHWC)[0] for piece_BTHWC in frames])
 
     def _encode_clip(self, video_THWC: np.ndarray) -> np.ndarray:
         """Latents (1, F, Y, X, Z) of frames in [-1, 1], in pieces if there are many."""
         stride, end = self.config.codec.stride_time, len(video_THWC)
         ends = [end] if video_THWC[..., 0].size <= _PIXELS_AT_ONCE else range(1, end + 1, stride)
         pieces = (video_THWC[None, start:end] for start, end in zip([0, *ends], ends, strict=False))
-        latents = stream(self._encode_video, self.params["codec"], pieces)
-        return np.concatenate([hosts.whole(_wait(piece_BFYXZ)) for piece_BFYXZ in latents], axis=1)
+        latents = stream(partial(self._waited, self._encode_video), self.params["codec"], pieces)
+        return np.concatenate([hosts.whole(piece_BFYXZ) for piece_BFYXZ in latents], axis=1)
 
     def _known(self, frames: dict[int, np.ndarray], request: Request) -> Given:
         """What the known frames of a window give the transformer: pictures by the number of their frame."""
@@ -309,9 +310,29 @@ class Generator:
         features = None
         if config.vision is not None:
             seen = [preprocess(frames[t], config.vision.image_size) for t in (0, T - 1) if t in frames]
-            features = self._see(self.params["vision"], np.stack(seen))
+            features = self._waited(self._see, self.params["vision"], np.stack(seen))
             features = features.reshape(1, -1, features.shape[-1])
         return Given(condition_BFYXC=jnp.concatenate([mask_1FYXC, latents_1FYXZ], axis=-1), image_BLD=features)
+
+    def _waited(self, program: Callable[..., Any], *args: Any) -> Any:
+        """What a compiled program gives, when all of it is there, the last steps on the bar included.
+
+        It runs in another thread: compiling, and on CPUs a program's first run, return to Python only when they are
+        done, and Ctrl-C would have to wait for them.
+        """
+        done: Future = Future()
+
+        def work():
+            try:
+                with self._on_mesh():  # which is each thread's own
+                    result = jax.block_until_ready(program(*args))
+                    jax.effects_barrier()
+                done.set_result(result)
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return done.result()
 
     def _step_done(self, _) -> None:
         if self._bar is not None:
@@ -320,8 +341,7 @@ class Generator:
     def unknown_words(self, text: str) -> list[str]:
         """Words of `text` that the model was not trained on; empty if the model is not limited to a list."""
         known = set(self.config.vocabulary)
-        words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
-        return [word for word in words if known and word not in known]
+        return [word for word in dict.fromkeys(_words(text)) if known and word not in known]
 
     def notes(self, request: Request) -> list[str]:
         """What someone should be told of a request: unknown words, text that is not read, pictures out of shape."""
@@ -352,12 +372,16 @@ def _stretch(picture_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return media.resize(picture_HWC, size, "lanczos") / np.float32(127.5) - 1
 
 
+def _words(text: str) -> list[str]:
+    """Words of any alphabet, numbers, and symbols such as emoji, each of which is one."""
+    text = "".join(
+        letter if letter.isalnum() or letter == "'" or unicodedata.category(letter)[0] == "M"
+        else f" {letter} " if unicodedata.category(letter) == "So" else " "
+        for letter in unicodedata.normalize("NFC", text.lower().replace("\u2019", "'"))
+    )  # fmt: skip
+    words = (word.strip("'") for word in text.split())
+    return [word for word in words if any(unicodedata.category(letter)[0] != "M" for letter in word)]
+
+
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _wait(array: jax.Array) -> jax.Array:
-    # Sleeping in Python, rather than blocking inside JAX, lets Ctrl-C through at once.
-    while not array.is_ready():
-        time.sleep(0.01)
-    return array

@@ -224,12 +224,18 @@ def take_free_name(hidden: Path, path: Path) -> Path:
             hidden.unlink()
         except FileExistsError:
             continue
-        except OSError:  # of a file system without hard links: an empty file holds the name until the next line
+        except OSError:  # of a file system without hard links: a hidden file holds the name until it is taken
+            claim = name.with_name(f".{name.name}.claim")
             try:
-                name.touch(exist_ok=False)
+                claim.touch(exist_ok=False)
             except FileExistsError:
                 continue
-            os.replace(hidden, name)
+            try:
+                if os.path.lexists(name):
+                    continue
+                os.replace(hidden, name)
+            finally:
+                claim.unlink()
         return name
 
 

@@ -22,6 +22,8 @@ from sora_jax.safety.provenance import Source
 from sora_jax.safety.scan import scan
 from sora_jax.tensors import fits_float32
 
+_MOST_STEPS = 10_000  # a hundred times what solvers need; a number mistyped would run for ever
+
 
 @dataclass(frozen=True)
 class Request:
@@ -62,6 +64,13 @@ class Request:
         return self.guidance > 1
 
     def __post_init__(self) -> None:
+        # What was checked stays what it is: nobody else holds a list or an array of it.
+        object.__setattr__(self, "prompts", tuple(self.prompts))
+        for name in ("image", "last_image"):
+            if (picture := getattr(self, name)) is not None:
+                picture = np.array(picture)
+                picture.flags.writeable = False
+                object.__setattr__(self, name, picture)
         check_texts([self.negative_prompt], "negative prompt")
         admit(self.prompts, self.policy)
         if self.negative_prompt and min(self.guidance, self.guidance_low) < 1:  # at low levels that leads towards it
@@ -151,7 +160,7 @@ def make_request(
         window=window,
         overlap=overlap,
         size=size,
-        steps=_whole("steps", defaults.steps if steps is None else steps, 1),
+        steps=_whole("steps", defaults.steps if steps is None else steps, 1, _MOST_STEPS),
         guidance=guidance,
         guidance_low=guidance_low,
         fps=fps,

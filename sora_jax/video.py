@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sora_jax import media
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, Refused
 
 if TYPE_CHECKING:  # these take a while to import
     from sora_jax.safety.keys import Signer
@@ -90,7 +90,10 @@ class Video:
         """The video itself, for a notebook."""
         suffix = ".png" if len(self.frames) == 1 else ".mp4"
         with tempfile.TemporaryDirectory() as folder:
-            data = base64.b64encode(self.save(Path(folder, "video" + suffix)).read_bytes()).decode()
+            try:
+                data = base64.b64encode(self.save(Path(folder, "video" + suffix)).read_bytes()).decode()
+            except Refused:  # its report is in a folder that is gone in a moment
+                raise Refused("the frame scan withholds the video; saved to a file, it leaves a report") from None
         if suffix == ".png":
             return f'<img src="data:image/png;base64,{data}">'
         return f'<video controls autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'

@@ -4,20 +4,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
 import sora_jax
-from sora_jax import generate as generate_module
 from sora_jax import models
 from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
 from sora_jax.cli.generate import _Target
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
-from sora_jax.safety import provenance, scan
+from sora_jax.safety import keys, provenance, scan
 from sora_jax.safety.policy import load_policy
 from sora_jax.safety.provenance import read_manifest
 from sora_jax.video import read_video
@@ -209,18 +209,52 @@ def test_a_failure_while_writing_leaves_nothing(generate, capsys, monkeypatch, t
     "number, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_signal_while_sampling(generate, capsys, monkeypatch, tmp_path, number, code, said):
-    monkeypatch.setattr(generate_module, "_wait", lambda array: os.kill(os.getpid(), number))
+    monkeypatch.setattr(Generator, "_waited", lambda *_: os.kill(os.getpid(), number))
     assert generate("a red ball") == code
     assert said in one_line(capsys)
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["--output", "--model"])
+def test_an_empty_name_is_told(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "a red ball", name, ""]) == 2
+    assert f"{name} is empty" in one_line(capsys) and not os.listdir(tmp_path)
+
+
+def test_a_damaged_key_of_the_mark_is_found_before_anything_is_made(generate, capsys, monkeypatch, tmp_path):
+    def damaged():
+        raise InputError("the signing key is open to other users")
+
+    monkeypatch.setattr(Generator, "_waited", None)
+    monkeypatch.setattr(keys, "watermark_key", damaged)
+    assert generate("a red ball") == 2
+    assert "open to other users" in one_line(capsys) and not os.listdir(tmp_path)
+
+
+def test_an_interrupt_ends_the_sampling_at_once(tmp_path):
+    """In the middle of the one program that would run for minutes, which is still its first run."""
+    command = [sys.executable, "-m", "sora_jax", "generate", "a red ball", "--steps", "3000", "-o", "ball.mp4"]
+    folders = {"PYTHONPATH": os.path.dirname(os.path.dirname(sora_jax.__file__))}
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | folders, stderr=subprocess.PIPE) as process:
+        said = b""
+        while b" 3/3000" not in said:
+            assert (more := os.read(process.stderr.fileno(), 4096)), said
+            said += more
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        said += process.stderr.read()
+        code = process.wait()
+    assert code == 130 and said.endswith(b"error: interrupted\n") and not os.listdir(tmp_path)
+    assert time.monotonic() - start < 10
+
+
 @pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
 def test_too_little_memory_ends_in_one_line(generate, capsys, monkeypatch, failure):
-    def fail(array):
+    def fail(*_):
         raise failure
 
-    monkeypatch.setattr(generate_module, "_wait", fail)
+    monkeypatch.setattr(Generator, "_waited", fail)
     assert generate("a red ball") == 2
     assert "not enough memory" in one_line(capsys)
 

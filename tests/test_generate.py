@@ -197,7 +197,8 @@ def test_a_picture_of_one_frame_is_that_frame(tiny_config, tiny_params):
     config = dataclasses.replace(tiny_config, known_frames=True)
     picture = np.full((32, 64, 3), 90, np.uint8)
     request = make_request(config, "a red ball", frames=1, image=picture)
-    assert [*generate_module._pictures(request)] == [0] and generate_module._pictures(request)[0] is picture
+    assert [*generate_module._pictures(request)] == [0]
+    assert np.array_equal(generate_module._pictures(request)[0], picture)
     (video,) = Generator(config, tiny_params).run(request, progress=False)
     other = make_request(config, "a red ball", frames=1, image=255 - picture)
     (changed,) = Generator(config, tiny_params).run(other, progress=False)
@@ -277,6 +278,27 @@ def test_two_runs_at_a_time_have_a_bar_each(generator, monkeypatch):
     assert len(videos) == 2 and [bar.n for bar in bars] == [4, 6]
 
 
+def test_what_was_checked_cannot_be_changed_afterwards(tiny_config):
+    config = dataclasses.replace(tiny_config, known_frames=True)
+    picture = np.full((32, 64, 3), 90, np.uint8)
+    request = make_request(config, "a red ball", image=picture)
+    prompts = [*request.prompts]
+    request = dataclasses.replace(request, prompts=prompts)
+    prompts[0], picture[:] = "a naked woman", 255
+    assert request.prompts == ("a red ball",) and request.image.max() == 90
+    with pytest.raises(ValueError, match="read-only"):
+        request.image[:] = 255
+
+
+def test_words_are_whole_in_any_alphabet():
+    assert generate_module._words("A crocodile didn\u2019t eat 3 'red' balls \U0001f600\ufe0f") == (
+        ["a", "crocodile", "didn't", "eat", "3", "red", "balls", "\U0001f600"]
+    )
+    assert generate_module._words("\u0932\u093e\u0932 \u0917\u0947\u0902\u0926, cafe\u0301") == (
+        ["\u0932\u093e\u0932", "\u0917\u0947\u0902\u0926", "caf\u00e9"]
+    )
+
+
 def test_unknown_words_and_long_prompts_are_told(generator):
     with pytest.warns(UserWarning, match="does not know: zebra\nit knows: red balls"):
         generator.generate("a red zebra", progress=False)
@@ -315,7 +337,7 @@ def test_it_is_told_that_a_picture_is_stretched(tiny_config, tiny_params):
         ({"size": (32, (2, 3))}, "size must be a whole number, not (2, 3)"),
         ({"noise": "x"}, "noise must be numbers [1, 2, 2, 4, 4], not str"),
         ({"noise": [[1.0], [1.0, 2.0]]}, "noise must be numbers [1, 2, 2, 4, 4], not list"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps must be from 1 to 10000"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
         ({"guidance": 1e39}, "guidance must be a finite number, not 1e+39"),
         ({"guidance": 10**400}, "guidance must be a finite number"),

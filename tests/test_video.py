@@ -7,7 +7,8 @@ import pytest
 from test_media import smooth_clip
 
 from sora_jax import media
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, Refused
+from sora_jax.safety import release
 from sora_jax.video import Video, contact_sheet, read_video
 
 
@@ -67,6 +68,15 @@ def test_printed_form_is_short():
 def test_notebook_form():
     assert Video(smooth_clip())._repr_html_().startswith("<video")
     assert Video(smooth_clip()[:1])._repr_html_().startswith("<img")
+
+
+def test_what_a_notebook_may_not_show_names_no_report_that_is_gone(monkeypatch):
+    def withhold(*_):
+        raise Refused("the frame scan withholds /tmp/x/video.mp4; /tmp/x/video.mp4.withheld.json says why")
+
+    monkeypatch.setattr(release, "release", withhold)
+    with pytest.raises(Refused, match="withholds the video; saved to a file, it leaves a report"):
+        Video(smooth_clip())._repr_html_()
 
 
 def test_contact_sheet_takes_first_and_last_frame():

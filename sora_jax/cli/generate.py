@@ -8,6 +8,7 @@ import hashlib
 import mimetypes
 import re
 import sys
+import unicodedata
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -117,6 +118,9 @@ class _Task:
 
 def _prepare(options: argparse.Namespace) -> _Task:
     """What can be refused is refused here, before a model is loaded, which may take minutes."""
+    for name in ("output", "model"):
+        if vars(options)[name] == "":  # as a variable of a shell is that is not set
+            raise InputError(f"--{name} is empty; give a name, or leave it out")
     prompts = prompts_of(options)
     seeds = range(options.seed, options.seed + options.num)
     if seeds[-1] >= 2**32:
@@ -236,6 +240,7 @@ def _signer(options: argparse.Namespace) -> Any:
     for note in notes:
         print(note.message, file=sys.stderr)
     provenance.rehearse(signer)
+    keys.watermark_key()  # also the mark's, which is this installation's, whoever signs
     return signer
 
 
@@ -274,7 +279,10 @@ class _Target:
         """The path of a video; one in the folder gets a number when it is saved, if its name is taken then."""
         if self.file is not None:
             return self.file
-        name = re.sub(r"\W+", "-", title.lower()).strip("-")[:60].strip("-") or "video"
+        title = unicodedata.normalize("NFC", title.lower())
+        # Signs that belong to a letter are none of their own; the others part words.
+        parted = "".join(c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else "-" for c in title)
+        name = re.sub("-+", "-", parted).strip("-")[:60].strip("-") or "video"
         return self.folder / f"{name}{'.mp4' if self.frames > 1 else '.png'}"
 
     def report(self, seed: int) -> Path | None:

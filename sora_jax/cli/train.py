@@ -35,6 +35,8 @@ def _train(options: argparse.Namespace) -> int:
     hosts.connect()
     from sora_jax.training import loop
 
+    _quiet()
+
     try:
         # Saved by SIGTERM is not done: whoever starts runs again after a preemption goes by the exit code.
         return 0 if loop.train(config, options.workdir, options.mesh) else 128 + signal.SIGTERM
@@ -45,4 +47,12 @@ def _train(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> None:
     from sora_jax.training import loop
 
+    _quiet()
     print(loop.export(options.workdir, options.output, options.codec))
+
+
+def _quiet() -> None:
+    """Orbax logs by absl what the errors it raises say once more, and how long it waited."""
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)

@@ -9,6 +9,7 @@ says how often.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ from sora_jax.safety.semantic import classifier, encoder, windows
 _PEOPLE = "real_people"
 # A part of a prompt is one of many, and says less than a whole one: it must be worth so many times the odds.
 _DOUBT = 8.0
+_FULL_NAME = re.compile(r"[A-Z]\w+(?: [A-Z]\w+)+")
 _HINT = 8.0  # how many times a hint makes the odds
 
 
@@ -95,21 +97,25 @@ class Gate:
             read = forms(text)
             verdict = self._check(text, read) if read else too_long
             if verdict.allowed and self._strict and any(map(self._children.found_in, (read.words, *read.decoded))):
-                strict = self._strict._check(text, read)
-                if {*strict.categories} - {_PEOPLE}:
-                    verdict = Verdict(False, (PROTECTED,), self._descriptions[PROTECTED], strict.layer)
+                # Whoever may be named now draws the encoder's attention away from what is done.
+                for said in dict.fromkeys((text, _FULL_NAME.sub("somebody", text))):
+                    strict = self._strict._check(said, forms(said) or read, but=_PEOPLE)
+                    if not strict.allowed:
+                        verdict = Verdict(False, (PROTECTED,), self._descriptions[PROTECTED], strict.layer)
+                        break
             if not verdict.allowed:
                 break
         return verdict
 
-    def _check(self, text: str, read: Forms) -> Verdict:
+    def _check(self, text: str, read: Forms, but: str = "") -> Verdict:
+        """What the first layer finds that finds anything, without the category `but`."""
         readings = (read.words, *read.decoded)
         for layer, found in (
             ("rules", lambda: self._by_rules(readings, "phrases")),
             ("names", lambda: [_PEOPLE] if self._names and self._names.found_in(read) else []),
             ("meaning", lambda: self._by_meaning(read, pieces(text), self._by_rules(readings, "hints"))),
         ):
-            if hits := found():
+            if hits := [name for name in found() if name != but]:
                 return Verdict(False, tuple(hits), "; ".join(self._descriptions[name] for name in hits), layer)
         return Verdict(True)
 

@@ -101,7 +101,12 @@ def load_signer(
         private = None if key is None else _private_key(_read(Path(key)), str(key))
     chain = certificates.read_chain(text, where)
     certificates.check_chain(chain, where)
-    public = chain[0].public_key()
+    try:
+        public = chain[0].public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise InputError(
+            f"{where}: the first certificate is for a key that cannot be read: {one_line(error)}"
+        ) from None
     algorithm = certificates.algorithm(public, where)
     if private is not None and private.public_key() != public:
         raise InputError(f"the private key {key or where} does not belong to the first certificate in {where}")
@@ -128,7 +133,7 @@ def watermark_key() -> bytes:
     path = _local()
     private = _private_key(_read(path), str(path))
     if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise _no_key(str(path))
+        raise InputError(f"the key in {path} is not the one that was made here; move it away: a new one is made")
     number = private.private_numbers().private_value.to_bytes(-(-private.key_size // 8), "big")
     return HKDF(hashes.SHA256(), 32, salt=None, info=b"sora_jax invisible mark 1").derive(number)
 
@@ -159,16 +164,16 @@ def _check_closed(path: Path) -> None:
     """Raises InputError if others could have read or replaced the key."""
     try:
         modes = {one: one.stat().st_mode for one in (path, path.parent)}
+        real = path.resolve().parent.stat().st_mode  # where it is, if that is a link
     except OSError as error:
         raise InputError(f"cannot read the signing key {path}: {error.strerror}; set XDG_CONFIG_HOME") from error
     if not stat.S_ISREG(modes[path]):
         raise InputError(f"the signing key {path} is no file; move away what is there, or set XDG_CONFIG_HOME")
     if modes[path] & 0o077:
         raise InputError(f"the signing key {path} is open to other users; close it with: chmod 600 {path}")
-    if modes[path.parent] & stat.S_IWOTH:
-        raise InputError(
-            f"anybody can replace the signing key in {path.parent}; close it with: chmod 700 {path.parent}"
-        )
+    if (modes[path.parent] | real) & (stat.S_IWGRP | stat.S_IWOTH):
+        folder = path.parent if real == modes[path.parent] else path.resolve().parent
+        raise InputError(f"other users can replace the signing key in {folder}; close it with: chmod 700 {folder}")
 
 
 def _create(path: Path, data: bytes) -> None:

@@ -13,8 +13,10 @@ import functools
 import hashlib
 import html
 import importlib.metadata
+import importlib.util
 import itertools
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -45,14 +47,21 @@ _MEASURE = re.compile(
     re.IGNORECASE,
 )
 _SINGLE = r"[A-Za-z0-9@$!|+]"
-_BETWEEN = r"(?: |[.,;:=_\-*/\\~^|>]{1,2} ?)"  # letters that are set apart; two spaces are a gap between words
-_SPACED = re.compile(rf"(?<![^\s(\"']){_SINGLE}(?:{_BETWEEN}{_SINGLE}){{2,}}(?![A-Za-z0-9])")
+# Letters that are set apart, by any marks but those that stand for letters; two spaces are a gap between words.
+_BETWEEN = r"(?: |[^\sA-Za-z0-9@$!]{1,3} ?)"
+_SPACED = re.compile(rf"(?<![A-Za-z0-9]){_SINGLE}(?:{_BETWEEN}{_SINGLE}){{2,}}(?![A-Za-z0-9])")
+_SET_APART = re.compile(rf"({_SINGLE})(?:{_BETWEEN}(?={_SINGLE})|$)")
 _BRACKETED = re.compile(r"(?:\(\w\)|\[\w\]){3,}")
 _LONGEST_WORD = 20
 # Words run together: capitals inside, more than once, or no word is so long.
 _RUN_TOGETHER = re.compile(rf"[A-Za-z]*[a-z][A-Z]+[a-z]+[A-Z][A-Za-z]*|[A-Za-z]{{{_LONGEST_WORD + 1},}}")
 _CAPITALS = re.compile(r"[a-z][A-Z]|[A-Z]{2}[^a-z]+[A-Z]{2}")  # inside of words, or several words of them
-_MARKS = re.compile(r"\w_\w+_\w|([\"'*~])\w+\1 \1\w+\1")  # between words, or around each
+# The same mark between three words (hyphens between four: a son-in-law), or before or behind each of two.
+_MARKS = re.compile(
+    r"[A-Za-z0-9]([^A-Za-z0-9\s-])[A-Za-z0-9]+\1[A-Za-z0-9]|[A-Za-z0-9]-[A-Za-z0-9]+-[A-Za-z0-9]+-[A-Za-z0-9]"
+    r"|(?<!\S)([^A-Za-z0-9\s]+)[A-Za-z0-9]+[^A-Za-z0-9\s]* \2[A-Za-z0-9]"
+    r"|[A-Za-z0-9]([^A-Za-z0-9\s,.;:!?]+) [A-Za-z0-9]+\3(?!\S)"
+)
 _ENGLISH = 0.6  # the share of known words from which a text is taken for English
 _LATIN = 0.25  # the share of Latin letters from which lookalikes may stand for the others
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])|\s*\n\s*")
@@ -96,6 +105,7 @@ def forms(prompt: str) -> Forms | None:
         readings += [_respelled(read)] * is_plain
         readings += [re.sub(r"([a-z])\1{2,}", short, read) for short in (r"\1", r"\1\1")]
     # The encoder takes other capitals for other words, and a word between marks for another one.
+    is_plain |= is_latin(prompt) and is_english(words)  # but for its marks
     marked = is_plain and bool(_MARKS.search(text) or _CAPITALS.search(text) or text.istitle())
     decoded = dict.fromkeys(read for read in readings if read != words or marked)
     return Forms(visible(prompt), text, words, tuple(decoded))
@@ -191,7 +201,14 @@ def _check_files(name: str, distribution: str) -> None:
     By the list of files itself: from Python 3.12 on, `importlib.metadata.files` leaves out those that are gone.
     """
     installed = importlib.metadata.distribution(distribution)
-    for path, noted, *_ in csv.reader((installed.read_text("RECORD") or "").splitlines()):
+    noted_files = [*csv.reader((installed.read_text("RECORD") or "").splitlines())]
+    if not any(path.partition("/")[0] == name and noted for path, noted, *_ in noted_files):
+        raise ValueError("its list of files, RECORD, is missing")
+    found = importlib.util.find_spec(name)
+    folders = list((found and found.submodule_search_locations) or ())
+    if not folders or not os.path.samefile(folders[0], installed.locate_file(name)):
+        raise ValueError(f"what is imported is not what was installed, but {found and found.origin}")
+    for path, noted, *_ in noted_files:
         if path.partition("/")[0] == name and noted.startswith("sha256="):
             digest = hashlib.sha256(Path(installed.locate_file(path)).read_bytes()).digest()
             if base64.urlsafe_b64encode(digest).decode().rstrip("=") != noted.removeprefix("sha256="):
@@ -291,7 +308,7 @@ def _join_spaced(text: str, split: bool) -> str:
     """ "n a k e d" and "n.a.k.e.d" as one word, or as several; two spaces and more stay a gap between words."""
 
     def joined(match: re.Match) -> str:
-        letters = re.sub(_BETWEEN, "", match[0])
+        letters = "".join(_SET_APART.findall(match[0]))
         return _split(letters) if split else letters
 
     text = _BRACKETED.sub(lambda match: re.sub(r"[()\[\]]", "", match[0]), text)
@@ -360,7 +377,7 @@ def _glue(text: str) -> str:
         rarest = max(known.get(part, 1 << 30) for part in parts)
         return word if known.get(word, 1 << 30) < rarest else match[0]
 
-    return re.sub(r"(?<![A-Za-z])[A-Za-z]+(?:[.,_\-*/\\~^]{1,3}[A-Za-z]+)+", glued, text)
+    return re.sub(r"(?<![A-Za-z])[A-Za-z]+(?:[^\sA-Za-z0-9@$!']{1,3}[A-Za-z]+)+", glued, text)
 
 
 def _unleet(text: str) -> str:

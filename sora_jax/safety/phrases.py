@@ -1,4 +1,5 @@
-"""Phrases over normalised words, a small language that cannot run away as regular expressions can.
+"""Phrases over normalised words, a small language that does not run away as regular expressions can: gaps and optional
+parts are few.
 
 knife               the word
 stab*               words that begin so
@@ -21,6 +22,7 @@ from sora_jax.safety.normalize import to_ascii, to_words
 _TOKEN = re.compile(r"\.\.\.|[()|?]|\[[^\[\]]*\]|[^\s()\[\]|?]+")
 _GAP = r"(?:\w+ ){0,4}"
 _LONGEST = 100_000  # characters that a phrase may come to with its lists
+_MOST_WAYS = 10_000  # to read one phrase from a place on: five for each gap, two for each optional part
 _MARK = "."  # no word, so that nothing is found across it
 
 
@@ -51,7 +53,8 @@ def compile_phrases(phrases: Iterable[str], lists: Mapping[str, Iterable[str]], 
         where: named in errors.
 
     Raises:
-        InputError: a phrase that is empty, unbalanced, or too long with its lists, or names an unknown list.
+        InputError: a phrase that is empty, unbalanced, or too long with its lists, has too many gaps and optional
+            parts, or names an unknown list.
     """
     alone, together = [], []
     for phrase in phrases:
@@ -73,6 +76,7 @@ class _Parser:
     def __init__(self, phrase: str, lists: Mapping[str, Iterable[str]], where: str):
         self.lists, self.where = lists, where
         self.tokens = _TOKEN.findall(phrase)[::-1]
+        self.ways = 1
         if _TOKEN.sub("", phrase).strip():
             raise InputError(f"{where} has a square bracket without its other half")
 
@@ -102,6 +106,7 @@ class _Parser:
         """A word or a group without the space after it; a gap or an optional item with it."""
         token = self.tokens.pop()
         if token == "...":
+            self._grow(5)
             return _GAP
         if token == "(":
             found = self._alternatives()
@@ -113,6 +118,7 @@ class _Parser:
             found = self._word(token)
         if self.tokens and self.tokens[-1] == "?":
             self.tokens.pop()
+            self._grow(2)
             return f"(?:{found} )?"
         return found
 
@@ -121,8 +127,15 @@ class _Parser:
             known = ", ".join(sorted(self.lists)) or "none"
             raise InputError(f"{self.where} names the list {name!r}; there are: {known}")
         others = {other: phrases for other, phrases in self.lists.items() if other != name}
-        found = "|".join(_Parser(phrase, others, self.where)._alternatives() for phrase in self.lists[name])
+        parsers = [_Parser(phrase, others, self.where) for phrase in self.lists[name]]
+        found = "|".join(parser._alternatives() for parser in parsers)
+        self._grow(max((parser.ways for parser in parsers), default=1))
         return f"(?:{self._short(found)})"
+
+    def _grow(self, ways: int) -> None:
+        self.ways *= ways
+        if self.ways > _MOST_WAYS:
+            raise InputError(f"{self.where} has too many gaps and optional parts: five gaps are the most")
 
     def _short(self, found: str) -> str:
         if len(found) > _LONGEST:  # lists of lists can double with each

@@ -94,6 +94,7 @@ class Claim:
         version: of this program.
         checks: what was checked before the file was released, as JSON has it.
         ingredients: what it was made from; the file is then an edit of the first.
+        frames_sha256: digest of the frames that the model made, hexadecimal: of others nothing is said of a model.
     """
 
     origin: str = ""
@@ -108,6 +109,7 @@ class Claim:
     version: str = sora_jax.__version__
     checks: Mapping[str, Any] = field(default_factory=dict)
     ingredients: tuple[Source, ...] = ()
+    frames_sha256: str = ""
 
 
 def together(claims: Sequence[Claim]) -> Claim:

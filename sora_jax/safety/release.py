@@ -56,7 +56,7 @@ def release(
     path = Path(path)
     ending = path.suffix.lower()
     media.check_output(path, len(frames_THWC), fps)
-    signer = signer or keys.load_signer()
+    signer, secret = signer or keys.load_signer(), keys.watermark_key()
     scanners = [None] if scanner is None else [None, scanner]
     found = [scan.scan(frames_THWC, one) for one in scanners]
     scans = [one.report for one in found]
@@ -67,12 +67,14 @@ def release(
             hidden.write_text(json.dumps(scans, indent=1) + "\n")
             report = report if replace else media.take_free_name(hidden, report)
         raise Refused(f"the frame scan withholds {what}; {report} says why")
+    if claim.frames_sha256 and claim.frames_sha256 != digest(frames_THWC):  # changed since the model made them
+        claim = Claim(version=claim.version, ingredients=claim.ingredients)
     payload = mark_of(claim, frames_THWC)
     checks = {**claim.checks, "frames": scans, "mark": f"{payload:04x}"}
     origin = "" if claim.origin == "file" and not _is_copy(frames_THWC, fps, claim) else claim.origin
     # Not the file's name, which is often made from the prompt.
     claim = dataclasses.replace(claim, title=f"video{ending}", checks=checks, origin=origin)
-    marked_THWC = mark.embed(frames_THWC, payload, keys.watermark_key())
+    marked_THWC = mark.embed(frames_THWC, payload, secret)
     with media.complete_or_absent(path) as hidden:
         encoded = media.encode(marked_THWC, fps, ending)
         hidden.write_bytes(provenance.sign(encoded, ending, claim, signer))
@@ -91,6 +93,11 @@ def _is_copy(frames_THWC: np.ndarray, fps: float, claim: Claim) -> bool:
     return fps == speed and np.array_equal(frames_THWC, theirs_THWC)
 
 
+def digest(frames_THWC: np.ndarray) -> str:
+    """SHA-256 of the bytes of frames, hexadecimal."""
+    return hashlib.sha256(np.ravel(frames_THWC)).hexdigest()
+
+
 def mark_of(claim: Claim, frames_THWC: np.ndarray) -> int:
     """The 16 bits that the invisible mark carries, so that the same video has the same mark.
 
@@ -98,5 +105,5 @@ def mark_of(claim: Claim, frames_THWC: np.ndarray) -> int:
     """
     said = [claim.model, claim.weights_sha256, claim.config, claim.prompt_sha256, claim.seed]
     if claim.seed is None:
-        said = [frames_THWC.shape, hashlib.sha256(np.ravel(frames_THWC)).hexdigest()]
+        said = [frames_THWC.shape, digest(frames_THWC)]
     return int.from_bytes(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:2])

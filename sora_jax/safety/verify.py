@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ _SAYS = {
     "none": "which held no manifest",
     "unreadable": "whose manifest could not be read",
 }
+_ACTION = re.compile(r"[\w.]{1,64}")
 _MOST_FRAMES = 96  # of a long file the mark is looked for in so many, evenly spread
 
 
@@ -75,6 +77,8 @@ def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) ->
     except InputError as error:  # the file can be read all the same
         why_not = str(error)
     if anchors:
+        if Path(anchors).exists() and not Path(anchors).is_file():  # of a pipe nobody knows when it ends
+            raise InputError(f"cannot read {anchors}: it must be a file with certificates in PEM")
         try:
             given = Path(anchors).read_text()
             x509.load_pem_x509_certificates(given.encode())
@@ -118,7 +122,8 @@ def _of_manifest(manifest: Manifest, roots: Set[str]) -> list[str]:
         said += ", and made by a generative model"
     elif PARTLY_BY_MODEL in manifest.source_types:
         said += ", and made in part by a generative model"
-    said += f" ({', '.join(manifest.actions)})." if manifest.actions else "."
+    # A word for an action has no spaces; what else stands there could be taken for ours.
+    said += f" ({', '.join(filter(_ACTION.fullmatch, manifest.actions))})." if manifest.actions else "."
     if manifest.state == "tampered":
         return [f"It was changed after it was signed: {'; '.join(manifest.problems)}.", f"{said} Do not rely on it."]
     if manifest.state == "rejected":
@@ -153,10 +158,11 @@ def _of_generation(manifest: Manifest) -> list[str]:
     if not said:  # by another program
         return _of_scans(None)
     if {BY_MODEL, PARTLY_BY_MODEL} & {*manifest.source_types}:
-        seed = "" if said.get("seed") is None else f", seed {plain(said['seed'])}"
-        line = f"Model {plain(said.get('model') or 'not named')}{seed}."
-    elif "c2pa.transcoded" in manifest.actions:
-        line = "Its frames are those of the file that it was made from, encoded anew and marked."
+        seed = f", seed {said['seed']}" if type(said.get("seed")) is int else ""
+        model = _quoted(plain(said["model"])) if said.get("model") else "one without a name"
+        line = f"It says that the model was {model}{seed}."
+    elif "c2pa.transcoded" in manifest.actions and manifest.ingredients:
+        line = "It says that its frames are those of the file that it was made from, encoded anew and marked."
     else:
         line = "It does not say where its frames come from."
     checks = said.get("checks")
@@ -172,9 +178,11 @@ def _of_scans(said: Any) -> list[str]:
             continue
         all_kinds += kinds
         every = one.get("every")
-        which = "all frames" if every == 1 else f"at least every {every}th frame" if type(every) is int else "frames"
+        counted = type(every) is int and every > 1
+        which = "all frames" if every == 1 else f"at least every {every}th frame" if counted else "frames"
         passed = "passed" if one.get("passed") is True else "did not pass"
-        lines.append(f"It says that {which} {passed} a scan for {plain(', '.join(kinds))}.")
+        named = ", ".join(kind if kind in scan.KINDS else _quoted(plain(kind)) for kind in kinds)
+        lines.append(f"It says that {which} {passed} a scan for {named}.")
     if not lines:
         return ["It says nothing of a scan of its frames, and none is made here."]
     left = scan.not_scanned_for(all_kinds)

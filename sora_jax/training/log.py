@@ -69,7 +69,8 @@ class Log:
                 with tempfile.TemporaryDirectory() as folder:
                     shown = dataclasses.replace(video, claim=claim)
                     gif = shown.save(Path(folder, "preview.gif")).read_bytes()
-            except (Refused, InputError) as reason:  # no reason to lose a run
+            except (Refused, InputError) as error:  # no reason to lose a run
+                reason = "the frame scan withholds it" if isinstance(error, Refused) else error
                 self.say(f"the preview of step {step} is not shown: {reason}")
                 continue
             _, height, width, _ = video.frames.shape

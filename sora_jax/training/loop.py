@@ -89,6 +89,20 @@ def _shapes(tree):
     return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
 
 
+@contextlib.contextmanager
+def _folder(workdir: Path) -> Iterator[None]:
+    """Makes the work directory, and takes it away again if it is new and what goes wrong has left nothing in it."""
+    is_new = not workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except InputError:
+        if is_new:
+            with contextlib.suppress(OSError):
+                workdir.rmdir()
+        raise
+
+
 def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None) -> bool:
     """Trains until `config.steps`, from the newest checkpoint in `workdir` if there is one.
 
@@ -115,8 +129,7 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
     changed = check_run(config, workdir, mesh)
     if changed and hosts.is_first():
         tqdm.write(f"note: {workdir} goes on with other values than it had: {changed}", file=sys.stderr)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with hosts.watched():
+    with _folder(workdir), hosts.watched():
         hosts.check_same("the config", config.to_json_best_effort())
         hosts.check_shared(workdir)
         with hosts.alone():

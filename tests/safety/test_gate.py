@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 
 import jax
@@ -327,6 +328,44 @@ def test_relaxing_all_else_leaves_minors_protected(tmp_path, gate):
     assert len(refused) > 100 and np.mean([verdict.categories == ("minors",) for verdict in still]) > 0.97
 
 
+def test_a_name_does_not_switch_the_protection_of_minors_off(tmp_path, gate):
+    """What the strict policy finds first is a real person, which here is allowed; it has to look further."""
+    relaxed = load_gate(
+        policy(tmp_path, "".join(f"[categories.{name}]\nenabled = false\n" for name in ("violence", "real_people")))
+    )
+    assert relaxed.check("Tom Hanks on a bench").allowed
+    prompts = [prompt for found in ROUNDS.values() for category, prompt in found if category == "minors"][::3]
+    refused = [prompt for prompt in prompts if prompt.isascii() and not relaxed.check(prompt).allowed]
+    named = [not relaxed.check(f"Tom Hanks looks on. {prompt}").allowed for prompt in refused]
+    assert len(refused) > 40 and np.mean(named) >= 0.95  # as disguises: within 0.05 of plain ones
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda words: " ".join(f"[{word}]" for word in words),
+        lambda words: " ".join(f"<{word}>" for word in words),
+        lambda words: " ".join(f"#{word}" for word in words),
+        ".".join,
+        "-".join,
+        "/".join,
+    ],
+    ids=["brackets", "angles", "hashes", "dots", "hyphens", "slashes"],
+)
+def test_marks_around_and_between_words_hide_little(gate, disguise):
+    prompts = [prompt for category, prompt in ROUNDS["round19"] if category != "benign"][::3]
+    plain = [prompt for prompt in prompts if not gate.check(prompt).allowed]
+    hidden = [disguise(re.findall(r"[\w']+", prompt)) for prompt in plain]
+    assert len(plain) > 30
+    assert np.mean([not gate.check(prompt).allowed for prompt in hidden]) > 0.9
+
+
+@pytest.mark.parametrize("between", ["+", "&", "#", "...", "}{"])
+def test_letters_that_any_mark_sets_apart_are_read(gate, between):
+    assert "a naked woman" in forms(f"a {between.join('naked')} woman").decoded
+    assert not gate.check(f"a {between.join('naked')} woman").allowed
+
+
 def test_an_operator_may_add_and_relax(tmp_path, gate):
     own = policy(
         tmp_path,
@@ -452,6 +491,12 @@ DOUBLING = "[lists]\nl26 = ['word']\n" + "".join(f"l{n} = ['[l{n + 1}] [l{n + 1}
         ("[categories.x]\nphrases = ['y']\nhints = ['x']", "only the package's own categories take hints"),
         ("[categories.x]\nphrases = ['*bomb']", "a \\* that is not the end of a word: '\\*bomb'"),
         (f"[categories.x]\nphrases = ['{'(' * 3000}']", "brackets in brackets too often"),
+        ("[categories.x]\nphrases = ['a ... b ... c ... d ... e ... f ... g']", "too many gaps and optional parts"),
+        (f"[categories.x]\nphrases = ['{'(a)? ' * 22}b']", "too many gaps and optional parts"),
+        (
+            "[lists]\ngaps = ['a ... b ... c ... d']\n[categories.x]\nphrases = ['[gaps] ... [gaps]']",
+            "too many gaps and optional parts",
+        ),
         (DOUBLING + "[categories.x]\nphrases = ['[l0]']", "too long with the lists it names"),
         (DOUBLING + f"[categories.x]\nphrases = ['{'[l20] ' * 900}']", "too long with the lists it names"),
         (f"x = {'[' * 9000}", "is not TOML"),

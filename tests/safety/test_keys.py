@@ -12,6 +12,7 @@ from pathlib import Path
 import files
 import pytest
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils, x25519
 from cryptography.hazmat.primitives.serialization import (
@@ -137,10 +138,40 @@ def test_what_others_signed_with_a_key_that_they_can_read_is_not_known_here(conf
 
 def test_a_key_that_others_can_replace_is_refused(config):
     load_signer()
-    config.parent.chmod(0o777)
-    for use in (load_signer, watermark_key, local_anchor):
-        with pytest.raises(InputError, match="anybody can replace the signing key in .*; close it with: chmod 700"):
-            use()
+    told = "other users can replace the signing key in {}; close it with: chmod 700"
+    for mode in (0o777, 0o770):
+        config.parent.chmod(mode)
+        for use in (load_signer, watermark_key, local_anchor):
+            with pytest.raises(InputError, match=told.format(".*")):
+                use()
+    config.parent.chmod(0o700)
+    elsewhere = config.parent.parent / "open"  # also where it is a link
+    elsewhere.mkdir()
+    config.rename(elsewhere / "signing.pem")
+    config.symlink_to(elsewhere / "signing.pem")
+    elsewhere.chmod(0o777)
+    with pytest.raises(InputError, match=told.format(elsewhere)):
+        load_signer()
+
+
+def test_another_key_in_the_place_of_the_installations_is_told(config, tmp_path):
+    load_signer()
+    key = rsa.generate_private_key(65537, 2048)
+    config.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    with pytest.raises(InputError, match="is not the one that was made here; move it away"):
+        watermark_key()
+
+
+def test_a_certificate_for_a_key_of_an_unknown_kind_is_told(config, tmp_path, monkeypatch):
+    load_signer()
+
+    def unknown(self):
+        raise UnsupportedAlgorithm("curve 1.2.156.10197.1.301 is not supported")
+
+    monkeypatch.setattr(certificates, "check_chain", lambda chain, where: None)
+    monkeypatch.setattr(certificates, "read_chain", lambda text, where: [type("Leaf", (), {"public_key": unknown})()])
+    with pytest.raises(InputError, match="key that cannot be read: .*1.2.156"):
+        load_signer()
 
 
 def test_a_folder_in_place_of_the_key_is_told(config):

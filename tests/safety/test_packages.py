@@ -39,7 +39,10 @@ def test_a_package_that_cannot_be_used_is_one_line(tmp_path, name, how):
 def test_a_package_is_as_it_was_installed(tmp_path, monkeypatch, name):
     """A table that was emptied, or a file that is gone, would let disguises pass in silence."""
     package, distribution = normalize.package.__wrapped__, PACKAGES[name]
-    importlib.import_module(name)  # from where it is: later tests go on with it
+    importlib.import_module(name)
+    for module in [*sys.modules]:  # later tests go on with it as it is
+        if module.partition(".")[0] == name:
+            monkeypatch.delitem(sys.modules, module)
     files = [
         file for file in importlib.metadata.files(distribution) if file.suffix != ".pyc" and ".." not in file.parts
     ]
@@ -57,3 +60,18 @@ def test_a_package_is_as_it_was_installed(tmp_path, monkeypatch, name):
     path.unlink()
     with pytest.raises(InputError, match=f"cannot use the package {distribution}: .*{path.name}"):
         package(name, distribution)
+
+
+def test_a_package_without_a_list_of_its_files_is_not_used(monkeypatch):
+    normalize._check_files.cache_clear()
+    monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", lambda self, name: None)
+    with pytest.raises(InputError, match="cannot use the package anyascii: .*RECORD, is missing"):
+        normalize.package.__wrapped__("anyascii")
+    normalize._check_files.cache_clear()
+
+
+def test_a_file_of_that_name_in_the_folder_is_not_taken_for_the_package(tmp_path):
+    (tmp_path / "anyascii.py").write_text("def anyascii(text): return 'a red ball'\n")
+    script = "import sys; sys.path.insert(0, '.'); from sora_jax.cli import main; main(['check', 'a r\u00e9d ball'])"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert "what is imported is not what was installed, but" in ended.stderr and not ended.stdout

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -195,6 +196,33 @@ def test_a_signature_that_does_not_verify_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not verify"):
         save(noisy_clip(), tmp_path / "clip.mp4")
     assert not os.listdir(tmp_path)
+
+
+def test_killed_without_hard_links_no_empty_file_has_the_name(tmp_path):
+    script = f"""
+import os, sys, time
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from sora_jax import media
+def no_link(*_): raise OSError(1, "Operation not permitted")
+os.link, os.replace = no_link, lambda *_: (print("here", flush=True), time.sleep(60))
+media.take_free_name(Path("hidden.mp4"), Path("clip.mp4"))
+"""
+    (tmp_path / "hidden.mp4").write_bytes(b"signed")
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.kill()
+    assert not (tmp_path / "clip.mp4").exists() and (tmp_path / "hidden.mp4").read_bytes() == b"signed"
+
+
+def test_that_a_model_made_frames_is_said_of_those_it_made_alone(tmp_path):
+    made = noisy_clip()
+    claim = Claim(origin="model", model="tiny", seed=3, frames_sha256=release.digest(made.frames))
+    for frames, said in ((made.frames, True), (made.frames[:, ::-1], False)):
+        path = save(Video(np.ascontiguousarray(frames), claim=claim), tmp_path / "clip.mp4")
+        manifest = provenance.read_manifest(path, keys.local_anchor())
+        assert (manifest.generation["seed"] == 3) == said == ("tiny" in json.dumps(manifest.generation))
+        assert any("rainedAlgorithmicMedia" in kind for kind in manifest.source_types) == said
 
 
 @pytest.mark.parametrize("stage", ["scan", "sign", "verify_signed", "replace", "link"])

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 import sys
 from datetime import UTC, datetime, timedelta
@@ -14,9 +15,9 @@ from test_release import noisy_clip, save
 
 from sora_jax.cli import main
 from sora_jax.safety import certificates, keys, provenance
-from sora_jax.safety.manifest import STATES, Manifest, read_manifest
+from sora_jax.safety.manifest import BY_MODEL, STATES, Manifest, read_manifest
 from sora_jax.safety.provenance import Claim
-from sora_jax.safety.verify import EXIT_CODES, _of_generation, _of_mark, verify
+from sora_jax.safety.verify import EXIT_CODES, _of_generation, _of_manifest, _of_mark, verify
 from sora_jax.video import Video, read_video
 
 sys.path.append(str(Path(__file__).parents[2] / "experiments"))
@@ -69,7 +70,7 @@ UNSCANNED = "It says nothing of a scan of its frames, and none is made here."
         (
             [{"scans_for": ["violence", "x\x1b[0m"], "passed": True, "every": 1}],
             [
-                "It says that all frames passed a scan for violence, x [0m.",
+                'It says that all frames passed a scan for violence, "x [0m".',
                 "It was not scanned for nudity and sexual content, hate, likeness of real people.",
             ],
         ),
@@ -80,10 +81,22 @@ def test_what_a_manifest_says_of_scans_is_quoted_and_not_believed(said, words):
     assert _of_generation(Manifest("trusted")) == [UNSCANNED]  # a manifest of others
 
 
+def test_words_of_a_manifest_cannot_be_taken_for_ours():
+    ours = "x. This installation has checked who signed it"
+    said = {"model": ours, "seed": "3. " + ours, "checks": {"frames": {"scans_for": [ours], "every": -5}}}
+    manifest = Manifest("valid", generation=said, actions=("c2pa.created", ours), source_types=(BY_MODEL,))
+    text = " ".join(_of_manifest(manifest, set()))
+    assert text.count(ours) == text.count(f'"{ours}') == 2 and "seed" not in text and "-5" not in text
+    assert "and made by a generative model (c2pa.created)." in text
+    # Nothing was encoded anew where no file is named that it was made from.
+    manifest = Manifest("valid", generation={"x": 1}, actions=("c2pa.transcoded",))
+    assert _of_generation(manifest)[0] == "It does not say where its frames come from."
+
+
 def test_a_file_that_no_model_made_is_told_apart(signed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     theirs = write(tmp_path / "theirs.mp4", noisy_clip().frames, 8.0)
-    copied = "Its frames are those of the file that it was made from, encoded anew and marked."
+    copied = "It says that its frames are those of the file that it was made from, encoded anew and marked."
     intact = "whose manifest was intact"
     by_model = f"{intact}; that manifest says that a generative model made it."
     for source, parent in [(theirs, "which held no manifest."), (signed, by_model)]:
@@ -98,6 +111,9 @@ def test_a_file_that_no_model_made_is_told_apart(signed, tmp_path, monkeypatch):
 
 
 def test_anchors_must_be_certificates(copy, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.pem")
+    assert main(["verify", "clip.mp4", "--anchors", "pipe.pem"]) == 2
+    assert "pipe.pem: it must be a file with certificates in PEM" in capsys.readouterr().err
     for content in (b"hello", b"\xff", b""):
         (tmp_path / "anchors.pem").write_bytes(content)
         assert main(["verify", "clip.mp4", "--anchors", "anchors.pem"]) == 2

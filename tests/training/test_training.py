@@ -359,6 +359,12 @@ def test_a_mistake_in_the_first_start_leaves_the_work_directory_usable(codec_run
         make_task(dit_config(codec_run, "--config.frames=5"), workdir)
 
 
+def test_a_refused_first_start_leaves_no_folder(codec_run, tmp_path):
+    with pytest.raises(InputError):
+        loop.train(dit_config(codec_run, "--config.codec=nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, toy):
     def full(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: write: No space left on device\n more")
