@@ -2,7 +2,8 @@
 
     python experiments/deepen.py MODEL OUT --layers 0,1,1,2,3,3,4,4,5
 
-writes the model folder OUT, whose transformer has these layers of MODEL's, from 0 on. A layer named again is a copy
+writes the model folder OUT, whose transformer has these layers of MODEL's, from 0 on; with `--part text` it is its text
+encoder that has. A layer named again is a copy
 that adds nothing yet: the last products of its attention and feed-forward are zero, and training opens them (as fresh
 layers start, and as Net2Net grows a network, arXiv:1511.05641).
 """
@@ -23,18 +24,20 @@ from sora_jax.tensors import Tensor
 _LAST = ("out", "down")  # the dense layers whose products a block adds to its tokens
 
 
-def deepen(config: ModelConfig, params: dict, layers: list[int]) -> tuple[ModelConfig, dict]:
-    """Config and parameters with these layers of the transformer; repeated ones are the identity.
+def deepen(config: ModelConfig, params: dict, part: str, layers: list[int]) -> tuple[ModelConfig, dict]:
+    """Config and parameters with these layers of the part; repeated ones are the identity.
 
     Args:
         params: {"text": ..., "codec": ..., "dit": ...}, tensors that are yet to be read.
-        layers: 0 to config.dit.layers - 1, each at least once, in order.
+        part: "dit" or "text".
+        layers: 0 to the number that the part has - 1, each at least once, in order.
 
     Raises:
         ValueError: other layers.
     """
-    if sorted(layers) != layers or {*layers} != {*range(config.dit.layers)}:
-        raise ValueError(f"layers must be 0 to {config.dit.layers - 1}, each at least once, in order, not {layers}")
+    sizes = getattr(config, part)
+    if sorted(layers) != layers or {*layers} != {*range(sizes.layers)}:
+        raise ValueError(f"layers must be 0 to {sizes.layers - 1}, each at least once, in order, not {layers}")
     again = [number for number, layer in enumerate(layers) if layer in layers[:number]]
 
     def grow(path, tensor: Tensor) -> np.ndarray:
@@ -43,9 +46,9 @@ def deepen(config: ModelConfig, params: dict, layers: list[int]) -> tuple[ModelC
             stacked[again] = 0
         return stacked
 
-    blocks = jax.tree.map_with_path(grow, params["dit"]["blocks"])
-    config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, layers=len(layers)))
-    return config, {**params, "dit": {**params["dit"], "blocks": blocks}}
+    blocks = jax.tree.map_with_path(grow, params[part]["blocks"])
+    config = dataclasses.replace(config, **{part: dataclasses.replace(sizes, layers=len(layers))})
+    return config, {**params, part: {**params[part], "blocks": blocks}}
 
 
 def main() -> None:
@@ -53,10 +56,11 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", required=True, type=lambda text: [int(word) for word in text.split(",")])
+    parser.add_argument("--part", choices=("dit", "text"), default="dit")
     options = parser.parse_args()
     try:
         config, tensors, tokenizer = open_model(options.model, "float32")
-        config, params = deepen(config, tensors, options.layers)
+        config, params = deepen(config, tensors, options.part, options.layers)
         print(write_model_folder(options.out, config, params, tokenizer=getattr(tokenizer, "json", None)))
     except (InputError, ValueError) as error:
         parser.error(str(error))

@@ -12,7 +12,7 @@ from sora_jax.safety.provenance import together
 
 PROMPTS = (
     "a large red ball rolls to the right",
-    "a large blue cube slides behind a gray wall",
+    "a large blue cube slides to the left behind a gray wall",
     "a gray truck drives past a large green star",
     "a large yellow pyramid rises",
     "the camera zooms in on a pink ball",
