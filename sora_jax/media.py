@@ -31,6 +31,8 @@ SUFFIXES = (".mp4", ".gif", ".png")
 _FORMATS = "mov,matroska,avi,flv,ogg,mpegts,gif,apng,png_pipe,jpeg_pipe,mjpeg,webp_pipe,bmp_pipe,tiff_pipe"
 _MOST_PIXELS = 2**27  # of one frame; that is 8 bits RGB in 384 MiB
 _MOST_BYTES = 2**30  # of frames, where not all are asked for
+# Then so many pixels are decoded, or so many for each byte of the file: a few kilobytes may unfold to hours of work.
+_MOST_DECODED, _MOST_TO_A_BYTE = 2**28, 2**14
 # Notes in a file that are no text do not matter; PyAV takes them as they are from version 19 on.
 ANY_NOTES = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 _BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer functions and matrices
@@ -92,7 +94,8 @@ def read(path: str | os.PathLike, most: int | None = None) -> tuple[np.ndarray, 
 
     Args:
         most: how many frames are kept at most, evenly spread from the first one on, and fewer of large ones: a long
-            file then takes no more memory than a short one. By default all are.
+            file then takes no more memory than a short one, and of one that unfolds to very many pixels only the first
+            are decoded. By default all are.
 
     Raises:
         InputError: if the file cannot be opened or holds no video.
@@ -139,6 +142,8 @@ def _decode(
 ) -> tuple[np.ndarray, float]:
     frames, step = [], 1
     mirrored = _mirrored(file)
+    most_decoded = max(_MOST_DECODED, _MOST_TO_A_BYTE * file.seek(0, io.SEEK_END))
+    file.seek(0)
     try:
         with av.open(file, options={"format_whitelist": _FORMATS}, **ANY_NOTES) as container:
             if not container.streams.video:
@@ -150,6 +155,8 @@ def _decode(
                 raise InputError(f"cannot read {path}: {stream.width}x{stream.height} pixels are too many")
             convert = VideoReformatter().reformat  # one for all frames: its tables take longer than a small frame
             for number, frame in enumerate(itertools.islice(container.decode(stream), first)):
+                if most is not None and number * frame.width * frame.height > most_decoded:
+                    break
                 if number % step:
                     continue
                 picture = convert(frame, format="rgb24", interpolation=_EXACT).to_ndarray()

@@ -22,7 +22,7 @@ from sora_jax.safety.provenance import Source
 from sora_jax.safety.scan import scan
 from sora_jax.tensors import fits_float32
 
-_MOST_STEPS = 10_000  # a hundred times what solvers need; a number mistyped would run for ever
+_MOST_STEPS = 1_000_000  # a number mistyped is told before it fills the memory
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,7 @@ def test_it_is_told_that_a_picture_is_stretched(tiny_config, tiny_params):
         ({"size": (32, (2, 3))}, "size must be a whole number, not (2, 3)"),
         ({"noise": "x"}, "noise must be numbers [1, 2, 2, 4, 4], not str"),
         ({"noise": [[1.0], [1.0, 2.0]]}, "noise must be numbers [1, 2, 2, 4, 4], not list"),
-        ({"steps": 0}, "steps must be from 1 to 10000"),
+        ({"steps": 0}, "steps must be from 1 to 1000000"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
         ({"guidance": 1e39}, "guidance must be a finite number, not 1e+39"),
         ({"guidance": 10**400}, "guidance must be a finite number"),

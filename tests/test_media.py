@@ -205,3 +205,15 @@ write(sys.argv[1], np.repeat(frames.astype(np.uint8)[: 1 if ".png" in sys.argv[1
             [sys.executable, "-c", script, file], env={**os.environ, "MALLOC_PERTURB_": file.stem}, check=True
         )
     assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_a_small_file_that_unfolds_to_very_many_pixels_is_read_in_part(tmp_path, monkeypatch):
+    """A GIF of large frames that each change one pixel."""
+    screen = b"GIF89a" + (512).to_bytes(2, "little") * 2 + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
+    one_pixel = b"!\xf9\x04\x04\x0a\0\0\0" + b",\0\0\0\0\x01\0\x01\0\0" + b"\x02\x02D\x01\0"
+    (tmp_path / "bomb.gif").write_bytes(screen + 400 * one_pixel + b";")
+    monkeypatch.setattr(media, "_MOST_DECODED", 2**22)
+    monkeypatch.setattr(media, "_MOST_TO_A_BYTE", 2**8)
+    frames, _ = media.read(tmp_path / "bomb.gif", most=96)
+    assert frames.shape[1:] == (512, 512, 3) and len(frames) == 17
+    assert len(media.read(tmp_path / "bomb.gif")[0]) == 400  # who asks for all of them has them

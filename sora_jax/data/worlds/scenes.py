@@ -261,7 +261,8 @@ def _span(a, b, low, high, way):
 
 
 def _screen(kind, half_width, object_top, floor, a, b):
-    """What hides the object: wide enough for two hidden frames of 17, narrow enough to show it at both ends.
+    """What hides the object: wide enough for two hidden frames of 17, narrow enough to show it at both ends: at
+    least three quarters, as of a large star; small objects all of it.
 
     Behind a wall an object does at most 0.045 a frame, and the dwell slows that to 0.6 of it; a truck does at
     most 0.1 a frame.
