@@ -29,7 +29,7 @@ from sora_jax.model_config import ModelConfig, abstract_params
 from sora_jax.pipeline import Given
 from sora_jax.request import Request, make_request
 from sora_jax.safety.policy import Policy, load_policy
-from sora_jax.safety.provenance import Claim
+from sora_jax.safety.provenance import Claim, frames_digest
 from sora_jax.tensors import OnDemand
 from sora_jax.text import ByteTokenizer, FileTokenizer
 from sora_jax.video import Video
@@ -233,7 +233,7 @@ class Generator:
             mesh=",".join(f"{axis}={n}" for axis, n in self.mesh.shape.items() if n > 1) if self.mesh else "",
             checks={"prompt": {"policy_sha256": request.policy.digest, "allowed": True}},
             ingredients=request.ingredients,
-            frames_sha256=hashlib.sha256(np.ravel(frames_THWC)).hexdigest(),
+            frames_sha256=frames_digest(frames_THWC),
         )
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cryptography import x509
 
 import sora_jax
@@ -110,6 +111,11 @@ class Claim:
     checks: Mapping[str, Any] = field(default_factory=dict)
     ingredients: tuple[Source, ...] = ()
     frames_sha256: str = ""
+
+
+def frames_digest(frames_THWC: np.ndarray) -> str:
+    """SHA-256 of the bytes of frames, hexadecimal, as `Claim.frames_sha256` has it."""
+    return hashlib.sha256(np.ravel(frames_THWC)).hexdigest()
 
 
 def together(claims: Sequence[Claim]) -> Claim:

@@ -20,7 +20,7 @@ from sora_jax import media
 from sora_jax.errors import InputError, Refused
 from sora_jax.safety import keys, mark, provenance, scan
 from sora_jax.safety.keys import Signer
-from sora_jax.safety.provenance import Claim
+from sora_jax.safety.provenance import Claim, frames_digest
 from sora_jax.safety.scan import Scanner
 
 
@@ -67,7 +67,7 @@ def release(
             hidden.write_text(json.dumps(scans, indent=1) + "\n")
             report = report if replace else media.take_free_name(hidden, report)
         raise Refused(f"the frame scan withholds {what}; {report} says why")
-    if claim.frames_sha256 and claim.frames_sha256 != digest(frames_THWC):  # changed since the model made them
+    if claim.frames_sha256 and claim.frames_sha256 != frames_digest(frames_THWC):  # changed since the model made them
         claim = Claim(version=claim.version, ingredients=claim.ingredients)
     payload = mark_of(claim, frames_THWC)
     checks = {**claim.checks, "frames": scans, "mark": f"{payload:04x}"}
@@ -93,11 +93,6 @@ def _is_copy(frames_THWC: np.ndarray, fps: float, claim: Claim) -> bool:
     return fps == speed and np.array_equal(frames_THWC, theirs_THWC)
 
 
-def digest(frames_THWC: np.ndarray) -> str:
-    """SHA-256 of the bytes of frames, hexadecimal."""
-    return hashlib.sha256(np.ravel(frames_THWC)).hexdigest()
-
-
 def mark_of(claim: Claim, frames_THWC: np.ndarray) -> int:
     """The 16 bits that the invisible mark carries, so that the same video has the same mark.
 
@@ -105,5 +100,5 @@ def mark_of(claim: Claim, frames_THWC: np.ndarray) -> int:
     """
     said = [claim.model, claim.weights_sha256, claim.config, claim.prompt_sha256, claim.seed]
     if claim.seed is None:
-        said = [frames_THWC.shape, digest(frames_THWC)]
+        said = [frames_THWC.shape, frames_digest(frames_THWC)]
     return int.from_bytes(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:2])

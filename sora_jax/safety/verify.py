@@ -123,7 +123,8 @@ def _of_manifest(manifest: Manifest, roots: Set[str]) -> list[str]:
     elif PARTLY_BY_MODEL in manifest.source_types:
         said += ", and made in part by a generative model"
     # A word for an action has no spaces; what else stands there could be taken for ours.
-    said += f" ({', '.join(filter(_ACTION.fullmatch, manifest.actions))})." if manifest.actions else "."
+    actions = ", ".join(filter(_ACTION.fullmatch, manifest.actions))
+    said += f" ({actions})." if actions else "."
     if manifest.state == "tampered":
         return [f"It was changed after it was signed: {'; '.join(manifest.problems)}.", f"{said} Do not rely on it."]
     if manifest.state == "rejected":

@@ -217,7 +217,7 @@ media.take_free_name(Path("hidden.mp4"), Path("clip.mp4"))
 
 def test_that_a_model_made_frames_is_said_of_those_it_made_alone(tmp_path):
     made = noisy_clip()
-    claim = Claim(origin="model", model="tiny", seed=3, frames_sha256=release.digest(made.frames))
+    claim = Claim(origin="model", model="tiny", seed=3, frames_sha256=provenance.frames_digest(made.frames))
     for frames, said in ((made.frames, True), (made.frames[:, ::-1], False)):
         path = save(Video(np.ascontiguousarray(frames), claim=claim), tmp_path / "clip.mp4")
         manifest = provenance.read_manifest(path, keys.local_anchor())

@@ -88,6 +88,7 @@ def test_words_of_a_manifest_cannot_be_taken_for_ours():
     text = " ".join(_of_manifest(manifest, set()))
     assert text.count(ours) == text.count(f'"{ours}') == 2 and "seed" not in text and "-5" not in text
     assert "and made by a generative model (c2pa.created)." in text
+    assert "()" not in " ".join(_of_manifest(Manifest("valid", actions=(ours,)), set()))
     # Nothing was encoded anew where no file is named that it was made from.
     manifest = Manifest("valid", generation={"x": 1}, actions=("c2pa.transcoded",))
     assert _of_generation(manifest)[0] == "It does not say where its frames come from."
