@@ -3,7 +3,7 @@
     python experiments/read_captions.py MODEL OUT --steps 900
 
 writes the model folder OUT: MODEL, whose text encoder was trained on captions of the worlds alone, to tell a `Reader`
-which properties are of one object. Captions are cheap: that takes five minutes. It is also trained to say what it said
+which properties are of one object. Captions are cheap: that takes six minutes. It is also trained to say what it said
 before, in the mean square, so that the DiT still understands it and can go on training from OUT. (Layers that it lacks
 for the work, `deepen.py --part text` adds.)
 """
@@ -19,8 +19,8 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import trange
 
-from sora_jax.data.worlds import vocabulary
 from sora_jax.data.worlds.captions import caption
+from sora_jax.data.worlds.layout import PROPERTIES
 from sora_jax.data.worlds.scenes import sample_scene
 from sora_jax.errors import InputError
 from sora_jax.model_folder import write_model_folder
@@ -34,14 +34,12 @@ _OPTIMIZER = ConfigDict(
 )
 _HELD = 3.0  # weight of what it said before
 _HELD_OUT = 512
-_PROPERTIES = {"color": vocabulary.COLORS, "shape": vocabulary.SHAPES, "size": vocabulary.SIZES}
-_PROPERTIES |= {"motion": vocabulary.MOTIONS}
-_STARTS = np.cumsum([0, *map(len, _PROPERTIES.values())])  # of each kind in a row of all properties
-LOOKS, PROPERTIES = int(_STARTS[2]), int(_STARTS[-1])  # colours and shapes, which every caption tells; and all of them
+_STARTS = np.cumsum([0, *map(len, PROPERTIES.values())]).tolist()  # of each kind in a row of all properties
+_LOOKS = _STARTS[2]  # colours and shapes, which every caption tells
 
 
 class Reader(nn.Module):
-    """Reads which properties are of one object: (B, L, D), (B, L) bool -> logits (B, LOOKS, PROPERTIES).
+    """Reads which properties are of one object: (B, L, D), (B, L) bool -> logits (B, looks, properties).
 
     Each colour and each shape has a learned query that attends to the features where the mask holds.
     """
@@ -56,12 +54,12 @@ class Reader(nn.Module):
         def split(y):
             return y.reshape(*y.shape[:2], self.heads, self.head_width)
 
-        query = self.param("query", nn.initializers.normal(1.0), (LOOKS, inner))
+        query = self.param("query", nn.initializers.normal(1.0), (_LOOKS, inner))
         q = split(jnp.broadcast_to(query, (len(text_BLD), *query.shape)))
         k, v = (split(nn.Dense(inner, name=name)(text_BLD)) for name in ("key", "value"))
         read = jax.nn.dot_product_attention(q, k, v, mask=mask_BL[:, None, None, :])
-        hidden = nn.silu(nn.Dense(inner, name="hidden")(read.reshape(len(q), LOOKS, inner)))
-        return nn.Dense(PROPERTIES, name="out")(hidden)
+        hidden = nn.silu(nn.Dense(inner, name="hidden")(read.reshape(len(q), _LOOKS, inner)))
+        return nn.Dense(_STARTS[-1], name="out")(hidden)
 
 
 def reading_loss(logits_BLP: jax.Array, bindings_BLP: jax.Array) -> jax.Array:
@@ -73,12 +71,12 @@ def reading_loss(logits_BLP: jax.Array, bindings_BLP: jax.Array) -> jax.Array:
 
 
 def draw(count: int, seed: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Captions of scenes, ids (N, L) int32; what is of one object in each, (N, LOOKS, PROPERTIES) float32, 0 or 1."""
+    """Captions of scenes, ids (N, L) int32; what is of one object in each, (N, looks, properties) float32, 0 or 1."""
     scenes = jax.jit(jax.vmap(sample_scene))(jax.random.split(jax.random.key(seed), count))
     scenes = jax.tree.map(np.asarray, scenes)
-    bindings_NLP = np.zeros((count, LOOKS, PROPERTIES), np.float32)
+    bindings_NLP = np.zeros((count, _LOOKS, _STARTS[-1]), np.float32)
     for number, one in zip(*np.nonzero(scenes.present), strict=True):
-        has = [start + getattr(scenes, name)[number, one] for name, start in zip(_PROPERTIES, _STARTS, strict=False)]
+        has = [start + getattr(scenes, name)[number, one] for name, start in zip(PROPERTIES, _STARTS, strict=False)]
         for look in has[:2]:
             bindings_NLP[number, look, has] = 1
     texts = [
@@ -105,7 +103,7 @@ def read_captions(config: TextConfig, before: dict, steps: int, captions: int, b
         logits_BLP = reader.apply({"params": params["reader"]}, text_BLD, ids_BL != PAD)
         # Features are zero at the padding, before and after.
         moved = jnp.sum((text_BLD - before_BLD) ** 2) / jnp.sum(before_BLD**2)
-        right_BLL = (logits_BLP[..., :LOOKS] > 0) == (bindings_BLP[..., :LOOKS] > 0)
+        right_BLL = (logits_BLP[..., :_LOOKS] > 0) == (bindings_BLP[..., :_LOOKS] > 0)
         return reading_loss(logits_BLP, bindings_BLP).mean(), moved, right_BLL.all((1, 2)).mean()
 
     @jax.jit

@@ -17,7 +17,8 @@ from sora_jax.data.worlds.scenes import Scene
 _BLUR = 0.15  # of the frame; an object is a Gaussian spot of this standard deviation times the root of one half
 _SPOT_AREA = math.pi * _BLUR**2 / 2  # its mean square over the frame
 
-_LOCAL = {
+# Of an object, in the order of the map's channels.
+PROPERTIES = {
     "color": vocabulary.COLORS,
     "shape": vocabulary.SHAPES,
     "size": vocabulary.SIZES,
@@ -28,7 +29,7 @@ _GLOBAL = {
     "camera": vocabulary.CAMERAS,
     "occluder": vocabulary.OCCLUDERS,
 }
-CHANNELS = sum(len(names) for names in (*_LOCAL.values(), *_GLOBAL.values())) + 2
+CHANNELS = sum(len(names) for names in (*PROPERTIES.values(), *_GLOBAL.values())) + 2
 
 
 def layout(scene: Scene, truth: Truth, frames: int, rows: int, columns: int) -> jax.Array:
@@ -43,7 +44,7 @@ def layout(scene: Scene, truth: Truth, frames: int, rows: int, columns: int) -> 
     from_y = truth.center_T2[:, :, None, None, 1] - y[:, None]
     spot = jnp.exp(-0.5 * (from_x**2 + from_y**2) / (0.5 * _BLUR**2)) * truth.present[:, None, None, None]
     parts = [jnp.stack([jnp.sum(spot * by, axis=0) for by in (from_x, from_y)], -1) * math.sqrt(4 / _SPOT_AREA) / _BLUR]
-    for name, names in _LOCAL.items():
+    for name, names in PROPERTIES.items():
         is_2K = jax.nn.one_hot(getattr(scene, name), len(names))
         parts.append(jnp.einsum("otyx,ok->tyxk", spot, is_2K) * math.sqrt(len(names) / _SPOT_AREA))
     for name, names in _GLOBAL.items():
