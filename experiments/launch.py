@@ -48,6 +48,8 @@ OWN = {
     "gke": ("image", "claim", "tpu", "topology", "chips_per_host", "restarts"),
 }
 
+_SLURM_SIGNAL = 65535  # seconds before the end at which sbatch can send a signal, at most
+
 
 @dataclass(frozen=True)
 class Run:
@@ -186,6 +188,10 @@ def on_slurm(run: Run, options: argparse.Namespace) -> Command:
 
     SIGTERM comes before the time is up, so that the run is saved; a requeued job goes on from there.
     """
+    if options.grace > _SLURM_SIGNAL // 2:
+        raise InputError(
+            f"--grace {options.grace}: Slurm signals at most {_SLURM_SIGNAL} s before the end; half is ours"
+        )
     gpus = [f"--gpus-per-node={options.gpus_per_node}"] if options.gpus_per_node else []
     settings = [
         f"--job-name={run.name}",

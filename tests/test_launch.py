@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -66,6 +68,71 @@ def test_the_manifest_has_the_fields_that_kubernetes_publishes(launch, capsys):
     assert launch.main([*CONFIG, "--on", "gke", *options]) == 0
     manifest = json.loads(re.search(r"<<'EOF'\n(.*)EOF", capsys.readouterr().out, re.DOTALL)[1])
     check(manifest, "JobSet")
+
+
+def _job_script(launch, capsys, *arguments):
+    assert launch.main([*CONFIG, "--on", "slurm", "--runs", "/my runs", "--dry-run", *arguments]) == 0
+    return re.search(r"<<'EOF'\n(.*)EOF", capsys.readouterr().out, re.DOTALL)[1]
+
+
+def test_options_are_those_that_slurm_and_gcloud_publish(launch, capsys):
+    """Names and values of the options in the manuals of Slurm 22.05.8 (sbatch.1, srun.1) and in the synopsis of
+    https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh.
+    """
+    known = json.loads((GOLDEN / "options.json").read_text())
+
+    def check(tool, words):
+        for word in words:
+            name, equals, value = word.removeprefix("--").partition("=")
+            form = known[tool][name]
+            assert bool(equals) == form.startswith("=") or form.startswith("["), word
+            choices = re.fullmatch(r"\[?=\{?(\w+(?:\|\w+)+)\}?\]?", form)
+            assert not (choices and equals) or value in choices[1].split("|"), word
+
+    settings = ["--nodes", "2", "--gpus-per-node", "8", "--sbatch", "partition=a100", "--sbatch", "exclusive"]
+    script = _job_script(launch, capsys, *settings)
+    options = re.findall("^#SBATCH (.*)$", script, re.MULTILINE)
+    check("sbatch", options)
+    assert "--exclusive" in options and len(options) == 10
+    srun = shlex.split(script.splitlines()[-1])
+    ours = srun.index("sora-jax")
+    check("srun", srun[1:ours])
+    assert ours > 1
+    assert launch.main([*CONFIG, "--on", "tpu-vm=pod", "--zone", "us-west4-a", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[1])
+    assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
+    check(" ".join(words[:5]), words[6:])
+
+
+@pytest.mark.skipif(not shutil.which("sbatch"), reason="needs Slurm's client, such as Debian's package slurm-client")
+def test_slurm_itself_reads_the_script_as_it_is_meant(launch, capsys, tmp_path):
+    """sbatch reads all options before it looks for a cluster, and tells what it has read; there is none here."""
+    (tmp_path / "slurm.conf").write_text(
+        "ClusterName=none\nSlurmctldHost=localhost\nNodeName=localhost\nPartitionName=all Nodes=ALL\n"
+    )
+    (tmp_path / "job.sh").write_text(
+        _job_script(launch, capsys, "--nodes", "2", "--gpus-per-node", "8", "--sbatch", 'comment=a "b" # \\c')
+    )
+    told = subprocess.run(
+        ["sbatch", "-vv", "--gpus-per-node=0", tmp_path / "job.sh"],
+        env={**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    ).stderr
+    read = dict(re.findall(r"^sbatch: ([\w-]+) +: (.*)$", told, re.MULTILINE))
+    wanted = {
+        "comment": 'a "b" # \\c',
+        "job-name": "worlds_codec",
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "open-mode": "a",
+        "output": "/my runs/worlds_codec-%j.out",
+        "requeue": "requeue",
+        "signal": "TERM@120",
+    }
+    assert {name: read.get(name) for name in wanted} == wanted, told
 
 
 def test_what_would_run_here(launch, capsys):
@@ -231,6 +298,7 @@ def test_a_host_knows_where_its_home_is(launch, capsys):
         (["--on", "local", "--sweep=config.seed=1", "--sweep=config.seed=2"], "config.seed is given twice"),
         (["--on", "tpu-vm=-x"], "a TPU VM's name begins with a letter"),
         (["--on", "slurm", "--sbatch=comment=a\nb"], "an option is one line"),
+        (["--on", "slurm", "--grace=32768"], "at most 65535 s before the end"),
     ],
 )
 def test_what_could_not_run_is_told_before_it_is_handed_over(launch, words, said, capsys):
