@@ -5,11 +5,12 @@ for each row reads or converts it, and reports the peak of resident memory, beyo
 the parameters themselves where they end: on a CPU, the devices' memory is the host's. Linux only. Found:
 
     bound                333 MB   1.2 times the largest shard, and the largest tensor
-    load                 143 MB
-    load on 8 devices    247 MB
-    load bfloat16        110 MB
+    load                 178 MB
+    load on 8 devices    253 MB
+    load bfloat16        166 MB
+    load with a LoRA     123 MB
     convert              101 MB
-    load converted       126 MB
+    load converted       118 MB
 
 Some 90 MB are there for models of any size: programs that are compiled, and pieces of 8 MB, three of which are read at
 a time (one at a time took 114, 190, 118, 43 and 52 MB, and in float32 three to four times as long).
@@ -30,7 +31,7 @@ import safetensors.numpy
 
 ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "tests" / "golden" / "t2v"
-ROWS = ("load", "load on 8 devices", "load bfloat16", "convert", "load converted")
+ROWS = ("load", "load on 8 devices", "load bfloat16", "load with a LoRA", "convert", "load converted")
 
 
 def write_folder(folder: Path, layers: int, shards: int, feed_forward: int = 1 << 15) -> None:
@@ -60,6 +61,19 @@ def write_folder(folder: Path, layers: int, shards: int, feed_forward: int = 1 <
     (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_lora(path: Path, folder: Path, rank: int = 4) -> None:
+    """An adaptation of every matrix of the feed-forwards of a folder's transformer."""
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    random, matrices = np.random.default_rng(1), {}
+    for layer in range(config["num_layers"]):
+        for name, (to, of) in {"0.proj": (config["ffn_dim"], width), "2": (width, config["ffn_dim"])}.items():
+            stem = f"transformer.blocks.{layer}.ffn.net.{name}"
+            matrices[f"{stem}.lora_A.weight"] = random.random((rank, of), np.float32)
+            matrices[f"{stem}.lora_B.weight"] = random.random((to, rank), np.float32)
+    safetensors.numpy.save_file(matrices, path)
+
+
 def bound(folder: Path) -> int:
     """What reading the folder may take, in bytes: 1.2 times its largest shard, and its largest tensor."""
     files = list(folder.rglob("*.safetensors"))
@@ -85,9 +99,17 @@ def measure(row: str, folder: Path) -> int:
     def run(folder, target):
         if row == "convert":
             return convert(folder, target)
-        return sora_jax.load(folder, dtype, mesh=mesh).params
+        lora = {folder.parent / f"{folder.name}.safetensors": 0.5} if row == "load with a LoRA" else None
+        return sora_jax.load(folder, dtype, mesh=mesh, lora=lora).params
 
-    run(SMALL, folder.parent / "small")  # what is compiled and imported once
+    if row == "load with a LoRA":
+        shutil.copytree(SMALL, folder.parent / "before", dirs_exist_ok=True)
+        for one in (folder, folder.parent / "before"):
+            write_lora(one.with_name(f"{one.name}.safetensors"), one)
+
+    run(
+        folder.parent / "before" if row == "load with a LoRA" else SMALL, folder.parent / "small"
+    )  # what is compiled and imported once
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     params = run(folder, folder.parent / "converted")
