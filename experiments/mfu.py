@@ -29,7 +29,7 @@ from sora_jax.cli import words
 from sora_jax.counting import count_operations
 from sora_jax.errors import InputError
 from sora_jax.mesh import parse_mesh
-from sora_jax.mesh_choice import generating_mesh, training_mesh
+from sora_jax.mesh_choice import generating_mesh, tokens_of_frame, training_mesh
 from sora_jax.plan import Job, model_config, program
 from sora_jax.plan.job import peak_operations
 from sora_jax.plan.programs import steps
@@ -143,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if mesh is None and part == "denoise":
                 mesh, _ = generating_mesh(config, options.size, options.frames, number)
             elif mesh is None:
-                mesh, _ = training_mesh(options.batch, number, config.dit)
+                tokens = tokens_of_frame(config, options.size, options.frames)
+                mesh, _ = training_mesh(options.batch, number, config.dit, tokens=tokens)
             batch = options.batch if part == "train" else 1
             job = Job(options.model, part, "", mesh, options.size, options.frames, batch, options.dtype)
             rows.append(measure(job, parse_mesh(mesh), options.repeats, peak))

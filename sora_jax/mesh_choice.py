@@ -15,7 +15,7 @@ def generating_mesh(
 ) -> tuple[str, str]:
     """A mesh for generating one video on `number` chips, with guidance (by default the model's), and why this one."""
     is_guided = config.sampling.is_guided if is_guided is None else is_guided
-    tokens = _tokens(config, size, frames)
+    tokens = tokens_of_frame(config, size, frames)
     # Before the branches of guidance, of which the codec knows nothing: its rows are split along context and tensor.
     context = max(n for n in _divisors(number) if _divides(config, n, tokens))
     branches = 2 if is_guided and number // context % 2 == 0 else 1
@@ -37,7 +37,7 @@ def generating_mesh(
 def generating_meshes(config: ModelConfig, size: tuple[int, int], frames: int, number: int) -> list[str]:
     """Meshes that make sense for one video: the two branches of guidance, if any, along `data`, the rest shared."""
     branches = 2 if config.sampling.is_guided else 1
-    tokens = _tokens(config, size, frames)
+    tokens = tokens_of_frame(config, size, frames)
     return [
         f"data={data},context={context},tensor={tensor}"
         for data, tensor, context in _factors(number)
@@ -45,11 +45,16 @@ def generating_meshes(config: ModelConfig, size: tuple[int, int], frames: int, n
     ]
 
 
-def training_mesh(batch: int, number: int, *trained: DiTConfig | TextConfig) -> tuple[str, str]:
+def training_mesh(
+    batch: int, number: int, *trained: DiTConfig | TextConfig, tokens: int | None = None
+) -> tuple[str, str]:
     """A mesh for training these parts of a model, or whatever has no width, on `number` chips, and why this one.
 
+    Args:
+        tokens: of a latent frame, where that is known (see `tokens_of_frame`).
+
     Raises:
-        InputError: no mesh divides them and the batch.
+        InputError: no mesh divides them, the tokens and the batch.
     """
     widths = [part.width for part in trained]
     split = [size for part in trained for size in (part.heads, part.feed_forward)]
@@ -57,7 +62,9 @@ def training_mesh(batch: int, number: int, *trained: DiTConfig | TextConfig) -> 
         (fsdp, context, tensor, data)
         for data in _divisors(number)
         for fsdp, context, tensor in _factors(number // data)
-        if not any(width % (fsdp * context) for width in widths) and not any(size % tensor for size in split)
+        if not any(width % (fsdp * context) for width in widths)
+        and not any(size % tensor for size in split)
+        and (tokens is None or tokens % context == 0)
     ]
     fit = [sizes for sizes in found if batch % (sizes[3] * sizes[0]) == 0]
     if not fit:
@@ -78,7 +85,7 @@ def training_mesh(batch: int, number: int, *trained: DiTConfig | TextConfig) -> 
 
 def training_meshes(config: ModelConfig, size: tuple[int, int], frames: int, batch: int, number: int) -> list[str]:
     """Meshes that make sense for training the transformer: all parameters are split among all chips."""
-    dit, tokens = config.dit, _tokens(config, size, frames)
+    dit, tokens = config.dit, tokens_of_frame(config, size, frames)
     return [
         f"data=1,fsdp={fsdp},context={context},tensor={tensor}"
         for fsdp, tensor, context in _factors(number)
@@ -87,8 +94,8 @@ def training_meshes(config: ModelConfig, size: tuple[int, int], frames: int, bat
     ]
 
 
-def _tokens(config: ModelConfig, size: tuple[int, int], frames: int) -> int:
-    """Tokens of a latent frame."""
+def tokens_of_frame(config: ModelConfig, size: tuple[int, int], frames: int) -> int:
+    """How many tokens the transformer has for a latent frame of videos of this size."""
     _, Y, X, _ = config.codec.latent_shape(frames, *size)
     return Y * X // math.prod(config.dit.patch)
 

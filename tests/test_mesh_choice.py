@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh
 from sora_jax import mesh as mesh_lib
 from sora_jax.errors import InputError
 from sora_jax.interop.presets import PRESETS
-from sora_jax.mesh_choice import generating_mesh, generating_meshes, training_mesh
+from sora_jax.mesh_choice import generating_mesh, generating_meshes, tokens_of_frame, training_mesh
 from sora_jax.model_config import abstract_params
 from sora_jax.models import read_config
 from sora_jax.vision import VisionConfig
@@ -44,6 +44,11 @@ def test_a_mesh_for_training_divides_the_batch_and_what_is_trained():
     assert training_mesh(16, 16, small.dit)[0] == "data=1,fsdp=16,context=1,tensor=1"
     mesh, reason = training_mesh(4, 16, small.dit)
     assert mesh == "data=1,fsdp=4,context=4,tensor=1" and "context=4 the patches or rows of each video" in reason
+    # 16 divides the width, but not the 1560 tokens of a frame: tensor takes what context leaves.
+    assert training_mesh(1, 16, small.dit)[0] == "data=1,fsdp=1,context=16,tensor=1"
+    assert training_mesh(1, 16, small.dit, tokens=tokens_of_frame(small, (480, 832), 81))[0].endswith(
+        "context=8,tensor=2"
+    )
     # 12 heads and a width of 1536 = 3 * 512: nothing takes the fives.
     assert training_mesh(40, 40, small.dit)[0] == "data=5,fsdp=8,context=1,tensor=1"
     with pytest.raises(InputError, match="divides a batch of 8 with widths of 1536; a batch of 5 would do"):

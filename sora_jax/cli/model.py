@@ -95,7 +95,8 @@ def _plan(options: argparse.Namespace) -> None:
     job = plan.in_windows(job, options.window, options.overlap)
     if mesh == "auto" and not options.search:
         if options.train:
-            mesh, reason = mesh_choice.training_mesh(batch, number, config.dit)
+            tokens = mesh_choice.tokens_of_frame(config, size, job.frames)
+            mesh, reason = mesh_choice.training_mesh(batch, number, config.dit, tokens=tokens)
         else:
             mesh, reason = mesh_choice.generating_mesh(config, size, job.frames, number)
         print(f"mesh {mesh}: {reason}", file=sys.stderr)
