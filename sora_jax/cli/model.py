@@ -124,7 +124,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from sora_jax.evaluation import report
 
-    report.evaluate(
+    result = report.evaluate(
         options.model,
         options.output,
         options.num,
@@ -132,4 +132,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         steps=options.steps,
         guidance=options.guidance,
     )
+    if limits := report.limits_of_reading(result):
+        print(limits, file=sys.stderr)
     print(Path(options.output, "report.md"))

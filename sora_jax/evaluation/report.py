@@ -329,7 +329,24 @@ def _markdown(report, pictures):
         cells = [_cell(row["generated"], row["unit"]), _cell(row["ceiling"], row["unit"])]
         lines.append(f"| {row['label']} | {cells[0]} | {cells[1]} | {aim} | {row['generated']['n']} |")
     shown = [line for name in pictures for line in ("", f"![]({name})")]
-    return "\n".join([*lines, "", _METHOD, *shown, ""])
+    limits = limits_of_reading(report)
+    return "\n".join([*lines, *(["", limits] if limits else []), "", _METHOD, *shown, ""])
+
+
+def limits_of_reading(report: dict[str, Any]) -> str:
+    """What this report cannot show, since real renders themselves are not read well enough; empty if there is none."""
+    low = [
+        f"{row['label']} ({row['ceiling']['value']:.3f})"
+        for row in report["rows"]
+        if row["aim"] and row["ceiling"] and row["ceiling"]["n"] and row["ceiling"]["value"] < row["aim"]
+    ]
+    if not low:
+        return ""
+    height, width = report["size"]
+    return (
+        f"At {report['frames']} frames of {height}x{width} real renders are read right less often than is aimed at, so "
+        f"that the figures tell little of the model: {'; '.join(low)}."
+    )
 
 
 def _cell(result, unit):

@@ -97,6 +97,20 @@ def test_the_files_are_complete(perfect):
     assert len(result["prompts"]) == COUNT
 
 
+def test_what_cannot_be_read_off_real_renders_is_said(perfect):
+    """Nine frames of 64x64 are too few for some questions: the table alone would blame the model."""
+    out, result = perfect
+    low = [row for row in result["rows"] if row["aim"] and row["ceiling"] and row["ceiling"]["value"] < row["aim"]]
+    said = report_module.limits_of_reading(result)
+    assert low and all(f"{row['label']} ({row['ceiling']['value']:.3f})" in said for row in low)
+    assert said.count("; ") == len(low) - 1 and "At 9 frames of 64x64" in said
+    assert said in (out / "report.md").read_text()
+    read = [row | {"ceiling": row["ceiling"] and {"value": 1.0, "n": 5}} for row in result["rows"]]
+    unasked = [row | {"ceiling": row["ceiling"] and {"value": None, "n": 0}} for row in result["rows"]]
+    for rows in (read, unasked):
+        assert report_module.limits_of_reading({**result, "rows": rows}) == ""
+
+
 def test_the_picture_of_the_samples_says_how_they_were_made(perfect):
     manifest = read_manifest(perfect[0] / "samples.png")
     assert manifest.source_types == ("trainedAlgorithmicMedia",)
