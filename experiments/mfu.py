@@ -30,7 +30,7 @@ from sora_jax.counting import count_operations
 from sora_jax.errors import InputError
 from sora_jax.mesh import parse_mesh
 from sora_jax.mesh_choice import generating_mesh, tokens_of_frame, training_mesh
-from sora_jax.plan import Job, model_config, program
+from sora_jax.plan import Job, at_a_time, model_config, program
 from sora_jax.plan.job import peak_operations
 from sora_jax.plan.programs import steps
 
@@ -55,9 +55,10 @@ def operations(job: Job, mesh: jax.sharding.Mesh) -> float:
     """Of the model, in a step of this job."""
     if job.part == "train":
         config = model_config(job.model)
-        branches = 2 if config.sampling.guidance != 1 else 1
-        forwards = operations(Job(**{**vars(job), "part": "denoise", "batch": 1}), mesh) / branches
-        return 3 * job.batch * forwards
+        branches = 2 if config.sampling.is_guided else 1
+        one = Job(**{**vars(job), "part": "denoise", "batch": 1})
+        # Where a mesh has room for several videos, one is filled up.
+        return 3 * job.batch * operations(one, mesh) / (branches * at_a_time(one))
     function, arguments, _ = program(job, mesh)
     local = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     return count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps(job))

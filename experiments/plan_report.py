@@ -38,11 +38,11 @@ HEAD = """# What models need on TPU slices
 
 Written by `python experiments/plan_report.py`, from the TPU compiler's own memory report; no TPU was used. GiB per
 chip; the step is one of the sampler, bfloat16, both branches of guidance as one batch on several chips and one after
-the other on a single one. "At least" is the largest of arithmetic at the chip's peak, weights once from HBM, and
-bytes over the interconnect: no measurement of time. "Received" is in GiB a step. With libtpu {version}, which JAX 0.10
-asks for; others pack the heap in another way. The last column but one: seconds from the start of a process until the
-compiler's report on the step is there, of tracing and compiling, on two CPU cores; with --full those of all parts, with
-the code that is generated where the programs are to run.
+the other on a single one. "At least" is the largest of arithmetic at the chip's peak, weights once from HBM, and bytes
+over the links that a chip of this slice has: no measurement of time. "Received" is in GiB a step. With libtpu
+{version}, which JAX 0.10 asks for; others pack the heap in another way. The last column but one: seconds from the start
+of a process until the compiler's report on the step is there, of tracing and compiling, on two CPU cores; with --full
+those of all parts, with the code that is generated where the programs are to run.
 
 Who waits for the decoder to compile can have it sooner: when that of the second row still needed 7.21 GiB, with
 JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-0.5 in the environment it took 65 s, with -1 35 s and 5.48 GiB of HBM, where it took
@@ -57,8 +57,9 @@ COLUMNS = (
 
 TRAINING_HEAD = """
 Training the transformer from scratch, float32 parameters, AdamW and averages, bfloat16 products, blocks recomputed,
-with the largest batch that fits, a multiple of the chips. With --offload (`dit.remat="offload"` in a configuration) the
-tokens that each block keeps for that wait in the hosts' memory; the way there and back is not in "at least":
+with the largest batch that fits, a multiple of the clips that the mesh takes at once. With --offload
+(`dit.remat="offload"` in a configuration) the tokens that each block keeps for that wait in the hosts' memory; the way
+there and back is not in "at least":
 
 | model | slice | video | mesh | batch | arguments + heap = HBM | received | compiled | |
 |---|---|---|---|---|---|---|---|---|
@@ -70,13 +71,11 @@ def received(need: plan.Need) -> str:
 
 
 def training_row(model: str, topology: str, size: tuple[int, int], frames: int, offload: bool = False) -> str:
-    number = plan.chips(topology)[1]
-    mesh, _ = mesh_choice.training_mesh(number, number, plan.model_config(model).dit)
-    job, need = plan.largest_batch(plan.Job(model, "", topology, mesh, size, frames, number, offload=offload))
+    job, need = plan.largest_batch(plan.Job(model, "", topology, "auto", size, frames, offload=offload))
     sizes = [f"{x / plan.GIB:.2f}" for x in (need.arguments, need.heap, need.hbm)]
     memory = need.error or f"{sizes[0]} + {sizes[1]} = {sizes[2]}"
     words = f"{model} --offload" if offload else model
-    cells = [words, topology, f"{frames} x {size[0]} x {size[1]}", mesh, str(job.batch), memory]
+    cells = [words, topology, f"{frames} x {size[0]} x {size[1]}", job.mesh, str(job.batch), memory]
     cells.append(received(need))
     cells.append(f"{need.seconds:.0f} s")
     return f"| {' | '.join(cells)} | {plan.verdict(job, {'train': need}, 1)} |\n"

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from jax.sharding import AbstractMesh
 from scripts import script
+
+from sora_jax.mesh import AXES
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,18 @@ def test_a_denoising_and_a_training_step_are_timed(mfu, tiny_folder, tmp_path, c
         rate = row["operations_per_second_and_device"]
         assert rate == pytest.approx(row["operations"] / row["seconds"])
         assert row["mfu"] == pytest.approx(rate / 0.5e12)
+
+
+def test_operations_of_a_step_are_those_of_its_clips_on_any_mesh(mfu):
+    """A mesh with room for several videos fills a denoising step up; a training step has the clips that it has."""
+    counted = {}
+    for sizes in ((1, 1, 1, 1), (1, 8, 1, 1), (4, 1, 2, 1)):
+        words = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        job = mfu.Job("wan2.1-t2v-1.3b", "train", "", words, (480, 832), 17, 8)
+        counted[sizes] = mfu.operations(job, AbstractMesh(sizes, AXES))
+    # The text of a clip is read twice where its noise level is that of two videos: a thousandth.
+    first, *others = counted.values()
+    assert others == pytest.approx([first] * 2, rel=2e-3)
 
 
 def test_mistakes_are_one_line(mfu, tiny_folder, capsys):

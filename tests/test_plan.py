@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from sora_jax.dit import DiT
 from sora_jax.errors import InputError
 from sora_jax.interop.presets import PRESETS
 from sora_jax.model_config import abstract_params
+from sora_jax.plan.job import CHIPS
+from sora_jax.plan.programs import spared, steps
 
 LAST = ("NHWC", "HWIO", "NHWC")
 
@@ -124,6 +127,48 @@ def test_topologies_that_do_not_exist_are_refused(topology, capsys):
     assert "such as v6e:2x4" in capsys.readouterr().err
 
 
+def test_a_slice_has_the_sides_and_the_links_of_its_kind(capsys):
+    """Links, of all that a chip has: along a side of two chips one, of more two, and of a single chip none."""
+    for topology, share in {
+        "v6e:1x1": 0,
+        "v6e:2x4": 3 / 4,
+        "v5e:4x4": 1,
+        "v5p:2x2x1": 2 / 6,
+        "v4:2x2x4": 4 / 6,
+    }.items():
+        chip, number = plan.chips(topology)
+        whole = CHIPS[topology.partition(":")[0]]
+        assert chip == dataclasses.replace(whole, interconnect=pytest.approx(whole.interconnect * share))
+        assert number == math.prod(map(int, topology.partition(":")[2].split("x")))
+    assert plan.Need(operations=1e12).bounds(plan.chips("v6e:1x1")[0])["interconnect"] == 0
+    for topology, right in {"v6e:2x2x2": "v6e:2x4", "v5e:2x2x1": "v5e:2x4", "v5p:2x4": "v5p:2x2x2"}.items():
+        assert main(["plan", "--model", "bundled", "--topology", topology]) == 2
+        assert f"such as {right}" in capsys.readouterr().err
+
+
+def test_training_on_a_mesh_that_does_not_divide_the_heads_is_an_input_error():
+    job = plan.Job("wan2.1-t2v-1.3b", "train", "v6e:2x4", "tensor=8", (480, 832), 81)
+    with pytest.raises(InputError, match="cannot divide 12 heads"):
+        plan.program(job, AbstractMesh((1, 1, 1, 8), mesh_lib.AXES))
+
+
+def test_a_training_step_multiplies_what_its_kernels_do():
+    """Blocks are recomputed: four times the forward pass, but of attention two products twice and five backwards."""
+    job = plan.Job("wan2.1-t2v-1.3b", "train", "v6e:1x1", "data=1", (480, 832), 33, batch=2)
+    mesh = AbstractMesh((1, 1, 1, 1), mesh_lib.AXES)
+    counted = {}
+    for part, batch in (("train", 2), ("denoise", 1)):
+        here = dataclasses.replace(job, part=part, batch=batch)
+        function, arguments, _ = plan.program(here, mesh)
+        local = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+        counted[part] = count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps(here)) - spared(here)
+    dit, N = PRESETS[job.model].dit, 9 * 30 * 52
+    attention = dit.layers * 4 * N**2 * dit.width
+    forwards = counted["denoise"] / 2  # of one clip: a denoising step has two branches
+    assert counted["train"] == pytest.approx(2 * (4 * (forwards - attention) + 4.5 * attention), rel=0.01)
+    assert spared(job) == 2 * attention / 2 > 0.03 * counted["train"]
+
+
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -147,14 +192,14 @@ def test_what_cannot_be_planned_is_one_line(words, message, capsys):
 
 
 def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatch):
-    tried = {}
+    tried, (chip, _) = {}, plan.chips("v6e:2x4")
 
     def needs(job, parts, full):
         sizes = mesh_lib.parse_sizes(job.mesh)
         tried[job.mesh] = parts
         # Seconds of arithmetic and interconnect: 2 and 2 along the batch alone, 3 and hardly any elsewhere.
         seconds = (2, 2) if sizes["context"] == sizes["tensor"] == 1 else (3, 0.1 * sizes["tensor"])
-        received = {"all-gather": 400e9 * seconds[1]}
+        received = {"all-gather": chip.interconnect * seconds[1]}
         return {parts[0]: plan.Need(hbm=plan.GIB, operations=918e12 * seconds[0], collectives=received)}
 
     monkeypatch.setattr(plan, "needs", needs)
@@ -309,7 +354,7 @@ def test_the_verdict_adds_up():
     needs["decode"] = plan.Need(error="RESOURCE_EXHAUSTED: 40 of 16 GiB")
     assert plan.verdict(job, needs, 10) == "does not fit: decode"
     needs["denoise"] = dataclasses.replace(need, moved=819e9, collectives={"all-gather": 300e9})
-    rows = plan.describe(job, needs, 10).splitlines()
+    rows = plan.describe(dataclasses.replace(job, topology="v5e:4x4"), needs, 10).splitlines()
     assert "does not compile: RESOURCE_EXHAUSTED: 40 of 16 GiB" in "".join(rows)
     # The three bounds of a step, each beside what it is of.
     (step,) = [row for row in rows if "one step" in row]
@@ -361,11 +406,33 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch, rest, growth, bend, l
         return {"train": plan.Need(hbm=int(hbm(job.batch) * plan.GIB))}
 
     monkeypatch.setattr(plan, "needs", needs)
-    job, need = plan.largest_batch(plan.Job("bundled", "", "v5p:2x2x4", "fsdp=16", (128, 128), 17, batch=16))
+    job, need = plan.largest_batch(plan.Job("bundled", "", "v5p:2x2x4", "fsdp=16", (128, 128), 17))
     # A line is answered at once; else the guess of the line is off by at most its own size, which is halved.
     line = int((95.74 - rest) / growth)
     assert len(asked) <= 4 + 2 * (bend != 0) * line.bit_length() and len(set(asked)) == len(asked)
     assert job.batch == 16 * largest and need.hbm == int(hbm(job.batch) * plan.GIB)
+
+
+@pytest.mark.parametrize(
+    "mesh, most, found",
+    [
+        ("auto", 40, ("data=1,fsdp=16,context=1,tensor=1", 32)),
+        ("auto", 13, ("data=1,fsdp=8,context=2,tensor=1", 8)),
+        ("auto", 1, ("data=1,fsdp=1,context=16,tensor=1", 1)),
+        ("auto", 0, ("data=1,fsdp=1,context=16,tensor=1", 1)),
+        ("fsdp=2,context=8", 13, ("fsdp=2,context=8", 12)),
+    ],
+)
+def test_where_a_clip_is_too_much_for_a_chip_several_share_it(monkeypatch, mesh, most, found):
+    """Memory for so many clips among all chips, however they are shared."""
+    monkeypatch.setattr(
+        plan,
+        "needs",
+        lambda job, parts, full: {"train": plan.Need(hbm=int(31.25 * plan.GIB * job.batch / max(most, 1e-3)))},
+    )
+    job, need = plan.largest_batch(plan.Job("wan2.1-t2v-14b", "", "v6e:4x4", mesh, (720, 1280), 81))
+    assert (job.mesh, job.batch) == found
+    assert plan.fits(job, {"train": need}) == (most > 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")

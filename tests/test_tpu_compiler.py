@@ -101,8 +101,8 @@ def test_the_bundled_model_fits_on_four_chips(capsys):
     assert {"all-to-all", "all-gather"} <= answer["parts"]["denoise"]["collectives"].keys()
 
 
-@pytest.mark.parametrize("topology,number", [("v5p:1x1x1", 1), ("v6e:1x2", 2), ("v5p:1x2x1", 2)])
-def test_slices_can_be_smaller_than_a_host(topology, number):
+@pytest.mark.parametrize("topology,number", [("v5p:1x1x1", 1), ("v6e:1x2", 2), ("v5p:1x2x1", 2), ("v4:2x2x1", 4)])
+def test_slices_of_all_sizes_and_kinds_are_planned(topology, number):
     assert plan.compile_part(plan.Job("bundled", "text", topology, f"context={number}", (128, 128), 17)).hbm > 0
 
 

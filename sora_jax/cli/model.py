@@ -36,7 +36,7 @@ def add_commands(commands: Any) -> None:
         "fits",
     )
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="precision of the large products")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the large products (default: bfloat16; bundled: float32)")
     add("--full", action="store_true", help="generate code too: minutes, but finds kernels that cannot be")
     add("--train", action="store_true", help="a step of training the transformer, in place of generating")
     add(
@@ -90,10 +90,11 @@ def _plan(options: argparse.Namespace) -> None:
     size, frames = options.size or sampling.size, options.frames or sampling.frames
     check_shape(config, frames, size)
     _, number = plan.chips(options.topology)
-    mesh, batch = options.mesh, number if options.batch == "max" else options.batch
-    job = plan.Job(options.model, "", options.topology, mesh, size, frames, batch, options.dtype, options.offload)
+    mesh, batch = options.mesh, 1 if options.batch == "max" else options.batch
+    dtype = options.dtype or ("float32" if options.model == "bundled" else "bfloat16")  # as `load` has it
+    job = plan.Job(options.model, "", options.topology, mesh, size, frames, batch, dtype, options.offload)
     job = plan.in_windows(job, options.window, options.overlap)
-    if mesh == "auto" and not options.search:
+    if mesh == "auto" and not options.search and options.batch != "max":
         if options.train:
             tokens = mesh_choice.tokens_of_frame(config, size, job.frames)
             mesh, reason = mesh_choice.training_mesh(batch, number, config.dit, tokens=tokens)
@@ -103,14 +104,14 @@ def _plan(options: argparse.Namespace) -> None:
     if mesh != "auto":
         sizes = mesh_lib.parse_sizes(mesh)
         mesh_lib.check_sizes(sizes, number)
-        if options.train and batch % (shares := sizes["data"] * sizes["fsdp"]):
+        if options.train and options.batch != "max" and batch % (shares := sizes["data"] * sizes["fsdp"]):
             raise InputError(f"--batch {batch} must be a multiple of {shares}, among which mesh {mesh} shares it")
     job = dataclasses.replace(job, mesh=mesh)
     steps = options.steps or sampling.steps
     which = ("train",) if options.train else plan.parts(options.model, job.windows)
     if options.batch == "max":
         job, need = plan.largest_batch(job, options.full)
-        results = {mesh: {"train": need}}
+        results = {job.mesh: {"train": need}}
     elif options.search:
         results = plan.search(job, which, steps, options.full)
     else:

@@ -21,8 +21,9 @@ import dataclasses
 
 from tqdm import tqdm
 
+from sora_jax import mesh as mesh_lib
 from sora_jax.errors import InputError
-from sora_jax.mesh_choice import generating_meshes, training_meshes
+from sora_jax.mesh_choice import generating_meshes, tokens_of_frame, training_mesh, training_meshes
 from sora_jax.plan.compile import compile_part
 from sora_jax.plan.job import GIB, Job, Need, at_a_time, chips, in_windows, model_config, parts
 from sora_jax.plan.programs import program
@@ -36,8 +37,8 @@ __all__ = [
 
 def needs(job: Job, which: tuple[str, ...], full: bool = False) -> dict[str, Need]:
     """What some parts of a model need (see `compile_part`); a bar counts them."""
-    bar = tqdm(which, desc="compiling", unit="part", leave=False)
-    return {part: compile_part(dataclasses.replace(job, part=part), full) for part in bar}
+    with tqdm(which, desc="compiling", unit="part", leave=False) as bar:  # which is gone before an error is told
+        return {part: compile_part(dataclasses.replace(job, part=part), full) for part in bar}
 
 
 def search(job: Job, which: tuple[str, ...], steps: int, full: bool = False) -> dict[str, dict[str, Need]]:
@@ -59,11 +60,12 @@ def search(job: Job, which: tuple[str, ...], steps: int, full: bool = False) -> 
         asked = f"{job.model} at {job.size[0]}x{job.size[1]}" + f", batch {job.batch}" * (which == ("train",))
         raise InputError(f"no mesh that makes sense of {number} chips divides {asked}")
     found = {}
-    for mesh in tqdm(tried, desc="searching", unit="mesh"):
-        try:
-            found[mesh] = needs(dataclasses.replace(job, mesh=mesh), which, full)
-        except RuntimeError as error:  # the others are worth knowing all the same
-            found[mesh] = {which[0]: Need(error=str(error))}
+    with tqdm(tried, desc="searching", unit="mesh", leave=False) as bar:
+        for mesh in bar:
+            try:
+                found[mesh] = needs(dataclasses.replace(job, mesh=mesh), which, full)
+            except RuntimeError as error:  # the others are worth knowing all the same
+                found[mesh] = {which[0]: Need(error=str(error))}
 
     def rank(mesh):
         here, needed = dataclasses.replace(job, mesh=mesh), found[mesh]
@@ -74,7 +76,32 @@ def search(job: Job, which: tuple[str, ...], steps: int, full: bool = False) -> 
 
 
 def largest_batch(job: Job, full: bool = False) -> tuple[Job, Need]:
-    """Training with the largest batch, a multiple of the job's own, that fits; or with that one, if none does.
+    """Training with the largest batch that fits, a multiple of the clips that the mesh takes at once; or with so many,
+    if not even they fit.
+
+    Where the mesh is "auto", it is at first the one that `training_mesh` chooses for a clip to each chip. While that
+    does not fit, chips share the patches of fewer and fewer clips.
+    """
+    if job.mesh != "auto":
+        sizes = mesh_lib.parse_sizes(job.mesh)
+        return _largest_multiple(dataclasses.replace(job, batch=sizes["data"] * sizes["fsdp"]), full)
+    _, number = chips(job.topology)
+    config = model_config(job.model)
+    tokens, tried, found = tokens_of_frame(config, job.size, job.frames), set(), None
+    for clips in range(number, 0, -1):
+        if number % clips:
+            continue
+        mesh, _ = training_mesh(clips, number, config.dit, tokens=tokens)
+        if mesh not in tried:
+            tried.add(mesh)
+            found = largest_batch(dataclasses.replace(job, mesh=mesh), full)
+            if fits(found[0], {"train": found[1]}):
+                break
+    return found
+
+
+def _largest_multiple(job: Job, full: bool) -> tuple[Job, Need]:
+    """Training with the largest multiple of the job's batch that fits; or with that one, if none does.
 
     Memory grows with the batch along a straight line, nearly: two small batches tell where to look. From there it looks
     further and further away for one that fits and one that does not, and halves what is between.

@@ -23,7 +23,7 @@ from sora_jax import mesh as mesh_lib
 from sora_jax.counting import count_collectives, count_operations
 from sora_jax.errors import InputError, one_line
 from sora_jax.plan.job import Job, Need, chips
-from sora_jax.plan.programs import at_rest, bytes_here, program, steps
+from sora_jax.plan.programs import at_rest, bytes_here, program, spared, steps
 
 
 def compile_part(job: Job, full: bool = False) -> Need:
@@ -113,6 +113,8 @@ def work(job: Job) -> None:
     sides = [int(side) for side in job.topology.partition(":")[2].split("x")]
     # By default a host has 2 x 2 chips. A slice that is not made of such hosts is taken for a single one.
     bounds = {"chips_per_host_bounds": [*sides, 1][:3]} if sides[0] % 2 or sides[1] % 2 else {}
+    if job.topology.startswith("v4"):
+        bounds["chip_config_name"] = "megacore"  # as JAX runs it: the two cores of a chip are one device
     try:
         topology = topologies.get_topology_desc(job.topology, platform="tpu", **bounds)
     except Exception as error:  # the compiler's library objects in its own ways
@@ -121,16 +123,17 @@ def work(job: Job) -> None:
     try:
         mesh = mesh_lib.parse_mesh(job.mesh, devices=topology.devices)
         function, arguments, donated = program(job, mesh)
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(function, donate_argnums=donated, keep_unused=True).lower(*arguments)
     except InputError as error:
         print(json.dumps({"input_error": str(error)}))
         return
     local = jax.tree.map(_on_one_device, arguments)
-    with jax.set_mesh(mesh):
-        lowered = jax.jit(function, donate_argnums=donated, keep_unused=True).lower(*arguments)
+    operations = count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps(job)) - spared(job)
     values = {
         "arguments": _here(arguments),
         "others": 0 if job.part == "train" else at_rest(job, mesh),
-        "operations": count_operations(jax.make_jaxpr(function)(*local).jaxpr, steps(job)) / _shares(job, mesh),
+        "operations": operations / _shares(job, mesh),
         "moved": _moved(job, arguments[0], mesh),
     }
     print(json.dumps(values), flush=True)

@@ -18,7 +18,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Figures of a chip: HBM in bytes, the rest per second. Interconnect: bytes that come in over all links.
+    """Figures of a chip: HBM in bytes, the rest per second. Interconnect: bytes that come in over all links, two for
+    each of the `sides` that an arrangement of them has.
 
     From https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e; HBM as the compiler has it ("exceeds available
     HBM"), but for v4, whose limit was not asked for.
@@ -28,13 +29,14 @@ class Chip:
     operations: float
     hbm_bandwidth: float
     interconnect: float
+    sides: int
 
 
 CHIPS = {
-    "v4": Chip(32e9, 275e12, 1228e9, 300e9),
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 400e9),
+    "v4": Chip(32e9, 275e12, 1228e9, 300e9, 3),
+    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9, 2),
+    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 3),
+    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 400e9, 2),
 }
 # Operations per second, dense bfloat16, by a word in the name of a device. GPUs: NVIDIA's data sheets, SXM.
 _PEAKS = {"TPU v4": CHIPS["v4"].operations, "TPU v5 lite": CHIPS["v5e"].operations, "TPU v5": CHIPS["v5p"].operations}
@@ -105,10 +107,11 @@ class Need:
 
     def bounds(self, chip: Chip) -> dict[str, float]:
         """Seconds that arithmetic, HBM and interconnect take at least."""
+        received = sum(self.collectives.values())
         return {
             "arithmetic": self.operations / chip.operations,
             "hbm": self.moved / chip.hbm_bandwidth,
-            "interconnect": sum(self.collectives.values()) / chip.interconnect,
+            "interconnect": received / chip.interconnect if received else 0.0,
         }
 
 
@@ -138,11 +141,21 @@ def at_a_time(job: Job) -> int:
 
 
 def chips(topology: str) -> tuple[Chip, int]:
-    """The kind of chip, and how many there are, in a topology like "v6e:2x4"."""
+    """The kind of chip, and how many there are, in a topology like "v6e:2x4".
+
+    The chip's interconnect is what the links bring that it has there: one along a side of two chips, else at most two.
+    """
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d?(x[1-9]\d?){1,2}", shape):
         raise InputError(
             f"topology {topology!r} must be a kind of chip and their arrangement, such as v6e:2x4 or v5p:2x2x2; "
             f"kinds are {', '.join(CHIPS)}"
         )
-    return CHIPS[kind], math.prod(map(int, shape.split("x")))
+    chip, sides = CHIPS[kind], [*map(int, shape.split("x"))]
+    if len(sides) != chip.sides:
+        example = {2: "2x4", 3: "2x2x2"}[chip.sides]
+        raise InputError(
+            f"topology {topology}: {kind} has arrangements of {chip.sides} sides, such as {kind}:{example}"
+        )
+    links = sum(min(side - 1, 2) for side in sides)
+    return dataclasses.replace(chip, interconnect=chip.interconnect * links / (2 * chip.sides)), math.prod(sides)

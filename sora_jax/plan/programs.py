@@ -14,6 +14,7 @@ from sora_jax import flow, pipeline, sampler
 from sora_jax import mesh as mesh_lib
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
+from sora_jax.mesh import check_heads
 from sora_jax.model_config import ModelConfig, abstract_params, memory_dtype
 from sora_jax.plan.job import Job, at_a_time, model_config
 from sora_jax.training import state as state_lib
@@ -24,6 +25,20 @@ _STEPS = 2  # of the scan that is compiled; what a step costs does not depend on
 def steps(job: Job) -> int:
     """Steps of the scan that is compiled."""
     return _STEPS if job.part == "denoise" else 1
+
+
+def spared(job: Job) -> int:
+    """Operations of the traced program that a TPU does not do.
+
+    Attention as it is written for all platforms keeps less of what its backward pass needs than the TPU's kernel, and
+    multiplies the probabilities with the values once more there.
+    """
+    if job.part != "train":
+        return 0
+    config = model_config(job.model)
+    F, Y, X, _ = config.codec.latent_shape(job.frames, *job.size)
+    tokens = F * Y * X // math.prod(config.dit.patch)
+    return config.dit.layers * 2 * job.batch * tokens**2 * config.dit.heads * config.dit.head_width
 
 
 def at_rest(job: Job, mesh: jax.sharding.Mesh) -> int:
@@ -122,10 +137,11 @@ def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: i
     """A step of training the transformer on latents and text features: AdamW, float32 parameters and averages.
 
     Raises:
-        InputError: it is told of pictures too.
+        InputError: it is told of pictures too, or the mesh does not divide its heads.
     """
     if config.dit.condition_channels:
         raise InputError("training is planned for transformers that read text alone; this model's reads pictures too")
+    check_heads(config.dit.heads, mesh)
     model = DiT(dataclasses.replace(config.dit, remat=remat), dtype)
     x0_BFYXZ, text_BLD = jnp.zeros((1, *shape)), jnp.zeros((1, config.text.length, config.text.width))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
