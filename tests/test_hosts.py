@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
-from tiny import TINY_DIT
+from tiny import TINY_CODEC, TINY_DIT
 
 import sora_jax
 from sora_jax import hosts
@@ -175,6 +175,34 @@ def test_hosts_come_and_go_and_the_curve_is_that_of_one_process(tiny_folder, tmp
         np.testing.assert_allclose([some[step] for step in common], [alone[step] for step in common], rtol=1e-4)
     events = list((workdir / "tensorboard").iterdir())
     assert len(events) == 4  # each start has written once, by its first process
+
+
+@pytest.mark.slow
+def test_hosts_train_both_parts_to_their_end_as_one_does(tmp_path):
+    """A codec, then a transformer on its latents as configured: optimizer, alignment, weights of channels, previews."""
+    codec = tmp_path / "codec"
+    command = ["train", "--config", "configs/worlds_codec.py", "--workdir", codec, *TINY_CODEC, "--config.steps=2"]
+    own = ["--config.optimizer.name=muon", "--config.flow.seen_share=0.8", f"--config.codec={codec}"]
+    overrides = [*TINY_DIT, *own, "--config.steps=4", "--config.preview_every=2", "--config.log_every=1"]
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    runs = [[command] * 2, [train(both, *overrides, "--config.mesh.fsdp=2")] * 2, [train(alone, *overrides)]]
+    for commands in runs:
+        children = start(1, *commands)
+        ends = finish(children)
+        assert [child.returncode for child in children] == [0] * len(commands), ends
+    logs = []
+    for workdir in (both, alone):
+        records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        logs.append(
+            {
+                (record["step"], name): value
+                for record in records
+                for name, value in record.items()
+                if name.endswith("loss")
+            }
+        )
+    assert logs[0].keys() == logs[1].keys() and {(4, "loss"), (4, "held_out_velocity_loss")} <= logs[0].keys()
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3)
 
 
 @pytest.mark.slow
