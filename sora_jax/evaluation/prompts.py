@@ -21,8 +21,8 @@ _ROUND = (
 _PAIR_MOTIONS = ("still", "left", "right", "up", "down", "bouncing")
 _BATCH = 24
 _RELATION = re.compile(r"\b(left of|right of|above|below|under(?! (?:a|the)(?: \w+){0,2} sky))\b")
-_SIDE = re.compile(r"\bfrom (?:left|right) to (?:left|right)\b|\b(?:left|right)(?! of)(?:ward)?\b")
-_REST = re.compile(r"\b(rest|stand|sit|stay|lies\b|lying|motionless|not moving|hover|hang|float\w* in place)")
+_SIDE = re.compile(r"\bfrom (?:left|right) to (?:left|right)\b|\b(?:left|right)(?! of)(?:wards?)?\b")
+_REST = re.compile(r"\b(rest|stand|sit|stay|lies?\b|lying|motionless|not moving|hover|hang|float\w* in place)")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,16 @@ from sora_jax.data.worlds import vocabulary
 from sora_jax.data.worlds.captions import DETAILS, caption
 from sora_jax.data.worlds.scenes import sample_scene
 
-UP = {"up", "upward", "upwards", "rises", "rising", "climbs", "climbing", "top", "upper"}
-DOWN = {
-    *("down", "downward", "downwards", "falls", "falling", "drops", "dropping", "sinks", "sinking"),
-    *("descends", "descending", "bottom", "lower"),
+UP = {
+    *("up", "upward", "upwards", "rises", "rising", "rise", "climbs", "climbing", "climb", "top", "upper"),
+    *("soars", "soaring", "soar", "ascends", "ascending", "ascend"),
 }
-LEFT, RIGHT = {"left", "leftward"}, {"right", "rightward"}
-SMALL, LARGE = {"small", "little", "tiny"}, {"large", "big", "huge"}
+DOWN = {
+    *("down", "downward", "downwards", "falls", "falling", "fall", "drops", "dropping", "drop"),
+    *("sinks", "sinking", "sink", "descends", "descending", "descend", "bottom", "lower"),
+}
+LEFT, RIGHT = {"left", "leftward", "leftwards"}, {"right", "rightward", "rightwards"}
+SMALL, LARGE = {"small", "little", "tiny"}, {"large", "big", "huge", "giant"}
 BACKGROUNDS = {  # words that no other background has
     "plain": {"plain"},
     "gradient": {"gradient"},
@@ -27,7 +30,7 @@ BACKGROUNDS = {  # words that no other background has
 COLORS = {
     "red": ("red", "crimson", "scarlet"),
     "orange": ("orange",),
-    "yellow": ("yellow", "golden"),
+    "yellow": ("yellow", "golden", "gold"),
     "green": ("green", "emerald"),
     "blue": ("blue",),
     "purple": ("purple", "violet"),
@@ -35,7 +38,7 @@ COLORS = {
     "white": ("white",),
 }
 SHAPES = {
-    "ball": ("ball", "sphere", "circle"),
+    "ball": ("ball", "sphere", "circle", "orb"),
     "cube": ("cube", "box", "block", "square"),
     "pyramid": ("pyramid", "triangle"),
     "star": ("star",),
@@ -76,11 +79,11 @@ def way(start, end, less, more, least=0.05):
 
 
 def mention(text, scene, i):
-    """Where an object is named."""
+    """Where an object is named; None where that takes more than its colour and then its shape."""
     pairs = [
         f"{c} {s}" for c in COLORS[vocabulary.COLORS[scene.color[i]]] for s in SHAPES[vocabulary.SHAPES[scene.shape[i]]]
     ]
-    return min(match.start() for pair in pairs if (match := re.search(rf"\b{pair}\b", text)))
+    return min((match.start() for pair in pairs if (match := re.search(rf"\b{pair}\b", text))), default=None)
 
 
 def test_what_a_single_object_does(told):
@@ -104,7 +107,7 @@ def test_which_way_what_passes_behind_a_screen_goes(told):
     texts = of_kind(told, "wall", "pillar")
     for scene, text in texts:
         assert sides(text) <= way(scene.path[0, 0, 0], scene.path[0, 1, 0], "left", "right"), text
-    assert np.mean([bool(sides(text)) for _, text in texts]) > 0.7
+    assert np.mean([bool(sides(text)) for _, text in texts]) > 0.6
 
 
 def test_which_way_the_truck_drives(told):
@@ -122,7 +125,7 @@ def test_what_the_camera_does(told):
         else:
             zoomed = {"in" if re.search(r"zoom(s|ing)? in\b|closer", text) else "out"}
             assert zoomed == {where} and not sides(text), text
-            assert bool(re.search(r"zoom(s|ing)? out\b|away", text)) == (where == "out"), text
+            assert bool(re.search(r"zoom(s|ing)? out\b|away|back from", text)) == (where == "out"), text
 
 
 def test_where_the_objects_of_a_pair_are(told):
@@ -152,7 +155,7 @@ def test_where_the_objects_of_a_pair_are(told):
 def test_size_color_and_shape_are_those_of_the_objects(told):
     for scene, text in told:
         for i in range(1 + bool(scene.present[1])):
-            before = text[: mention(text, scene, i)].replace(" bright ", " ").split()[-1:]
+            before = text[: mention(text, scene, i) or 0].replace(" bright ", " ").split()[-1:]
             size = vocabulary.SIZES[scene.size[i]]
             assert not {*before} & (LARGE if size == "small" else SMALL), text
         shapes = {vocabulary.SHAPES[scene.shape[i]] for i in range(1 + bool(scene.present[1]))}
@@ -178,13 +181,46 @@ def test_captions_read_well(told):
             r"camera (zooms|pans|moves)( \w+){0,4} (on|in|over|at|under|against) (a|the|snow|night)\b", text
         ) or (
             re.search(
-                r"zooms in on (a|an|the) (\w+ )*(ball|sphere|circle|cube|box|block|square|pyramid|triangle|star)", text
+                rf"zooms in on (a|an|the|one) (\w+ )*({'|'.join(word for words in SHAPES.values() for word in words)})",
+                text,
             )
         ), text
         if not scene.present[1] and vocabulary.SHAPES[scene.shape[0]] == "ball":
             assert not re.search(r"\b(stands|standing|sits|sitting)\b", text), text
         assert text.count("in front of") < 2, text
         assert not re.search(r"\b(left|right) (above|below|under)\b", text), text
+        if not scene.present[1] and re.search(r"\b(hover|hang|fl(y|ies|ying)\b)", text):
+            assert not re.search(r"\bon (a|the) (grass|field|snowy|ground|floor)", text), text
+
+
+def test_two_that_share_a_shape_or_a_colour_are_told_apart(told):
+    """Each has its colour or its shape, though it may be called "one", or share a noun; one of a plural is enough."""
+    found = {"shape": 0, "color": 0}
+    for scene, text in of_kind(told, "pair"):
+        colors = {vocabulary.COLORS[c] for c in scene.color}
+        shapes = {vocabulary.SHAPES[s] for s in scene.shape}
+        words = {*vocabulary.words_of(text.replace("blue sky", "sky"))}
+        said = {shape for shape, names in SHAPES.items() for name in names if words & {name, f"{name}s", f"{name}es"}}
+        assert {color for color, names in COLORS.items() if words & {*names}} == colors, text
+        assert said == shapes, text
+        if None in (mention(text, scene, 0), mention(text, scene, 1)):
+            assert len(colors) + len(shapes) == 3 and not scene.motion.any(), text
+            found["shape" if len(shapes) == 1 else "color"] += 1
+    assert min(found.values()) > 10
+
+
+def test_what_is_watched_has_verbs_without_an_ending(told):
+    watched = [text for _, text in told if re.search(r"\b(watch|see) ", text)]
+    heads = [re.split(r" (?:while|as|that) ", text)[0] for text in watched]
+    assert len(heads) > 50
+    for text in heads:
+        assert not re.search(r"\b(rolls|rolling|slides|flies|falls|rises|drives|passes|bounces|is)\b", text), text
+    assert (
+        sum(bool(re.search(r"\b(roll|slide|fly|fall|rise|drive|pass|bounce|move|go)\b", text)) for text in heads) > 20
+    )
+    assert {"flies": "fly", "lies": "lie", "goes": "go", "bounces": "bounce", "vanishes": "vanish"}.items() <= {
+        verb: vocabulary.infinitive(verb) for verb in ("flies", "lies", "goes", "bounces", "vanishes")
+    }.items()
 
 
 def test_most_captions_are_detailed():

@@ -108,6 +108,7 @@ def test_a_place_under_the_sky_is_no_relation(text, states):
         ("a bright blue ball rolls to the right", 1),
         ("a red ball moving leftward left of a cube", 1),
         ("a red ball rolls right of a cube", 0),
+        ("a red ball rolls rightwards and a cube slides leftwards", 2),
     ],
 )
 def test_sides_are_counted_once(text, sides):

@@ -15,6 +15,8 @@ _DETAIL_ODDS = (0.1, 0.25, 0.65)
 _SIZE_ODDS = {"terse": 0.25, "medium": 0.6, "full": 0.95}
 _BACKGROUND_ODDS = {"terse": 0.0, "medium": 0.4, "full": 0.95}
 _NO_DIRECTION_ODDS = 0.08
+_FORM_ODDS = (0.58, 0.38, 0.04)  # "a ball rolls left", "a ball rolling left", "watch a ball roll left"
+_GROUND = re.compile(r"on (a|the) (field|grass)|on a (grassy|snowy)|.*(the ground|the floor)")  # of nothing that floats
 # "moves right above it" may mean straight above it; and one backdrop behind a truck is enough.
 _MISLEADING = re.compile(r"\b(left|right) (above|below|under)\b|\bin front of\b.*\bin front of\b")
 
@@ -50,14 +52,20 @@ class _Writer:
         self.filled = {}  # symbols with a meaning in this caption only
 
     def write(self):
-        sentence = self._chance(0.6)
+        form = str(self.rng.choice(("sentence", "title", "watched"), p=_FORM_ODDS))
         start = self._sentence()
-        if self.detail == "terse" and self._chance(0.35):
-            start = re.sub(r"^(a|the) ", "", start)
+        if not re.match(r"(a|an|one|two) ", start):
+            form = "sentence" if form == "watched" else form
+        elif form == "watched":
+            start = f"{self._say('watched')} {start}"
+        elif form == "title" and self._chance(0.1):
+            start = f"{self._say('shown')} {start}"
+        elif self.detail == "terse" and self._chance(0.35):
+            start = re.sub(r"^(a|one) ", "", start)
         text = self._background(start)
         if self.detail == "full" and int(self.scene.camera) == 0 and self._chance(0.05):
             text += ", " + self._say("fixed camera")
-        return self._polish(text, sentence)
+        return self._polish(text, form)
 
     def _sentence(self):
         scene = self.scene
@@ -101,6 +109,8 @@ class _Writer:
             "rests": self._rests(first if not any(moves) else second),
         }
         if not any(moves):
+            if self._chance(0.4) and (alike := self._alike(first, second)):
+                return alike
             in_row = relation in ("left of", "right of")
             return self._say("pair still", lambda text: in_row or not re.search("side by side|beside|near", text))
         if all(moves):
@@ -108,9 +118,27 @@ class _Writer:
         in_row = relation in ("left of", "right of")
         return self._say("pair one moves", lambda text: in_row or "next to" not in text)
 
+    def _alike(self, first, second):
+        """Says of two objects of one shape or of one colour what they share; None of others."""
+        shape, shape_b = (vocabulary.SHAPES[int(self.scene.shape[i])] for i in (first, second))
+        color, color_b = (vocabulary.COLORS[int(self.scene.color[i])] for i in (first, second))
+        size, size_b = (vocabulary.SIZES[int(self.scene.size[i])] for i in (first, second))
+        says_size = size == size_b and self._chance(_SIZE_ODDS[self.detail])
+        self.filled |= {
+            "size": self._say(f"size {size}") if says_size else "",
+            "color": self._say(f"color {color}"),
+            "color b": self._say(f"color {color_b}"),
+            "shape": self._say(f"shape {shape}"),
+            "shape b": self._say(f"shape {shape_b}"),
+            "shapes": self._say(f"shapes {shape}"),
+        }
+        if shape == shape_b:
+            return self._say("pair of one shape")
+        return self._say("pair of one color") if color == color_b else None
+
     def _object(self, i):
         scene = self.scene
-        words = ["the" if self._chance(0.05) else "a"]
+        words = [str(self.rng.choice(("a", "the", "one"), p=(0.92, 0.05, 0.03)))]
         if self._chance(_SIZE_ODDS[self.detail]):
             words.append(self._say(f"size {vocabulary.SIZES[int(scene.size[i])]}"))
         words.append(self._say(f"color {vocabulary.COLORS[int(scene.color[i])]}"))
@@ -124,7 +152,9 @@ class _Writer:
         if motion in ("left", "right"):
             self._fill_direction(motion)
             self.filled["go"] = self._go(i)
-            return self._say("does somehow" if self._chance(_NO_DIRECTION_ODDS) else "does sideways")
+            if self._chance(_NO_DIRECTION_ODDS):
+                return self._say("does somehow")
+            return self._say("does sideways", lambda text: not (self._floats(i) and _GROUND.match(text)))
         drift = float(self.scene.path[i, 1, 0] - self.scene.path[i, 0, 0])
         if motion == "bouncing" and abs(drift) > 0.1:
             return self._say(f"does bouncing {'right' if drift > 0 else 'left'}")
@@ -148,17 +178,27 @@ class _Writer:
     def _background(self, text):
         if not self._chance(_BACKGROUND_ODDS[self.detail]):
             return text
-        where = self._say(f"background {vocabulary.BACKGROUNDS[int(self.scene.background)]}")
+        floats = any(self._floats(i) for i in range(1 + int(self.scene.present[1])))
+        where = self._say(
+            f"background {vocabulary.BACKGROUNDS[int(self.scene.background)]}",
+            lambda text: not (floats and _GROUND.match(text)),
+        )
         if self._chance(0.12):
             return f"{where}, {text}"
         # It is not the camera that is somewhere.
-        thing, *camera = re.split(r"(?= (?:while|as) the camera)", text, maxsplit=1)
-        return " ".join([thing, where, *camera])
+        thing, *camera = re.split(r"(?=,? (?:while|as|and) the camera)", text, maxsplit=1)
+        return " ".join([thing, where, *camera]).replace(" ,", ",")
 
-    def _polish(self, text, sentence):
+    def _polish(self, text, form):
+        def conjugate(match):
+            verb, participle = match.groups()
+            if form == "sentence":
+                return verb
+            return participle if form == "title" or verb == "is" else vocabulary.infinitive(verb)
+
         # After these words only a sentence can follow.
         head, *tail = re.split(r"(?= (?:while|as|that) )", text, maxsplit=1)
-        head = re.sub(r"([a-z]+)/([a-z]*)", r"\1" if sentence else r"\2", head)
+        head = re.sub(r"([a-z]+)/([a-z]*)", conjugate, head)
         tail = re.sub(r"([a-z]+)/([a-z]*)", r"\1", "".join(tail))
         text = re.sub(r"\s+", " ", head + tail).replace(" ,", ",").strip()
         text = re.sub(r"\ba(?= [aeiou])", "an", text)

@@ -60,6 +60,7 @@ def _diagonal(side: str) -> dict[str, tuple[str, ...]]:
             f"flies/flying up to the {side}",
             f"floats/floating up and {side}",
             f"rises/rising to the {side}",
+            f"soars/soaring up to the {side}",
             f"climbs/climbing to the {side}",
             f"climbs/climbing diagonally up {side}",
             f"drifts/drifting toward the upper {side} corner",
@@ -96,18 +97,22 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     "article": ("a", "an", "the"),
     "color red": _mostly("red", "crimson", "scarlet"),
     "color orange": ("orange",),
-    "color yellow": _mostly("yellow", "golden"),
+    "color yellow": _mostly("yellow", "golden", "gold"),
     "color green": _mostly("green", "emerald"),
     "color blue": ("blue", "blue", "blue", "bright blue"),
     "color purple": _mostly("purple", "violet"),
     "color pink": ("pink", "pink", "pink", "bright pink"),
     "color white": ("white",),
-    "shape ball": ("ball", "ball", "ball", "sphere", "sphere", "circle"),
+    "shape ball": ("ball", "ball", "ball", "sphere", "sphere", "circle", "orb"),
     "shape cube": _mostly("cube", "box", "block", "square"),
     "shape pyramid": _mostly("pyramid", "triangle"),
     "shape star": ("star",),
+    "shapes ball": ("balls", "balls", "spheres"),
+    "shapes cube": ("cubes", "cubes", "boxes", "blocks"),
+    "shapes pyramid": ("pyramids", "pyramids", "triangles"),
+    "shapes star": ("stars",),
     "size small": _mostly("small", "little", "tiny"),
-    "size large": _mostly("large", "big", "huge"),
+    "size large": _mostly("large", "big", "huge", "giant"),
     "gray": ("gray", "gray", "grey"),
     "screen wall": _mostly("{gray} wall", "wide {gray} wall", "wall"),
     "screen pillar": _mostly("{gray} pillar", "{gray} column", "tall {gray} pillar", "pillar"),
@@ -126,6 +131,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "towards the left",
         "toward the left",
         "leftward",
+        "leftwards",
     ),
     "to right": (
         "right",
@@ -135,6 +141,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "towards the right",
         "toward the right",
         "rightward",
+        "rightwards",
     ),
     "from left": ("from right to left",),
     "from right": ("from left to right",),
@@ -145,6 +152,8 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "{go} {from}",
         "{go} across the frame {to}",
         "{go} across the screen {from}",
+        "{go} along the ground {to}",
+        "{go} across the floor {to}",
         "is/ moving {to}",
     ),
     "does somehow": ("{go}", "{go} along", "{go} by", "is/ moving"),
@@ -160,6 +169,9 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "flies/flying up",
         "floats/floating up",
         "floats/floating upwards",
+        "ascends/ascending",
+        "soars/soaring",
+        "soars/soaring up",
         "is/ moving up",
     ),
     "does down": (
@@ -170,6 +182,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "drops/dropping down",
         "moves/moving down",
         "moves/moving downward",
+        "moves/moving downwards",
         "goes/going down",
         "sinks/sinking",
         "floats/floating downwards",
@@ -187,11 +200,13 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "hops/hopping",
         "hops/hopping up and down",
         "jumps/jumping up and down",
+        "leaps/leaping up and down",
         "is/ bouncing",
     ),
     "rests ground": (
         "rests/resting",
         "rests/resting on the ground",
+        "rests/resting on the floor",
         "stands/standing",
         "stands/standing still",
         "sits/sitting",
@@ -205,6 +220,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     "rests ball": (  # what is round neither stands nor sits
         "rests/resting",
         "rests/resting on the ground",
+        "rests/resting on the floor",
         "lies/lying on the ground",
         "lies/lying still",
         "stays/staying still",
@@ -230,12 +246,19 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "{a} {go} {to} behind {screen}",
         "{a} {go} behind {screen} {from}",
         "{a} {go} behind {screen}",
+        "{a} {go} behind {screen}",
+        "{a} {go} behind {screen}",
         "{a} {go} {to} and passes/passing behind {screen}",
         "{a} passes/passing behind {screen} {from}",
         "{a} {go} {to}, disappears/disappearing behind {screen} and reappears/reappearing",
         "{a} {go} behind {screen} and comes/coming out on the {side}",
         "{a} {go} behind {screen} and comes/coming out again",
+        "{a} {go} behind {screen}, then comes/coming out on the other side",
         "{a} {go} behind {screen} and reappears/reappearing on the {side} side",
+        "{a} {go} {to} behind {screen}, then reappears/reappearing",
+        "{a} {go} {to} behind {screen} and emerges/emerging on the other side",
+        "{a} vanishes/vanishing behind {screen} and appears/appearing again",
+        "{a} {go} {to} and {screen} hides/hiding it for a moment",
         "{a} {go} {to}, hidden for a moment by {screen}",
         "{screen} hides/hiding {a} that {go} {to}",
     ),
@@ -249,6 +272,8 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "{truck} passes/passing in front of {a}, driving {to}",
         "{a} {rests} while {truck} drives past {to}",
         "{a} {rests} as {truck} drives by {from}",
+        "{a} {rests}, then {truck} drives/driving past it",
+        "{truck} drives/driving {to} past {a} and hides/hiding it for a moment",
         "{truck} moving {to} hides/hiding {a} for a moment",
         "{a} is/ hidden for a moment by {truck} driving {to}",
     ),
@@ -258,6 +283,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "the camera slowly pans/panning {to} past {a}",
         "the camera moves/moving {to} past {a}",
         "camera panning {to} past {a}",
+        "pan {to} past {a}",
         "panning {to} past {a}",
         "{a} as the camera pans {to}",
         "{a} {rests} while the camera pans {to}",
@@ -272,12 +298,14 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "zooming in on {a}",
         "{a} as the camera zooms in",
         "{a} {rests} while the camera zooms in",
+        "{a}, and the camera zooms/zooming in on it",
     ),
     "zoom out": (
         "the camera zooms/zooming out from {a}",
         "the camera zooms/zooming out from {a}",
         "the camera slowly zooms/zooming out from {a}",
         "the camera moves/moving away from {a}",
+        "the camera pulls/pulling back from {a}",
         "zoom out from {a}",
         "zooming out from {a}",
         "{a} as the camera zooms out",
@@ -296,6 +324,17 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "{a} near {b}",
         "there is {a} and {b}",
         "two objects, {a} and {b}",
+    ),
+    "pair of one shape": (
+        "two {size} {shapes}, one {color} and one {color b}",
+        "two {size} {shapes}, {color} and {color b}",
+        "a {color} {shape} and a {color b} one",
+        "a {color} and a {color b} {shape}",
+    ),
+    "pair of one color": (
+        "two {size} {color} objects, a {shape} and a {shape b}",
+        "a {color} {shape} and a {color} {shape b}",
+        "a {color} {shape} and {shape b}",
     ),
     "pair one moves": (
         "{a} {does} and {b} {rests}",
@@ -344,15 +383,28 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "in the dark",
         "under a starry night sky",
     ),
+    # Before a title, and before a sentence, whose verbs then lose their ending.
+    "shown": ("a video of", "video of", "a clip of"),
+    "watched": ("watch", "see"),
     "fixed camera": ("fixed camera", "the camera does not move", "static shot"),
 }
+
+
+_INFINITIVES = {"flies": "fly", "goes": "go", "lies": "lie", "passes": "pass", "vanishes": "vanish"}
+
+
+def infinitive(verb: str) -> str:
+    """What a verb of the grammar is after "watch": "rolls" -> "roll"."""
+    return _INFINITIVES.get(verb, verb.removesuffix("s"))
 
 
 @functools.cache
 def known_words() -> frozenset[str]:
     """Every word that a caption can contain, in lower case."""
-    literal = (re.sub(r"\{[^}]*\}", " ", text) for alternatives in GRAMMAR.values() for text in alternatives)
-    return frozenset(word for text in literal for word in words_of(text))
+    texts = [text for alternatives in GRAMMAR.values() for text in alternatives]
+    literal = [re.sub(r"\{[^}]*\}", " ", text) for text in texts]
+    infinitives = [infinitive(verb) for text in texts for verb in re.findall(r"(\w+)/", text) if verb != "is"]
+    return frozenset(word for text in literal + infinitives for word in words_of(text))
 
 
 def words_of(text: str) -> list[str]:
