@@ -344,7 +344,9 @@ def test_the_other_commands_pass_on_what_they_are_given(tmp_path, monkeypatch, c
     calls = []
     monkeypatch.setattr(loop, "train", lambda config, *given: not calls.append((config.steps, *given)))
     monkeypatch.setattr(loop, "export", lambda workdir, out, codec: calls.append((workdir, out, codec)) or out)
-    monkeypatch.setattr(report, "evaluate", lambda *args, **options: calls.append((args, options)))
+    low = {"label": "colour right", "aim": 0.95, "ceiling": {"value": 0.5, "n": 3}}
+    measured = {"rows": [low], "frames": 9, "size": [64, 64]}
+    monkeypatch.setattr(report, "evaluate", lambda *args, **options: calls.append((args, options)) or measured)
     (tmp_path / "config.py").write_text(CONFIG)
     assert main(["train", "--config", "config.py", "--workdir", "run", "--config.steps=7"]) == 0
     assert main(["train", "--config", "config.py", "--workdir", "run", "--mesh", "auto"]) == 0
@@ -358,7 +360,9 @@ def test_the_other_commands_pass_on_what_they_are_given(tmp_path, monkeypatch, c
         ("run", "model", "decoder"),
         (("model", "out", 3, 0), {"steps": 4, "guidance": None}),
     ]
-    assert capsys.readouterr().out.split() == ["model", "model", os.path.join("out", "report.md")]
+    printed = capsys.readouterr()
+    assert printed.out.split() == ["model", "model", os.path.join("out", "report.md")]
+    assert "real renders are read right less often than is aimed at" in printed.err and "(0.500)" in printed.err
 
 
 def test_a_reader_that_leaves_early_is_no_error():
