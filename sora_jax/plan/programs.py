@@ -14,7 +14,6 @@ from sora_jax import flow, pipeline, sampler
 from sora_jax import mesh as mesh_lib
 from sora_jax.dit import DiT
 from sora_jax.errors import InputError
-from sora_jax.mesh import check_heads
 from sora_jax.model_config import ModelConfig, abstract_params, memory_dtype
 from sora_jax.plan.job import Job, at_a_time, model_config
 from sora_jax.training import state as state_lib
@@ -141,7 +140,7 @@ def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: i
     """
     if config.dit.condition_channels:
         raise InputError("training is planned for transformers that read text alone; this model's reads pictures too")
-    check_heads(config.dit.heads, mesh)
+    mesh_lib.check_heads(config.dit.heads, mesh)
     model = DiT(dataclasses.replace(config.dit, remat=remat), dtype)
     x0_BFYXZ, text_BLD = jnp.zeros((1, *shape)), jnp.zeros((1, config.text.length, config.text.width))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
