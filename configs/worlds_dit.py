@@ -145,7 +145,11 @@ def get_config() -> ConfigDict:
             dit=dict(heads=4, head_width=64, feed_forward=1024, layers=9, remat="dots"),
             kernel="auto",  # of attention, see `attention.py`
             # `seen_share` of the loss weighs the channels of the latents by what the decoder makes of them.
-            flow=dict(shift=2.0, uniform_share=0.5, uniform_shift=5.0, drop_text=0.1, known_share=0.2, seen_share=0.8),
+            # `mistaken_share` of the clips are noised from a version with a mistake in it, see `flow.noised`.
+            flow=dict(
+                **dict(shift=2.0, uniform_share=0.5, uniform_shift=5.0, drop_text=0.1, known_share=0.2, seen_share=0.8),
+                mistaken_share=0.0,
+            ),
             # What the truth of the worlds is used for, unless `weight` is 0 (see `DiTTask`).
             align=dict(weight=0.5, layer=4, objects=6.0),
             optimizer=dict(

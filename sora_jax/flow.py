@@ -18,6 +18,9 @@ def shift_level(level: jax.Array, shift: float | jax.Array) -> jax.Array:
     return shift * level / (1 + (shift - 1) * level)
 
 
+MISTAKES_FROM = 0.5  # below this level a mistake would have to be undone that is already there to be seen
+
+
 class Levels(NamedTuple):
     """Which noise levels training draws: sigmoid of a standard normal, but uniform for a share of the clips.
 
@@ -79,13 +82,28 @@ class Noised(NamedTuple):
     known_BF: jax.Array
 
 
-def noised(key: jax.Array, x0_BFYXZ: jax.Array, levels: Levels, known_share: float) -> Noised:
-    """Clips at random levels, with the frames clean that are known (see `Levels`, `sample_known`)."""
+def noised(
+    key: jax.Array,
+    x0_BFYXZ: jax.Array,
+    levels: Levels,
+    known_share: float,
+    mistaken_BFYXZ: jax.Array | None = None,
+) -> Noised:
+    """Clips at random levels, with the frames clean that are known (see `Levels`, `sample_known`).
+
+    Sampling makes mistakes, and goes on from them; training only ever sees what comes from the clip itself. Where
+    `mistaken_BFYXZ` differs from `x0_BFYXZ`, and at levels from `MISTAKES_FROM` on, x_t comes from the former, while the
+    velocity still leads to the latter: x_t = (1 - t) mistaken + t noise, velocity = (x_t - x_0) / t. It is as if the
+    noise, which is what comes back, had been another. (Input perturbation, arXiv:2301.11706, adds plain noise.)
+    """
     level_key, noise_key, known_key = jax.random.split(key, 3)
     B, F = x0_BFYXZ.shape[:2]
     known_BF = sample_known(known_key, B, F, known_share)
     level_BF = jnp.where(known_BF, 0.0, sample_level(level_key, B, levels)[:, None])
     noise_BFYXZ = jax.random.normal(noise_key, x0_BFYXZ.shape)
+    if mistaken_BFYXZ is not None:
+        ratio_BF = jnp.where(level_BF >= MISTAKES_FROM, (1 - level_BF) / jnp.maximum(level_BF, MISTAKES_FROM), 0.0)
+        noise_BFYXZ += ratio_BF[:, :, None, None, None] * (mistaken_BFYXZ - x0_BFYXZ)
     return Noised(add_noise(x0_BFYXZ, noise_BFYXZ, level_BF), level_BF, noise_BFYXZ, known_BF)
 
 

@@ -64,6 +64,21 @@ def test_what_is_noised_lies_on_the_path_at_its_level():
         assert len(set(level_F[~known_F])) == 1 and level_F[~known_F][0] > 0
 
 
+def test_from_a_mistake_the_velocity_leads_to_the_clip():
+    x0, mistaken = jax.random.normal(jax.random.key(0), (2, 64, 4, 2, 2, 3))
+    arguments = (jax.random.key(1), x0, flow.Levels(shift=2.0), 0.5)
+    plain, drawn = flow.noised(*arguments), flow.noised(*arguments, mistaken)
+    jax.tree.map(np.testing.assert_array_equal, plain, flow.noised(*arguments, x0))
+    np.testing.assert_array_equal(drawn.level_BF, plain.level_BF)
+    from_mistake = np.asarray(drawn.level_BF) >= flow.MISTAKES_FROM
+    assert 0.2 < from_mistake.mean() < 0.8
+    expected = flow.add_noise(mistaken, plain.noise_BFYXZ, plain.level_BF)
+    np.testing.assert_allclose(drawn.x_BFYXZ[from_mistake], expected[from_mistake], atol=1e-5)
+    np.testing.assert_array_equal(drawn.x_BFYXZ[~from_mistake], plain.x_BFYXZ[~from_mistake])
+    velocity = drawn.noise_BFYXZ - x0
+    np.testing.assert_allclose(drawn.x_BFYXZ - drawn.level_BF[:, :, None, None, None] * velocity, x0, atol=1e-5)
+
+
 def test_weights_of_channels_and_places_make_a_weighted_mean_over_what_is_not_known():
     rng = np.random.default_rng(2)
     predicted, x0, noise = rng.normal(size=(3, 2, 3, 4, 4, 2)).astype(np.float32)

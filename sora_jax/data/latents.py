@@ -20,7 +20,10 @@ from sora_jax.errors import InputError, one_line
 from sora_jax.json_files import read_json
 from sora_jax.text import tokenize
 
-Encode = Callable[[int, int], Iterator[dict]]  # (start, count) -> {"latents", "captions"[, "layout"]} of each clip
+# (start, count) -> {"latents", "captions"[, "layout", "mistaken"]} of each clip
+Encode = Callable[[int, int], Iterator[dict]]
+
+_ARRAYS = ("latents", "layout", "mistaken")
 
 
 def claim_folder(folder: Path, about: dict) -> None:
@@ -45,8 +48,8 @@ def write_shards(folder: Path, clips: int, shard: int, encode: Encode, progress:
     Of several processes each writes some of the files: when all have returned, all files are there.
 
     Args:
-      encode: gives clips start to start + count: latents (F, Y, X, Z) and perhaps the layout (F, Y, X, C), both kept
-        in float16, and captions, one on each line.
+      encode: gives clips start to start + count: latents (F, Y, X, Z) and perhaps the layout (F, Y, X, C) and mistaken
+        latents, all kept in float16, and captions, one on each line.
       progress: called with the number of clips that this process need no longer care about.
 
     Raises:
@@ -60,7 +63,7 @@ def write_shards(folder: Path, clips: int, shard: int, encode: Encode, progress:
             unfinished = path.with_suffix(".unfinished")
             writer = ArrayRecordWriter(str(unfinished), "group_size:1")
             for clip in encode(start, count):
-                arrays = {name: clip[name].astype(np.float16) for name in ("latents", "layout") if name in clip}
+                arrays = {name: clip[name].astype(np.float16) for name in _ARRAYS if name in clip}
                 arrays["captions"] = np.frombuffer(clip["captions"].encode(), np.uint8)
                 _write(writer, safetensors.numpy.save(arrays), path)
             _write(writer, None, path)
@@ -111,7 +114,7 @@ def batches(
     paths: Sequence[Path], batch: int, text_length: int, seed: int, start: int, sharding: Sharding | None = None
 ) -> Iterator[dict]:
     """Shuffled batches from number `start` on: {"latents" (B, F, Y, X, Z) float16, "ids" (B, L) int32}, and "layout"
-    (B, F, Y, X, C) float16 if the clips have one.
+    (B, F, Y, X, C) and "mistaken" (B, F, Y, X, Z) float16 if the clips have them.
 
     A function of `seed` and the number of the batch, with one of its captions for each clip; placed by `sharding`
     (see `loading.batches`).

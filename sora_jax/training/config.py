@@ -63,7 +63,7 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (
         (
             *("optimizer.decay", "flow.uniform_share", "flow.drop_text", "flow.known_share", "flow.seen_share"),
-            *("on_object", "loss.outlines"),
+            *("on_object", "loss.outlines", "flow.mistaken_share"),
         ),
         "from 0 to 1",
         lambda value: 0 <= value <= 1,

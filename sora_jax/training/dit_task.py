@@ -108,10 +108,11 @@ def _clips(config: ConfigDict, held_out: bool = False) -> tuple[Callable[[int, i
     data = config.data
     if not data.dir:
         first, size = HELD_OUT if held_out else 0, (config.size, config.size)
+        asked = dict(seed=data.seed, frames=config.frames, size=size, captions=data.captions)
+        asked["mistaken"] = config.flow.mistaken_share > 0
 
         def draw(start, count):
-            numbers = range(first + start, first + start + count)
-            return draw_clips(numbers, seed=data.seed, frames=config.frames, size=size, captions=data.captions)
+            return draw_clips(range(first + start, first + start + count), **asked)
 
         return draw, data.clips
     source = clips_lib.stored_as(data.dir, data.held_out if held_out else "train", config.frames, config.size)
@@ -119,21 +120,23 @@ def _clips(config: ConfigDict, held_out: bool = False) -> tuple[Callable[[int, i
 
 
 def _encode(codec_config: CodecConfig, params, clips: Iterable[dict], patch=(1, 1, 1)) -> Iterator[dict]:
-    """The latents (F, Y, X, Z) float32 of clips, their captions, and, if the truth about them is known, their layout
-    on the grid of patches.
+    """The latents (F, Y, X, Z) float32 of clips, their captions, those of mistaken ones if there are any, and, if the
+    truth about them is known, their layout on the grid of patches.
     """
     clips = iter(clips)
     while batch := list(itertools.islice(clips, _ENCODE_BATCH)):
         # A last batch is filled up, so that one program serves all.
         filled = [batch[min(i, len(batch) - 1)] for i in range(_ENCODE_BATCH)]
-        latents = np.asarray(_encode_videos(codec_config, params, np.stack([clip["video"] for clip in filled])))
-        F, Y, X = latents.shape[1:4]
-        for clip, latents_FYXZ in zip(batch, latents, strict=False):
+        latents = {
+            name: np.asarray(_encode_videos(codec_config, params, np.stack([clip[of] for clip in filled])))
+            for name, of in (("latents", "video"), ("mistaken", "mistaken"))
+            if of in batch[0]
+        }
+        F, Y, X = latents["latents"].shape[1:4]
+        for i, clip in enumerate(batch):
             captions = clip["captions"]
-            encoded = {
-                "latents": latents_FYXZ,
-                "captions": captions if isinstance(captions, str) else captions.decode(),
-            }
+            encoded = {name: latents_BFYXZ[i] for name, latents_BFYXZ in latents.items()}
+            encoded["captions"] = captions if isinstance(captions, str) else captions.decode()
             if {"scene", "truth"} <= clip.keys():
                 scene, truth = Scene(**clip["scene"]), Truth(**clip["truth"])
                 encoded["layout"] = np.asarray(_layout(scene, truth, F, Y // patch[1], X // patch[2]))
@@ -179,6 +182,8 @@ class DiTTask:
         self.config = config
         check_kernel(config.kernel, jax.default_backend())
         admit(config.prompts, load_policy())
+        if config.flow.mistaken_share and config.data.dir:
+            raise InputError(f"{config.data.dir}: its clips have no mistaken ones; set --config.flow.mistaken_share=0")
         if config.data.dir:
             _clips(config, held_out=True)  # better now than at the first preview
         self.codec_config, self.codec_params = frozen_codec(config, workdir)
@@ -210,6 +215,8 @@ class DiTTask:
         patch = self.dit_config.patch
         about = {"codec": str(config.codec), "frames": config.frames, "size": config.size, "patch": patch}
         about |= _origin(config)
+        if config.flow.mistaken_share:
+            about["mistaken"] = True
         hosts.by_first(functools.partial(latents_lib.claim_folder, folder, about))
         with tqdm(total=count, unit="clip", desc="encode clips", disable=not hosts.is_first()) as bar:
             paths = latents_lib.write_shards(
@@ -268,13 +275,20 @@ class DiTTask:
 
     def loss(self, params, batch: dict, key: jax.Array):
         config = self.config
-        flow_key, drop_key = jax.random.split(key)
+        flow_key, drop_key, mistaken_key = jax.random.split(key, 3)
         x0_BFYXZ, ids_BL = batch["latents"].astype(jnp.float32), batch["ids"]
         B, F = x0_BFYXZ.shape[:2]
         drop_B1 = jax.random.uniform(drop_key, (B, 1)) < config.flow.drop_text
         ids_BL = jnp.where(drop_B1, tokenize([""], self.text_config.length), ids_BL)
         levels = flow.Levels(config.flow.shift, config.flow.uniform_share, config.flow.uniform_shift)
-        x_BFYXZ, level_BF, noise_BFYXZ, known_BF = flow.noised(flow_key, x0_BFYXZ, levels, config.flow.known_share)
+        mistaken_BFYXZ = None
+        if config.flow.mistaken_share:
+            # Only the prompt can tell that it is a mistake.
+            chosen_B1 = (jax.random.uniform(mistaken_key, (B, 1)) < config.flow.mistaken_share) & ~drop_B1
+            mistaken_BFYXZ = jnp.where(chosen_B1[:, :, None, None, None], batch["mistaken"], x0_BFYXZ)
+        x_BFYXZ, level_BF, noise_BFYXZ, known_BF = flow.noised(
+            flow_key, x0_BFYXZ, levels, config.flow.known_share, mistaken_BFYXZ
+        )
         text_BLD = self.text.apply({"params": params["text"]}, ids_BL)
         velocity_BFYXZ, kept = self.dit.apply(
             {"params": params["dit"]}, x_BFYXZ, level_BF, text_BLD, mutable=["intermediates"]

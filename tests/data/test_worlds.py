@@ -9,7 +9,7 @@ from sora_jax.data.worlds import vocabulary
 from sora_jax.data.worlds.captions import MAX_BYTES, caption
 from sora_jax.data.worlds.layout import CHANNELS, layout, objects
 from sora_jax.data.worlds.render import PALETTE, render
-from sora_jax.data.worlds.scenes import PAN_TRAVEL, ZOOM_RANGE, sample_scene
+from sora_jax.data.worlds.scenes import PAN_TRAVEL, ZOOM_RANGE, mistake, sample_scene
 from sora_jax.errors import InputError
 
 FRAMES = 17
@@ -202,6 +202,26 @@ def test_zoom_enlarges_the_object_about_the_centre(scenes, draw):
     np.testing.assert_allclose(area[:, -1] / area[:, 0], ZOOM_RANGE**2, rtol=0.2)
     away = truth.center_T2[:, 0] - 0.5
     np.testing.assert_allclose(away[:, -1], ZOOM_RANGE * away[:, 0], atol=1e-5)
+
+
+def test_a_mistake_is_an_object_too_many_too_few_or_like_the_other(scenes, draw):
+    mistaken = jax.tree.map(np.asarray, jax.jit(jax.vmap(mistake))(jax.random.split(jax.random.key(1), 2000), scenes))
+    is_pair = scenes.kind == vocabulary.KINDS.index("pair")
+    looks, seen = (np.stack([scene.color, scene.shape, scene.size], -1) for scene in (scenes, mistaken))
+    assert mistaken.present[~is_pair].all() and (seen[~is_pair] == looks[~is_pair][:, :1]).all()
+    gone, changed = ~mistaken.present[is_pair], (seen != looks)[is_pair]
+    assert ((gone | changed[..., :2].any(-1)).sum(1) == 1).all()  # of two objects it is always one
+    one = gone.argmax(1) | changed.any(-1).argmax(1)
+    assert 0.05 < gone.any(1).mean() < 0.15 and 0.45 < one.mean() < 0.55
+    pairs, number = seen[is_pair][~gone.any(1)], one[~gone.any(1)]
+    taken = pairs[np.arange(len(number)), number] == looks[is_pair][~gone.any(1)][np.arange(len(number)), 1 - number]
+    assert taken[:, :2].any(1).all() and (changed[~gone.any(1)].any((0, 1))).all()
+    kept = [name for name in scenes._fields if name not in ("color", "shape", "size", "present")]
+    for name in kept:  # where and how things move does not change
+        np.testing.assert_array_equal(getattr(mistaken, name)[is_pair], getattr(scenes, name)[is_pair])
+    few = take(scenes, slice(20)), take(mistaken, slice(20))
+    videos = [draw(some)[0] for some in few]
+    assert (np.abs(videos[0] - videos[1]).max((1, 2, 3, 4)) > 0.1).all()
 
 
 def test_fixed_parts_are_kept_and_unknown_ones_refused():

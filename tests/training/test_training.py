@@ -487,6 +487,7 @@ def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
         ("flow.uniform_share", 25.0, "from 0 to 1"),
         ("flow.drop_text", 10.0, "from 0 to 1"),
         ("flow.seen_share", 5.0, "from 0 to 1"),
+        ("flow.mistaken_share", 2.0, "from 0 to 1"),
         ("align.layer", 0, "1 to 9"),
         ("align.layer", 10, "1 to 9"),
         ("text.length", 0, "at least 1"),
@@ -676,6 +677,29 @@ def test_a_share_of_the_prompts_is_dropped(dit_run, codec_run):
         empty = {**batch, "ids": np.tile(tokenize([""], task.text_config.length), (len(batch["ids"]), 1))}
         losses[share] = [float(loss(params, one, key)[0]) for one in (batch, empty)]
     assert losses[1.0][0] == losses[1.0][1] == losses[0.0][1] != losses[0.0][0]
+
+
+def test_training_goes_on_from_mistakes_where_a_prompt_tells_of_them(codec_run, tmp_path):
+    losses = {}
+    for share in (0.0, 1.0):
+        config = dit_config(codec_run, f"--config.flow.mistaken_share={share}", "--config.flow.drop_text=0.0")
+        (tmp_path / str(share)).mkdir()
+        task = make_task(config, tmp_path / str(share))
+        batch = next(task.batches(0))
+        assert ("mistaken" in batch) == bool(share)
+        params = meta.unbox(jax.jit(task.initialize)(jax.random.key(0)))
+        key = jax.random.key(2)
+        losses[share] = float(jax.jit(task.loss)(params, batch, key)[0])
+    assert not np.allclose(batch["mistaken"], batch["latents"], atol=0.1)
+    same = {**batch, "mistaken": batch["latents"]}
+    assert float(jax.jit(task.loss)(params, same, key)[0]) == losses[0.0] != losses[1.0]
+    task.config.flow.drop_text = 1.0
+    dropped = [float(jax.jit(lambda *of: task.loss(*of))(params, some, key)[0]) for some in (batch, same)]
+    assert dropped[0] == dropped[1]
+    with pytest.raises(InputError, match="was made with mistaken None, not True"):
+        next(make_task(config, tmp_path / "0.0").batches(0))
+    with pytest.raises(InputError, match="^own: its clips have no mistaken ones"):
+        make_task(dit_config(codec_run, "--config.data.dir=own", "--config.flow.mistaken_share=0.5"), tmp_path)
 
 
 @pytest.mark.slow

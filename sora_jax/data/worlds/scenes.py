@@ -30,6 +30,7 @@ _SHAPE_ODDS = (1, 1, 1, 3)  # and so are stars: for the codec, and more so for t
 # Of a second object: as many of the first one's colour or shape as of others. There are seven other colours, and three
 # other shapes; those of one colour are the harder ones to tell apart.
 _SAME_COLOR_ODDS, _SAME_SHAPE_ODDS = 2.0, 0.5
+_MISTAKE_ODDS = (0.2, 0.2, 0.5, 0.1)  # of a pair: one takes the other's colour, its shape, all looks, or is gone
 _CAMERA_BACKGROUND_ODDS = (1, 1, 1, 1, 2.5)  # at night a moving camera moves little else than stars
 _MOTION_ODDS = (0.12, 0.12, 0.12, 0.12, 0.12, 0.06, 0.06, 0.06, 0.06, 0.16)
 # In a pair: side by side, one above the other; of the first object, and of the second. Two that move are harder.
@@ -202,6 +203,39 @@ def sample_scene(key: jax.Array, *, unseen: bool = False, **fixed) -> Scene:
         screen=_screen(kind, half_width[0], paths[0][0, 1] - above[0], floors[0], uniform(0, 1), uniform(0, 1)),
         look=jnp.stack([next(numbers) for _ in range(6)]),
     )
+
+
+def mistake(key: jax.Array, scene: Scene) -> Scene:
+    """The scene as a small model tends to mistake it: an object too many, too few, or like the other one.
+
+    In a pair one object takes the colour, the shape or all looks of the other, or is not there. Whatever else is shown
+    has a double, that comes from the other side or moves along beside it.
+    """
+    which, what, where = jax.random.uniform(key, (3,))
+    other = (which < 0.5).astype(jnp.int32)
+    one = 1 - other
+    what = _pick(what, _MISTAKE_ODDS)
+    is_pair, is_gone = scene.kind == _PAIR, what == 3
+    same_color, same_shape = scene.color[0] == scene.color[1], scene.shape[0] == scene.shape[1]
+    takes_all = what == 2
+    takes_color, takes_shape = takes_all | same_shape | (what == 0), takes_all | same_color | (what == 1)
+
+    def like_other(looks_2, takes):
+        return looks_2.at[one].set(jnp.where(takes & ~is_gone, looks_2[other], looks_2[one]))
+
+    pair = scene._replace(
+        color=like_other(scene.color, takes_color),
+        shape=like_other(scene.shape, takes_shape),
+        size=like_other(scene.size, takes_all),
+        present=scene.present.at[one].set(~is_gone),
+    )
+    path = scene.path[0]
+    mirrored = path.at[:, 0].set(1 - path[:, 0])
+    beside = path.at[:, 0].add(jnp.where(path[:, 0].mean() < 0.5, 0.45, -0.45))
+    is_mirrored = (jnp.abs(path[1, 0] - path[0, 0]) > 0.2) & (where < 0.6)
+    double = {name: jnp.stack([getattr(scene, name)[0]] * 2) for name in ("color", "shape", "size", "hop", "floor")}
+    double |= dict(path=jnp.stack([path, jnp.where(is_mirrored, mirrored, beside)]), present=jnp.ones(2, bool))
+    return jax.tree.map(lambda a, b: jnp.where(is_pair, a, b), pair, scene._replace(**double))
 
 
 def _as_id(part, value):
