@@ -92,7 +92,7 @@ def noised(
     """Clips at random levels, with the frames clean that are known (see `Levels`, `sample_known`).
 
     Sampling makes mistakes, and goes on from them; training only ever sees what comes from the clip itself. Where
-    `mistaken_BFYXZ` differs from `x0_BFYXZ`, and at levels from `MISTAKES_FROM` on, x_t comes from the former, while the
+    `mistaken_BFYXZ` differs from `x0_BFYXZ`, at levels from `MISTAKES_FROM` on, x_t comes from the former, while the
     velocity still leads to the latter: x_t = (1 - t) mistaken + t noise, velocity = (x_t - x_0) / t. It is as if the
     noise, which is what comes back, had been another. (Input perturbation, arXiv:2301.11706, adds plain noise.)
     """

@@ -62,10 +62,9 @@ def connect(preemptible: bool = True) -> None:
             raise InputError(
                 f"cannot join the other processes: {_line(error)}; if there are none, set JAX_NUM_PROCESSES=1"
             ) from error
+    # The first exchange has little patience, so it comes before work that may take one of them longer.
     with watched():
-        wait(
-            "start"
-        )  # the first exchange has little patience, so it comes before work that may take one of them longer
+        wait("start")
 
 
 def _number(name: str) -> int | None:
