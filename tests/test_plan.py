@@ -146,6 +146,20 @@ def test_a_slice_has_the_sides_and_the_links_of_its_kind(capsys):
         assert f"such as {right}" in capsys.readouterr().err
 
 
+def test_a_slice_that_nobody_lets_is_told():
+    for topology, words in {
+        "v6e:4x8": "",
+        "v6e:3x3": "v6e:3x3 is not among the slices that are listed: 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16",
+        "v5p:2x2x4": "",
+        "v5p:4x8x12": "",
+        "v5p:1x1x1": "2x4x4 and multiples of 4x4x4",
+    }.items():
+        job = plan.Job("bundled", "text", topology, "data=1", (128, 128), 33)
+        last = plan.describe(job, {"text": plan.Need()}, 1).splitlines()[-1]
+        assert last.endswith(words) if words else "listed" not in last
+        assert plan.for_scripts(job, {"text": plan.Need()}, 1)["unlisted"] == (last if words else "")
+
+
 def test_training_on_a_mesh_that_does_not_divide_the_heads_is_an_input_error():
     job = plan.Job("wan2.1-t2v-1.3b", "train", "v6e:2x4", "tensor=8", (480, 832), 81)
     with pytest.raises(InputError, match="cannot divide 12 heads"):

@@ -38,6 +38,8 @@ CHIPS = {
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 3),
     "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 400e9, 2),
 }
+# Slices that the same pages list, by their number of sides; of three sides also multiples of 4x4x4.
+_LISTED = {2: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split(), 3: "2x2x1 2x2x2 2x2x4 2x4x4".split()}
 # Operations per second, dense bfloat16, by a word in the name of a device. GPUs: NVIDIA's data sheets, SXM.
 _PEAKS = {"TPU v4": CHIPS["v4"].operations, "TPU v5 lite": CHIPS["v5e"].operations, "TPU v5": CHIPS["v5p"].operations}
 _PEAKS |= {"TPU v6 lite": CHIPS["v6e"].operations, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -159,3 +161,14 @@ def chips(topology: str) -> tuple[Chip, int]:
         )
     links = sum(min(side - 1, 2) for side in sides)
     return dataclasses.replace(chip, interconnect=chip.interconnect * links / (2 * chip.sides)), math.prod(sides)
+
+
+def unlisted(topology: str) -> str:
+    """What to tell of a topology that the compiler knows, and that Google Cloud does not list; empty for others."""
+    chip, _ = chips(topology)
+    shape = topology.partition(":")[2]
+    cubes = chip.sides == 3 and all(int(side) % 4 == 0 for side in shape.split("x"))
+    if cubes or shape in _LISTED[chip.sides]:
+        return ""
+    more = " and multiples of 4x4x4" if chip.sides == 3 else ""
+    return f"{topology} is not among the slices that are listed: {', '.join(_LISTED[chip.sides])}{more}"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from sora_jax.plan.job import GIB, Job, Need, at_a_time, chips, model_config
+from sora_jax.plan.job import GIB, Job, Need, at_a_time, chips, model_config, unlisted
 
 
 def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
@@ -39,7 +39,7 @@ def describe(job: Job, needs: dict[str, Need], steps: int) -> str:
         if need.collectives:
             parts = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in need.collectives.items())
             rows.append(f"  {'':<11} {parts}")
-    rows.append(verdict(job, needs, steps))
+    rows += [verdict(job, needs, steps), *filter(None, [unlisted(job.topology)])]
     return "\n".join(rows)
 
 
@@ -143,4 +143,5 @@ def for_scripts(job: Job, needs: dict[str, Need], steps: int) -> dict[str, Any]:
         **({"with_hosts": with_hosts(job)} if "train" in needs and job.offload else {}),
         "at_least": at_least(job, needs, steps) if works else None,
         "verdict": verdict(job, needs, steps),
+        "unlisted": unlisted(job.topology),
     }
