@@ -6,11 +6,9 @@ import contextlib
 import hashlib
 import math
 import os
-import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -21,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from sora_jax import hosts, media, pipeline, sampler
+from sora_jax import background, hosts, media, pipeline, sampler
 from sora_jax.codec.vae import stream
 from sora_jax.errors import InputError
 from sora_jax.media import Picture
@@ -320,19 +318,14 @@ class Generator:
         It runs in another thread: compiling, and on CPUs a program's first run, return to Python only when they are
         done, and Ctrl-C would have to wait for them.
         """
-        done: Future = Future()
 
         def work():
-            try:
-                with self._on_mesh():  # which is each thread's own
-                    result = jax.block_until_ready(program(*args))
-                    jax.effects_barrier()
-                done.set_result(result)
-            except BaseException as error:
-                done.set_exception(error)
+            with self._on_mesh():  # which is each thread's own
+                result = jax.block_until_ready(program(*args))
+                jax.effects_barrier()
+            return result
 
-        threading.Thread(target=work, daemon=True).start()
-        return done.result()
+        return background.start(work)()
 
     def _step_done(self, _) -> None:
         if self._bar is not None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sora_jax import hosts, model_folder
+from sora_jax import background, hosts, model_folder
 from sora_jax.attention import check_kernel
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
@@ -82,7 +79,7 @@ def load(
                 raise InputError(f"{file} has parts for two transformers: {use}")
     adapted = {"dit": lora or {}, "dit_low": lora_low or {}}
     # The host that writes the files says what they were made with.
-    weights = _in_background(partial(_weights_of, folder, adapted)) if hosts.is_first() else str
+    weights = background.start(partial(_weights_of, folder, adapted)) if hosts.is_first() else str
     params = OnDemand(tensors, config.transformers) if offload else jax.tree.map(Tensor.place, tensors)
     return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy, kernel)
 
@@ -146,20 +143,6 @@ def _weights_of(folder: Path, adapted: dict[str, dict[str | os.PathLike, float]]
         for number, (path, scale) in enumerate(merged.items()):
             files[f"{part} + {number} {scale} {Path(path).name}"] = Path(path)
     return files_sha256(files)
-
-
-def _in_background(work: Callable[[], str]) -> Callable[[], str]:
-    """Starts on something that is needed later; the result waits for it. It holds up neither Ctrl-C nor the end."""
-    future: Future[str] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:  # whoever waits for the result gets it
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result
 
 
 def _keep_compiled_programs() -> None:

@@ -16,7 +16,7 @@ CODE = [*MODULES, *(path for part in ("configs", "experiments", "tests") for pat
 
 # A room may import from lower floors and from itself. Same floor means: they do not know one another.
 FLOORS = [
-    ("errors",),
+    ("errors", "background"),
     ("mesh", "flow", "counting", "intervals", "json_files", "media", "tensors"),
     ("layers", "attention", "hosts", "safety"),
     ("text", "codec", "dit", "sampler", "vision"),
