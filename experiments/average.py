@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     if len(options.models) < 2:
-        parser.error("two models at least have a mean")
+        parser.error("give at least two models")
     try:
         opened = [open_model(model, "float32") for model in options.models]
         params = average([(config, tensors) for config, tensors, _ in opened])

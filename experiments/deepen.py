@@ -2,10 +2,9 @@
 
     python experiments/deepen.py MODEL OUT --layers 0,1,1,2,3,3,4,4,5
 
-writes the model folder OUT, whose transformer has these layers of MODEL's, from 0 on; with `--part text` it is its text
-encoder that has. A layer named again is a copy
-that adds nothing yet: the last products of its attention and feed-forward are zero, and training opens them (as fresh
-layers start, and as Net2Net grows a network, arXiv:1511.05641).
+writes the model folder OUT, whose transformer (with `--part text`, whose text encoder) has these layers of MODEL's,
+counted from 0. A layer named again is a copy that adds nothing yet: the last products of its attention and feed-forward
+are zero, and training opens them (as fresh layers start, and as Net2Net grows a network, arXiv:1511.05641).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Turns a config and a sweep into runs, each with its own work folder, and starts them.
+"""Turns a config and a sweep into runs, each with its own work directory, and starts them.
 
     python experiments/launch.py --config configs/worlds_codec.py --on local --config.steps=1000
     python experiments/launch.py --config configs/worlds_dit.py --on processes=4 --config.codec=runs/worlds_codec
@@ -85,7 +85,7 @@ def make_runs(
     Args:
         sweep: words like "config.optimizer.learning_rate=1e-3,2e-3".
         overrides: words like "--config.steps=1000", for all runs.
-        folder: where the work folders are.
+        folder: where the work directories are.
         mesh: in place of the config's.
         devices: how many there will be, if that is known.
 
@@ -391,7 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--on", required=True, metavar="WHERE", help="local, processes=N, tpu-vm=NAME, slurm or gke")
     add("--sweep", action="append", default=[], metavar="config.FIELD=A,B", help="a run for each; can be repeated")
     add("--mesh", metavar="AXIS=N,...", help="as for sora-jax train, in place of config.mesh")
-    add("--runs", default="runs", metavar="DIR", help="where the work folders are (default: runs)")
+    add("--runs", default="runs", metavar="DIR", help="where the work directories are (default: runs)")
     add("--dry-run", action="store_true", help="print the commands and manifests")
     add("--grace", type=_at_least(1), default=60, metavar="S", help="seconds for saving before the end (default: 60)")
     add("--zone", help="tpu-vm: the zone (default: gcloud's)")

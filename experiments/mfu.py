@@ -33,6 +33,7 @@ from sora_jax.mesh_choice import generating_mesh, tokens_of_frame, training_mesh
 from sora_jax.plan import Job, at_a_time, model_config, program
 from sora_jax.plan.job import peak_operations
 from sora_jax.plan.programs import steps
+from sora_jax.request import check_shape
 
 HEADER = f"{'':28}{'seconds':>10}{'TFLOP/s a device':>18}{'of the product':>16}{'MFU':>8}"
 
@@ -137,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             media.check_writable(options.json)  # and not after all the measuring
         config = model_config(options.model)
+        check_shape(config, options.frames, options.size)
         print(f"{number} x {device.device_kind}; {options.model}, {options.frames} frames of", end=" ")
         print(f"{options.size[0]}x{options.size[1]}, {options.dtype}\n\n{HEADER}", flush=True)
         for part in options.parts:

@@ -71,7 +71,7 @@ def _share(q, k, v, *, devices: int, tokens: int | None, kernel: str):
     if group > 1:
         groups = None if rounds == 1 else np.arange(devices).reshape(rounds, group).tolist()
         whole = partial(jax.lax.all_to_all, axis_name=_CONTEXT, axis_index_groups=groups, tiled=True)
-    # Heads come first meanwhile: a TPU fills up the last but one axis to a multiple of 8.
+    # Heads move to the front meanwhile: TPUs pad the last axis but one to a multiple of 8.
     q, k, v = (jnp.moveaxis(x, 3, 1) for x in (q, k, v))
     if group > 1:
         q, k, v = (whole(x, split_axis=1, concat_axis=3) for x in (q, k, v))

@@ -18,7 +18,7 @@ def shift_level(level: jax.Array, shift: float | jax.Array) -> jax.Array:
     return shift * level / (1 + (shift - 1) * level)
 
 
-MISTAKES_FROM = 0.5  # below this level a mistake would have to be undone that is already there to be seen
+MISTAKES_FROM = 0.5  # below this level a mistake is plain to see, and too late to undo
 
 
 class Levels(NamedTuple):

@@ -99,6 +99,7 @@ class Generator:
         steps: int | None = None,
         guidance: float | None = None,
         guidance_low: float | None = None,
+        shift: float | None = None,
         negative_prompt: str | None = "",
         fps: float | None = None,
         noise: np.ndarray | None = None,
@@ -121,6 +122,8 @@ class Generator:
             guidance: above 1 the velocity is `without + guidance * (with - without)` the prompt (arXiv:2207.12598), and
                 up to 1 that with the prompt, as in published pipelines.
             guidance_low: the guidance of a second transformer for low noise levels, where the model has one.
+            shift: time shift of the noise levels, above 0; larger spends more steps at high noise, which larger videos
+                need (see `flow.shift_level`).
             negative_prompt: takes the place of the empty prompt in "without".
             fps: frames per second of the result; it changes the speed, not the frames.
             noise: initial latents, float [B, F, Y, X, Z] or [F, Y, X, Z], in place of the seed's.
@@ -144,6 +147,7 @@ class Generator:
             steps=steps,
             guidance=guidance,
             guidance_low=guidance_low,
+            shift=shift,
             negative_prompt=negative_prompt,
             fps=fps,
             noise=noise,
@@ -209,12 +213,12 @@ class Generator:
     def _claim(self, request: Request, number: int, frames_THWC: np.ndarray) -> Claim:
         """What the file of a video will say of how it was made."""
         sampling = self.config.sampling
-        said = {name: getattr(request, name) for name in ("frames", "size", "steps", "guidance", "fps")}
+        said = {name: getattr(request, name) for name in ("frames", "size", "steps", "guidance", "shift", "fps")}
         if request.windows > 1:
             said |= {"window": request.window, "overlap": request.overlap}
         if self.config.boundary is not None:
             said["guidance_low"] = request.guidance_low
-        said |= {name: getattr(sampling, name) for name in ("solver", "schedule", "shift")} | {"dtype": self.dtype.name}
+        said |= {name: getattr(sampling, name) for name in ("solver", "schedule")} | {"dtype": self.dtype.name}
         if request.negative_prompt:
             said["negative_prompt_sha256"] = _sha256(request.negative_prompt)
         if request.noise is not None:
@@ -253,7 +257,7 @@ class Generator:
         else:
             noise_BFYXZ = request.noise[chosen]
         sampling = self.config.sampling
-        schedule = sampler.noise_schedule(request.steps, sampling.shift, sampling.schedule)
+        schedule = sampler.noise_schedule(request.steps, request.shift, sampling.schedule)
         guidance_2 = np.float32([request.guidance, request.guidance_low])
         dits = [self.params[part] for part in self.config.transformers]
         denoise = partial(self._denoise, is_guided=request.is_guided)
@@ -347,6 +351,8 @@ class Generator:
             if rest := self.tokenizer.unread(text, self.config.text.length):
                 notes.append(f"note: the prompt is too long for this model, which does not read its end: ...{rest}")
         height, width = request.size
+        if height != width and request.size == self.config.sampling.size[::-1]:
+            notes.append(f"note: the height comes first: this video is {height} high and {width} wide")
         for name, picture in (("image", request.image), ("last image", request.last_image)):
             if picture is not None and abs(np.log(picture.shape[0] / picture.shape[1] * width / height)) > _UNSEEN:
                 rows, columns = picture.shape[:2]

@@ -1,6 +1,6 @@
 """Several processes, one on each host, that do one thing: `jax.distributed`, and what they have to agree about.
 
-All of them run the same program; in training, on the same work folder. A process alone does none of this.
+All of them run the same program; in training, on the same work directory. A process alone does none of this.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sora_jax import mesh as mesh_lib
-from sora_jax.errors import HostLost, InputError, Refused
+from sora_jax.errors import HostLost, InputError, Refused, one_line
 
 # Seconds without a sign of life after which JAX ends all processes, and that one which is done waits for the others.
 _HEARTBEAT, _SHUTDOWN = 40, 60
@@ -55,12 +55,12 @@ def connect(preemptible: bool = True) -> None:
     except ValueError as error:
         # Nothing says that there are others: a laptop, a notebook, a single host.
         if told:
-            raise InputError(f"cannot join the other processes: {_line(error)}") from error
+            raise InputError(f"cannot join the other processes: {one_line(error)}") from error
     except (RuntimeError, OSError) as error:
         # A program that has used JAX before is alone, unless it was told of others: each would train by itself.
         if told or "must be called before" not in str(error):
             raise InputError(
-                f"cannot join the other processes: {_line(error)}; if there are none, set JAX_NUM_PROCESSES=1"
+                f"cannot join the other processes: {one_line(error)}; if there are none, set JAX_NUM_PROCESSES=1"
             ) from error
     # The first exchange has little patience, so it comes before work that may take one of them longer.
     with watched():
@@ -72,10 +72,6 @@ def _number(name: str) -> int | None:
     if text is not None and not text.isdecimal():
         raise InputError(f"the environment variable {name} is {text!r}; it must be a whole number")
     return None if text is None else int(text)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def is_first() -> bool:
@@ -94,7 +90,7 @@ def alone() -> contextlib.AbstractContextManager:
 
 
 def whole(array: jax.Array) -> np.ndarray:
-    """An array whose parts are with several processes, in each of them; all have to ask."""
+    """The whole of an array whose shards several processes hold; every process has to call this."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -184,5 +180,5 @@ def watched() -> Iterator[None]:
         if jax.process_count() == 1 or not from_jax or of_its_own:
             raise
         raise HostLost(
-            f"process {jax.process_index()} of {jax.process_count()} has lost another one ({_line(error)})"
+            f"process {jax.process_index()} of {jax.process_count()} has lost another one ({one_line(error)})"
         ) from error

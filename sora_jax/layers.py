@@ -44,7 +44,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         shape = x.shape
         if x.ndim == 3:
-            # As one product: of a batch of short ones, the TPU compiler turns the weights, those of all layers.
+            # One flat product: of a batch of short ones the TPU compiler would transpose the weights of all layers.
             x = x.reshape(-1, shape[-1])
         y = jnp.matmul(x.astype(self.dtype), gathered(kernel.astype(self.dtype), *self.axes), precision=self.precision)
         y = y.reshape(*shape[:-1], -1)

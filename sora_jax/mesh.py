@@ -70,11 +70,11 @@ def whole_sizes(devices: int, data: int = -1, fsdp: int = 1, context: int = 1, t
     if data == -1 and rest > 0 and devices % rest == 0:
         data = devices // rest
     sizes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
-    check_sizes(sizes, devices)
+    check_mesh(sizes, devices)
     return sizes
 
 
-def check_sizes(sizes: dict[str, int], devices: int) -> None:
+def check_mesh(sizes: dict[str, int], devices: int) -> None:
     """Raises InputError if these sizes make no mesh of so many devices; it names some that would."""
     if min(sizes.values()) > 0 and math.prod(sizes.values()) == devices:
         return

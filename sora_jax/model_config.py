@@ -28,7 +28,7 @@ class SamplingConfig:
 
     Attributes:
         steps: steps of the solver, >= 1.
-        guidance: strength of classifier-free guidance, finite; 1 means none.
+        guidance: strength of classifier-free guidance, finite; up to 1 there is none.
         shift: time shift of the noise levels, > 0; larger spends more steps at high noise.
         solver, schedule: of `sora_jax.sampler`.
         guidance_low: the guidance of the transformer for low noise levels, where there is one; None is `guidance`.

@@ -228,8 +228,8 @@ def _parse(kind: Any, value: Any, name: str, path: Path) -> Any:
 
 def _stored(part: str, params: Any, expected: Any, dtype: str) -> dict[str, Tensor]:
     """Flattened tensors in the precision of the folder, checked against the expected names and shapes."""
-    leaves = _flatten(meta.unbox(params))
-    _check_shapes(f"the {part} parameters", {name: leaf.shape for name, leaf in leaves.items()}, _flatten(expected))
+    leaves = flatten(meta.unbox(params))
+    _check_shapes(f"the {part} parameters", {name: leaf.shape for name, leaf in leaves.items()}, flatten(expected))
 
     def pieces(name: str, kind: np.dtype) -> Iterator[np.ndarray]:
         leaf = leaves[name]
@@ -250,7 +250,7 @@ def _folder_dtype(part: str, name: str, dtype: str) -> np.dtype:
 
 def _open_part(path: Path, expected: Any, folder_dtype: str, part: str = "codec", dtype: str = "float32") -> Any:
     """The tree of `Tensor`s of one file, checked against the expected names, shapes and precision."""
-    expected, file = _flatten(expected), TensorFile(path)
+    expected, file = flatten(expected), TensorFile(path)
     _check_shapes(str(path), file.shapes, expected)
     for name, format in file.formats.items():
         if format != (stored_as := _STORED_AS[_folder_dtype(part, name, folder_dtype).name]):
@@ -275,7 +275,8 @@ def _check_shapes(where: str, shapes: dict[str, tuple[int, ...]], expected: dict
             raise InputError(f"{where}: tensor {name} is {list(shape)}, it must be {list(expected[name].shape)}")
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of parameters, by names such as blocks.up.kernel."""
     return traverse_util.flatten_dict(tree, sep=".")
 
 

@@ -54,8 +54,8 @@ def see(config: ModelConfig, params: Any, image_BHWC: jax.Array) -> jax.Array:
 def at_a_time(videos: int, pixels: int, is_guided: bool, sizes: Mapping[str, int]) -> int:
     """How many of so many videos are sampled at a time: few enough for the memory, as many as keep a mesh busy.
 
-    Each of its copies of the model gets one, or one of the two branches of guidance, which are as good as two videos.
-    Fewer videos are filled up with repeats, since all copies work anyway.
+    Each copy of the model gets one video, or one of the two branches of guidance, so that a guided video fills two
+    copies. Fewer videos are filled up with repeats, since all copies work anyway.
 
     Args:
         pixels: of a video, or of the window of it that is sampled.
@@ -141,8 +141,8 @@ def denoise(
 def _in_turn(config: ModelConfig, shape: tuple[int, ...]) -> bool:
     """Whether the two branches of guidance are computed one after the other, which takes half the memory.
 
-    A device by itself has no use for the second branch if the first is work enough. Several would gather the parameters
-    that rest with others twice.
+    One device that the first branch keeps busy gains nothing from both in a batch. Several devices would gather the
+    parameters that are sharded among them twice.
     """
     B, F, Y, X, _ = shape
     mesh = jax.sharding.get_abstract_mesh()

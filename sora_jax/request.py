@@ -46,6 +46,7 @@ class Request:
     steps: int
     guidance: float
     guidance_low: float
+    shift: float
     fps: float
     noise: np.ndarray | None = None
     image: np.ndarray | None = None
@@ -55,7 +56,7 @@ class Request:
 
     @property
     def windows(self) -> int:
-        """How many windows the video takes; what the last one has too many is cut off."""
+        """How many windows the video takes; surplus frames of the last are cut off."""
         return windows(self.frames, self.window, self.overlap)
 
     @property
@@ -73,7 +74,7 @@ class Request:
                 object.__setattr__(self, name, picture)
         check_texts([self.negative_prompt], "negative prompt")
         admit(self.prompts, self.policy)
-        if self.negative_prompt and min(self.guidance, self.guidance_low) < 1:  # at low levels that leads towards it
+        if self.negative_prompt and self.is_guided and self.guidance_low < 1:  # at low levels that leads towards it
             admit([self.negative_prompt], self.policy, "negative prompt")
         for name, picture in (("image", self.image), ("last_image", self.last_image)):
             if picture is not None and not scan(picture[None]).passed:
@@ -104,6 +105,7 @@ def make_request(
     steps: int | None = None,
     guidance: float | None = None,
     guidance_low: float | None = None,
+    shift: float | None = None,
     negative_prompt: str | None = "",
     fps: float | None = None,
     noise: np.ndarray | None = None,
@@ -132,6 +134,9 @@ def make_request(
         guidance_low = defaults.guidance_low if guidance is None else guidance
     guidance = _number("guidance", defaults.guidance if guidance is None else guidance)
     guidance_low = _number("guidance_low", guidance if guidance_low is None else guidance_low)
+    shift = _number("shift", defaults.shift if shift is None else shift)
+    if shift <= 0:
+        raise InputError(f"shift must be above 0, not {shift}")
     frames = _whole("frames", defaults.frames if frames is None else frames)
     size = tuple(_whole("size", side) for side in _pair(defaults.size if size is None else size))
     check_shape(config, frames, size)
@@ -163,6 +168,7 @@ def make_request(
         steps=_whole("steps", defaults.steps if steps is None else steps, 1, _MOST_STEPS),
         guidance=guidance,
         guidance_low=guidance_low,
+        shift=shift,
         fps=fps,
         noise=noise,
         **_images(config, image, last_image, window),
@@ -172,13 +178,13 @@ def make_request(
 
 def check_shape(config: ModelConfig, frames: int, size: tuple[int, int]) -> None:
     """Raises InputError for numbers of frames, rows and columns that codec and transformer cannot fold."""
-    _check_multiple("frames", frames, config.codec.stride_time, 1)
+    check_multiple("frames", frames, config.codec.stride_time, 1)
     for name, side, patch in zip(("height", "width"), size, config.dit.patch[1:], strict=True):
-        _check_multiple(name, side, config.codec.stride_space * patch, 0)
+        check_multiple(name, side, config.codec.stride_space * patch, 0)
 
 
 def windows(frames: int, window: int, overlap: int) -> int:
-    """How many windows make so many frames; what the last one has too many is cut off."""
+    """How many windows make so many frames; surplus frames of the last are cut off."""
     return 1 - (window - frames) // (window - overlap)
 
 
@@ -194,7 +200,7 @@ def check_window(config: ModelConfig, frames: int, window: Any, overlap: Any) ->
     window = frames if window is None else _whole("window", window)
     overlap = 1 if overlap is None else _whole("overlap", overlap)
     for name, value in (("window", window), ("overlap", overlap)):
-        _check_multiple(name, value, stride, 1)
+        check_multiple(name, value, stride, 1)
     if window >= frames:
         return frames, 0  # one window, with none before it
     if overlap >= window:
@@ -212,7 +218,7 @@ def _images(config: ModelConfig, image: Any, last_image: Any, frames: int) -> di
     if image is None and dit.condition_channels:
         raise InputError("this model makes a video from an image: give --image FILE, or image= in Python")
     if last_image is not None and frames < 2 * config.codec.stride_time:
-        raise InputError(f"{frames} frames are too few for a first and a last image")
+        raise InputError(f"{frames} frames are too few for {'a' if image is None else 'a first and a'} last image")
     if dit.image_positions and last_image is None:
         raise InputError("this model goes from a first to a last image: give --last-image FILE too")
     if dit.image_width and not dit.image_positions and last_image is not None:
@@ -274,7 +280,7 @@ def _pair(size: Any) -> tuple[Any, Any]:
     return tuple(sides)
 
 
-def _check_multiple(name: str, value: int, step: int, offset: int) -> None:
+def check_multiple(name: str, value: int, step: int, offset: int) -> None:
     """Raises InputError, naming the nearest values, unless value = offset + a positive multiple of step."""
     if value >= max(offset, 1) and value % step == offset % step:
         return

@@ -1,5 +1,6 @@
 """Run by test_mesh.py in a process of its own, with eight devices: every mesh computes what one device does."""
 
+import functools
 import json
 import math
 import re
@@ -16,10 +17,12 @@ import safetensors.numpy
 from flax.core import meta
 from golden_pipelines import GOLDEN
 from ml_collections import ConfigDict
+from tiny import TINY_CODEC
 
 from sora_jax import mesh as mesh_lib
 from sora_jax import sampler
 from sora_jax.attention import self_attention
+from sora_jax.cli.config_file import load_config
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.codec.vae import piece
 from sora_jax.counting import count_collectives
@@ -27,6 +30,7 @@ from sora_jax.dit import DiT, DiTConfig
 from sora_jax.models import load
 from sora_jax.pipeline import draw_noise
 from sora_jax.text import T5Encoder, TextConfig
+from sora_jax.training import loop
 from sora_jax.training import state as state_lib
 
 HEADS, HEAD_WIDTH, FRAME = 4, 16, 9
@@ -291,6 +295,29 @@ def generate():
             # Rounding to 8 bits may fall to either side.
             assert np.abs(ours.astype(int) - one).max() <= 1
         print("equal on", words, flush=True)
+
+
+def train_codec():
+    """The codec's own training, whose clips the data axes share and whose rows `context` does: the losses of one."""
+    folder, make_mesh, losses = Path(tempfile.mkdtemp()), mesh_lib.make_mesh, {}
+    overrides = [
+        *TINY_CODEC,
+        "--config.batch=4",
+        "--config.steps=4",
+        "--config.log_every=1",
+        "--config.optimizer.warmup=1",
+    ]
+    for words in ("one device", "data=4,context=2", "fsdp=2,context=2,tensor=2"):
+        alone = words == "one device"
+        mesh_lib.make_mesh = functools.partial(make_mesh, devices=jax.devices()[:1]) if alone else make_mesh
+        config = load_config("configs/worlds_codec.py", overrides)
+        loop.train(config, folder / words, None if alone else words)
+        lines = (folder / words / "metrics.jsonl").read_text().splitlines()
+        losses[words] = [json.loads(line)["loss"] for line in lines if "loss" in line]
+        assert len(losses[words]) == 4 and losses[words][0] != losses[words][3]
+        np.testing.assert_allclose(losses[words], losses["one device"], rtol=1e-5)
+        print("equal on", words, flush=True)
+    shutil.rmtree(folder)
 
 
 def wan():

@@ -79,7 +79,7 @@ def test_a_picture_is_a_video_of_one_frame(generator, tmp_path):
 )
 def test_windows_cover_the_video_and_no_more(frames, window, overlap, windows):
     shape = dict(frames=frames, window=window, overlap=overlap, size=(16, 16))
-    request = Request(("a red ball",), (0,), "", **shape, steps=1, guidance=4.0, guidance_low=4.0, fps=8.0)
+    request = Request(("a red ball",), (0,), "", **shape, steps=1, guidance=4.0, guidance_low=4.0, shift=3.0, fps=8.0)
     assert request.windows == windows
     covered = window + (windows - 1) * (window - overlap)
     assert covered >= frames and (windows == 1 or covered - (window - overlap) < frames)
@@ -148,6 +148,8 @@ def test_prompt_guidance_and_negative_prompt_count(generator):
     assert not np.array_equal(plain, frames("red"))
     assert not np.array_equal(plain, frames(guidance=9.0))
     assert not np.array_equal(plain, frames(negative_prompt="red"))
+    shift = generator.config.sampling.shift
+    assert np.array_equal(plain, frames(shift=shift)) and not np.array_equal(plain, frames(shift=2 * shift))
     without = frames(guidance=1.0)
     assert not np.array_equal(plain, without) and not np.array_equal(frames(guidance=1.5), without)
     assert np.array_equal(frames(guidance=0.5, negative_prompt="red"), without)
@@ -340,6 +342,7 @@ def test_it_is_told_that_a_picture_is_stretched(tiny_config, tiny_params):
         ({"steps": 0}, "steps must be from 1 to 1000000"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
         ({"guidance": 1e39}, "guidance must be a finite number, not 1e+39"),
+        ({"shift": 0}, "shift must be above 0, not 0.0"),
         ({"guidance": 10**400}, "guidance must be a finite number"),
         ({"noise": np.full((2, 2, 4, 4), np.nan)}, "noise must be finite numbers"),
         ({"noise": np.full((2, 2, 4, 4), -1e39)}, "noise must be finite numbers"),
@@ -354,6 +357,16 @@ def test_impossible_requests_name_what_is_possible(generator, options, message):
     with pytest.raises(InputError) as caught:
         generator.generate(**{"prompt": "a red ball", **options})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_size_that_was_swapped_is_told(tiny_config, tiny_params):
+    sampling = dataclasses.replace(tiny_config.sampling, size=(32, 64))
+    generator = Generator(dataclasses.replace(tiny_config, sampling=sampling), tiny_params)
+    for size, words in (
+        ((64, 32), ["note: the height comes first: this video is 64 high and 32 wide"]),
+        ((32, 64), []),
+    ):
+        assert generator.notes(make_request(generator.config, "a red ball", size=size)) == words
 
 
 def test_no_negative_prompt_is_an_empty_one(tiny_config):

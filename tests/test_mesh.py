@@ -53,6 +53,11 @@ def test_the_same_seed_gives_the_same_video_on_any_mesh():
 
 
 @pytest.mark.slow
+def test_a_codec_is_trained_on_a_mesh_as_on_one_device():
+    assert on_eight_devices("train_codec").count("equal on") == 3
+
+
+@pytest.mark.slow
 def test_every_kind_of_wan_gives_the_same_video_on_a_mesh():
     assert on_eight_devices("wan").count("equal on") == 8
 
@@ -104,7 +109,7 @@ def test_sizes_that_do_not_multiply_are_refused(sizes):
 )
 def test_what_would_make_a_mesh_is_said(words, would):
     with pytest.raises(InputError, match=f"does not multiply to the 8 devices there are; .*{would}"):
-        mesh_lib.check_sizes(mesh_lib.parse_sizes(words), 8)
+        mesh_lib.check_mesh(mesh_lib.parse_sizes(words), 8)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_a_mesh_is_chosen_that_divides():
         for number in (3, 6, 8, 12, 20, 40, 96):
             words, _ = generating_mesh(config, size, 81, number)
             sizes = mesh_lib.parse_sizes(words)
-            mesh_lib.check_sizes(sizes, number)
+            mesh_lib.check_mesh(sizes, number)
             mesh = AbstractMesh(tuple(sizes.values()), mesh_lib.AXES)
             abstract_params(config, mesh)  # which says so where the mesh cannot divide a parameter
 
@@ -58,6 +58,6 @@ def test_a_mesh_for_training_divides_the_batch_and_what_is_trained():
         for batch in (number, 4 * number):
             words, _ = training_mesh(batch, number, bundled.text, bundled.dit)
             sizes = mesh_lib.parse_sizes(words)
-            mesh_lib.check_sizes(sizes, number)
+            mesh_lib.check_mesh(sizes, number)
             assert batch % (sizes["data"] * sizes["fsdp"]) == 0
             abstract_params(bundled, AbstractMesh(tuple(sizes.values()), mesh_lib.AXES))

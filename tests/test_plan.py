@@ -224,7 +224,7 @@ def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatc
     assert set(found) == set(mesh_choice.training_meshes(config, job.size, job.frames, 8, 8))
     for mesh in found:
         sizes = mesh_lib.parse_sizes(mesh)
-        mesh_lib.check_sizes(sizes, 8)
+        mesh_lib.check_mesh(sizes, 8)
         abstract_params(config, AbstractMesh(tuple(sizes.values()), mesh_lib.AXES))
     # The slowest bound counts, not the sum of them, which only decides between equals.
     assert found[0] == "data=1,fsdp=8,context=1,tensor=1"

@@ -24,7 +24,11 @@ from sora_jax.errors import HostLost, InputError, Refused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for a mistake, 3 for a refusal, 130 or 143 if stopped."""
+    """Runs the command line and returns its exit code.
+
+    0, 1 where another host is lost, 2 for a mistake, 3 for a refusal, 130 or 143 if stopped, 141 if nobody reads on;
+    `verify` has codes of its own.
+    """
     # XLA's own notes about its caches are of no use to someone who wants a video.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:

@@ -68,11 +68,9 @@ def _override(config: Any, name: str, text: str) -> None:
 
 def _literal(text: str) -> Any:
     """A Python literal, true/false as people write them, or else the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
-        return (
-            {"true": True, "false": False}.get(text.lower())
-            if text.lower() in ("true", "false")
-            else (ast.literal_eval(text))
-        )
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text

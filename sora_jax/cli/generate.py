@@ -50,6 +50,7 @@ def add_commands(commands: Any) -> None:
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
     add("--guidance", type=number(), help="weight of the prompt; up to 1 there is no guidance (default: the model's)")
     add("--guidance-low", type=number(), help="the same at low noise levels, for models with two transformers")
+    add("--shift", type=number(0), help="time shift of the noise levels; larger spends more steps at high noise")
     add("--negative-prompt", default="", metavar="TEXT", help="what the video should not show")
     add("--image", metavar="FILE", help="the picture that the video starts with, for models that take one")
     add("--last-image", metavar="FILE", help="the picture that the video ends with, likewise")
@@ -58,7 +59,7 @@ def add_commands(commands: Any) -> None:
     add("--lora-low", action="append", type=lora, metavar="FILE[:SCALE]", help="likewise, for low noise levels")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
     kernels = ("auto", "xla", "heads", "splash", "cudnn")
-    add("--kernel", choices=kernels, default="auto", help="that computes attention (default: auto, by the device)")
+    add("--kernel", choices=kernels, default="auto", help="what computes attention (default: auto, by the device)")
     add("--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor, or auto (default: one device)")
     add("--hosts", action="store_true", help="started on each of several hosts: they share the work, the first writes")
     add("--offload", action="store_true", help="each part of the model is on the device only while it works")
@@ -111,7 +112,7 @@ class _Task:
         pictures = [hashlib.sha256(one.data).hexdigest() for one in request.ingredients]
         sampled = ("model", "lora", "lora_low", "dtype", "kernel", "offload", "negative_prompt")
         shape = (request.frames, request.window, request.overlap, request.size, request.fps)
-        solver = (request.steps, request.guidance, request.guidance_low)
+        solver = (request.steps, request.guidance, request.guidance_low, request.shift)
         chosen = [words[name] for name in sampled]
         return repr((self.jobs, self.config, self.mesh, shape, solver, request.policy.digest, pictures, chosen))
 
@@ -144,6 +145,7 @@ def _prepare(options: argparse.Namespace) -> _Task:
         steps=options.steps,
         guidance=options.guidance,
         guidance_low=options.guidance_low,
+        shift=options.shift,
         fps=options.fps,
         image=options.image,
         last_image=options.last_image,

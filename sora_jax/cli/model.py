@@ -103,7 +103,7 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"mesh {mesh}: {reason}", file=sys.stderr)
     if mesh != "auto":
         sizes = mesh_lib.parse_sizes(mesh)
-        mesh_lib.check_sizes(sizes, number)
+        mesh_lib.check_mesh(sizes, number)
         if options.train and options.batch != "max" and batch % (shares := sizes["data"] * sizes["fsdp"]):
             raise InputError(f"--batch {batch} must be a multiple of {shares}, among which mesh {mesh} shares it")
     job = dataclasses.replace(job, mesh=mesh)

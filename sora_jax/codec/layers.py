@@ -84,8 +84,8 @@ def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: i
     """Convolution with `kernel` (time, rows, columns, in, out): no padding in time, by default "same" in space.
 
     Written as 2-D convolutions of frames: on CPUs that is 2 to 3 times faster than XLA's 3-D convolution, forwards and
-    backwards (`experiments/benchmark.py` prints both). Three taps in float32 take 4 of them for two frames, not 6. On
-    TPUs XLA's own takes less memory (decoding 480x832 with Wan 2.1, by the compiler: 6.9 against 8.2 GiB).
+    backwards (`experiments/benchmark.py` prints both). Of three taps in float32, two frames take 4 convolutions in place
+    of 6. On TPUs XLA's own takes less memory (decoding 480x832 with Wan 2.1, by the compiler: 6.9 against 8.2 GiB).
     """
     B, T, H, W, C = x_BTHWC.shape
     kt, kh, kw, _, features = kernel.shape
@@ -152,8 +152,12 @@ def convolve_doubled(x_BTHWC: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def by_rows(x_BTHWC: jax.Array) -> jax.Array:
-    """Each device has some rows of every frame; for a convolution the compiler exchanges those at the edges."""
-    return constrain(x_BTHWC, "batch", None, "rows", None, None)
+    """Each device has some rows of every frame; for a convolution the compiler exchanges those at the edges.
+
+    Two rows stay together: of convolutions that are split over two devices and summed, XLA's partitioner then gives as
+    many times the sum as there are shares of the batch (jax 0.10.2, on CPUs).
+    """
+    return constrain(x_BTHWC, "batch", None, "rows" if x_BTHWC.shape[2] > 2 else None, None, None)
 
 
 def _kernel_and_bias(module: nn.Module, shape: tuple[int, ...], init: Initializer, prefix: str = ""):
@@ -191,7 +195,7 @@ class CausalConv(nn.Module):
         return jnp.concatenate([alone, rest], axis=1) + bias
 
 
-class RMSNorm(nn.Module):
+class ChannelNorm(nn.Module):
     """normalize(x) * sqrt(C) * scale over the channels: (..., C) -> (..., C), computed in float32."""
 
     @nn.compact
@@ -211,10 +215,12 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC: jax.Array, first: bool) -> jax.Array:
-        h = CausalConv(self.features, dtype=self.dtype, name="conv1")(nn.silu(RMSNorm(name="norm1")(x_BTHWC)), first)
+        h = CausalConv(self.features, dtype=self.dtype, name="conv1")(
+            nn.silu(ChannelNorm(name="norm1")(x_BTHWC)), first
+        )
         # The last convolution starts at zero: a fresh block of constant width is the identity.
         conv2 = CausalConv(self.features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")
-        h = conv2(nn.silu(RMSNorm(name="norm2")(h)), first)
+        h = conv2(nn.silu(ChannelNorm(name="norm2")(h)), first)
         if x_BTHWC.shape[-1] != self.features:
             x_BTHWC = CausalConv(self.features, (1, 1, 1), dtype=self.dtype, name="shortcut")(x_BTHWC, first)
         return x_BTHWC + h
@@ -229,7 +235,7 @@ class FrameAttention(nn.Module):
     def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
         B, T, H, W, C = x_BTHWC.shape
         axes = (None, "codec_channels")
-        h = RMSNorm(name="norm")(x_BTHWC)
+        h = ChannelNorm(name="norm")(x_BTHWC)
         qkv = Dense(3 * C, axes, self.dtype, nn.initializers.lecun_normal(), name="qkv")(h)
         q, k, v = jnp.split(qkv.reshape(B * T, H * W, 1, 3 * C), 3, axis=-1)
         attended = cross_attention(q[:, None], k, v).reshape(B, T, H, W, C)

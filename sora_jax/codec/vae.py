@@ -92,7 +92,7 @@ class Encoder(nn.Module):
             if config.residual:
                 x += layers.average_shortcut(entry, features, 2 if time else 1, 2 if down else 1)
         x = Middle(dtype=dtype, name="middle")(x, first)
-        x = nn.silu(layers.RMSNorm(name="norm_out")(x))
+        x = nn.silu(layers.ChannelNorm(name="norm_out")(x))
         return layers.CausalConv(2 * config.latent_channels, dtype=dtype, name="conv_out")(x, first)
 
 
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
             x = upsample.copy(name=f"level{level}_up")(x, first)
             if config.residual:
                 x += layers.repeat_shortcut(entry, features, 2 if time else 1, 2, first)
-        x = nn.silu(layers.RMSNorm(name="norm_out")(x))
+        x = nn.silu(layers.ChannelNorm(name="norm_out")(x))
         return layers.CausalConv(3 * config.patch**2, dtype=dtype, name="conv_out")(x, first)
 
 

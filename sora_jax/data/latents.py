@@ -78,7 +78,7 @@ def _write(writer: ArrayRecordWriter, record: bytes | None, path: Path) -> None:
     try:
         writer.close() if record is None else writer.write(record)
     except RuntimeError as error:  # what ArrayRecord makes of a full disk
-        raise InputError(f"cannot write {path}: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"cannot write {path}: {one_line(error)}") from error
 
 
 def write_about(path: Path, about: dict) -> None:

@@ -227,8 +227,8 @@ def sampling_config(path: Path, dit: DiTConfig, two_transformers: bool, level_pe
     elif two_transformers:
         usual |= {"steps": 40, "guidance": 4.0, "guidance_low": 3.0, "size": (720, 1280)}
     if dit.image_positions:  # first to last frame is published for this size alone
-        usual |= {"size": (720, 1280)}
-    if dit.condition_channels:
+        usual |= {"size": (720, 1280), "guidance": 5.5}
+    elif dit.condition_channels:
         usual |= {"steps": 40}
         usual |= {"guidance": 3.5, "guidance_low": 3.5} if two_transformers else {}
     return SamplingConfig(solver=solver, schedule=schedule, shift=float(shift), **usual)

@@ -19,7 +19,7 @@ from sora_jax.interop import names
 from sora_jax.interop.configs import field, pipeline_config
 from sora_jax.json_files import read_json
 from sora_jax.model_config import ModelConfig, abstract_params, memory_dtype
-from sora_jax.model_folder import described_by
+from sora_jax.model_folder import described_by, flatten
 from sora_jax.tensors import FORMATS, PICKLES, Tensor, TensorFile, ahead, spans
 from sora_jax.text import FileTokenizer
 
@@ -48,7 +48,7 @@ def open_pipeline_folder(
     """
     config = pipeline_config(path)
     with described_by(path):
-        expected = {part: _flatten(tree) for part, tree in abstract_params(config, mesh).items()}
+        expected = {part: flatten(tree) for part, tree in abstract_params(config, mesh).items()}
     tokenizer = FileTokenizer(path / "tokenizer" / "tokenizer.json", config.text.vocabulary_size)
     params = {}
     for part in config.parts:
@@ -162,10 +162,6 @@ def _copy(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     for start in range(0, target.shape[-1], _STRIP):
         target[..., start : start + _STRIP] = source[..., start : start + _STRIP]
     return target
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return traverse_util.flatten_dict(tree, sep=".")
 
 
 def _sources(config: ModelConfig, part: str, expected: dict[str, Any]) -> dict[str, names.Source]:

@@ -77,7 +77,7 @@ PRESETS = {
         text=UMT5_XXL,
         codec=CODEC_2_1,
         dit=DiTConfig(16, **_LARGE, condition_channels=20, image_width=1280, image_positions=2 * CLIP_VIT_H.tokens),
-        sampling=SamplingConfig(40, 5.0, 16.0, frames=81, size=(720, 1280), fps=16.0, **_UNIPC),
+        sampling=SamplingConfig(50, 5.5, 16.0, frames=81, size=(720, 1280), fps=16.0, **_UNIPC),
         vision=CLIP_VIT_H,
     ),
     "wan2.2-t2v-a14b": ModelConfig(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_jax.errors import InputError
+from sora_jax.errors import InputError, one_line
 from sora_jax.safety.normalize import repaired
 
 PAD, END, _OFFSET = 0, 1, 3
@@ -26,12 +26,16 @@ class ByteTokenizer:
     def __call__(self, prompts: Sequence[str], length: int) -> np.ndarray:
         ids_BL = np.full((len(prompts), length), PAD, np.int32)
         for row, prompt in enumerate(prompts):
-            text = [byte + _OFFSET for byte in clean(prompt).encode()][: length - 1] + [END]
+            text = [byte + _OFFSET for byte in self._read(prompt, length).encode()] + [END]
             ids_BL[row, : len(text)] = text
         return ids_BL
 
     def unread(self, prompt: str, length: int) -> str:
-        return clean(prompt).encode()[length - 1 :].decode(errors="ignore")
+        return clean(prompt)[len(self._read(prompt, length)) :]
+
+    def _read(self, prompt: str, length: int) -> str:
+        """What fits, with whole characters."""
+        return clean(prompt).encode()[: length - 1].decode(errors="ignore")
 
 
 tokenize = ByteTokenizer()
@@ -56,7 +60,7 @@ class FileTokenizer:
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         except Exception as error:  # the library raises plain exceptions
-            raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+            raise InputError(f"{path} is damaged: {one_line(error)}") from error
         largest = max(self._tokenizer.get_vocab().values(), default=0)
         if largest >= vocabulary_size:  # JAX would take another row of the embedding for it
             raise InputError(f"{path} has a token {largest}; the text encoder has {vocabulary_size}, counted from 0")

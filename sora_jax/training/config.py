@@ -22,6 +22,7 @@ from sora_jax.dit import DiTConfig
 from sora_jax.errors import InputError, one_line
 from sora_jax.json_files import read_json
 from sora_jax.model_config import ModelConfig, SamplingConfig
+from sora_jax.request import check_multiple
 from sora_jax.safety.gate import check_prompts
 from sora_jax.text import TextConfig
 from sora_jax.text.tokenizer import VOCABULARY_SIZE
@@ -139,14 +140,9 @@ def model_config(config: ConfigDict, codec: CodecConfig) -> ModelConfig:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"config: {error}") from error
-    _check_multiple("frames", config.frames, codec.stride_time, 1)
-    _check_multiple("size", config.size, codec.stride_space * max(dit.patch), 0)
+    check_multiple("config.frames", config.frames, codec.stride_time, 1)
+    check_multiple("config.size", config.size, codec.stride_space * max(dit.patch), 0)
     return model
-
-
-def _check_multiple(name: str, value: int, unit: int, rest: int) -> None:
-    if value % unit != rest % unit:
-        raise InputError(f"config.{name} is {value}; it must be {'1 + ' * rest}a multiple of {unit}")
 
 
 def check_local(folder: str | Path, name: str) -> None:
@@ -189,9 +185,9 @@ def _check_values(config: ConfigDict) -> None:
 def _check_codec(config: ConfigDict) -> None:
     codec = codec_config(config)
     for name in ("frames", "clip_frames"):
-        _check_multiple(name, config[name], codec.stride_time, 1)
+        check_multiple(f"config.{name}", config[name], codec.stride_time, 1)
     for name in ("crop", "size"):
-        _check_multiple(name, config[name], codec.stride_space, 0)
+        check_multiple(f"config.{name}", config[name], codec.stride_space, 0)
     if config.frames > config.clip_frames or config.crop > config.size:
         raise InputError("a window (config.frames, config.crop) must fit into a clip (clip_frames, size)")
     if config.freeze_encoder and not config.start_from:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -104,12 +105,16 @@ def _with_statistics(codec_config: CodecConfig, params, config: ConfigDict) -> C
 
 
 def _clips(config: ConfigDict, held_out: bool = False) -> tuple[Callable[[int, int], Iterator[dict]], int]:
-    """(start, count) -> clips start, start + 1, ..., and how many there are: drawn, or those of `config.data.dir`."""
+    """(start, count) -> clips start, start + 1, ..., and how many there are: drawn, or those of `config.data.dir`.
+
+    Of what is drawn, clips held out have other numbers; of the stored worlds, they show combinations of colour and
+    shape that training does not: losses on the two do not compare.
+    """
     data = config.data
     if not data.dir:
         first, size = HELD_OUT if held_out else 0, (config.size, config.size)
         asked = dict(seed=data.seed, frames=config.frames, size=size, captions=data.captions)
-        asked["mistaken"] = config.flow.mistaken_share > 0
+        asked["mistaken"] = config.flow.mistaken_share > 0 and not held_out  # losses of all runs are to compare
 
         def draw(start, count):
             return draw_clips(range(first + start, first + start + count), **asked)
@@ -218,13 +223,21 @@ class DiTTask:
         if config.flow.mistaken_share:
             about["mistaken"] = True
         hosts.by_first(functools.partial(latents_lib.claim_folder, folder, about))
+        longer = 0
+
+        def encode(start, count):
+            nonlocal longer
+            for clip in _encode(self.codec_config, self.codec_params, clips(start, count), patch):
+                unread = [tokenize.unread(text, config.text.length) for text in clip["captions"].split("\n")]
+                longer += any(unread)
+                yield clip
+
         with tqdm(total=count, unit="clip", desc="encode clips", disable=not hosts.is_first()) as bar:
-            paths = latents_lib.write_shards(
-                folder,
-                count,
-                config.data.shard,
-                lambda start, count: _encode(self.codec_config, self.codec_params, clips(start, count), patch),
-                bar.update,
+            paths = latents_lib.write_shards(folder, count, config.data.shard, encode, bar.update)
+        if longer:
+            limit = f"{config.text.length - 1} bytes (--config.text.length)"
+            tqdm.write(
+                f"note: {longer} clips have captions longer than {limit}, whose ends are not read", file=sys.stderr
             )
         hosts.wait("clips are encoded")
         return paths
@@ -282,7 +295,7 @@ class DiTTask:
         ids_BL = jnp.where(drop_B1, tokenize([""], self.text_config.length), ids_BL)
         levels = flow.Levels(config.flow.shift, config.flow.uniform_share, config.flow.uniform_shift)
         mistaken_BFYXZ = None
-        if config.flow.mistaken_share:
+        if config.flow.mistaken_share and "mistaken" in batch:
             # Only the prompt can tell that it is a mistake.
             chosen_B1 = (jax.random.uniform(mistaken_key, (B, 1)) < config.flow.mistaken_share) & ~drop_B1
             mistaken_BFYXZ = jnp.where(chosen_B1[:, :, None, None, None], batch["mistaken"], x0_BFYXZ)

@@ -29,11 +29,12 @@ class TrainState:
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up, constant, then linear decay to zero over the last `decay` share of the steps.
+    """Linear warm-up, constant, then linear decay to zero over the last `decay` share of the steps, or over those that
+    warming up leaves.
 
     The constant middle lets a longer run go on from a shorter one's checkpoint (arXiv:2405.18392).
     """
-    decay = max(int(config.decay * steps), 1)
+    decay = max(min(int(config.decay * steps), steps - config.warmup), 1)
     parts = [
         optax.linear_schedule(0.0, config.learning_rate, max(config.warmup, 1)),
         optax.linear_schedule(config.learning_rate, 0.0, decay),

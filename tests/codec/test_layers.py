@@ -129,5 +129,5 @@ def test_fresh_frame_attention_is_the_identity():
 
 def test_norm_gives_unit_mean_square_at_any_scale():
     x = 100.0 * normal(2, 3, 16)
-    y, _ = jax.jit(layers.RMSNorm().init_with_output)(jax.random.key(0), x)
+    y, _ = jax.jit(layers.ChannelNorm().init_with_output)(jax.random.key(0), x)
     np.testing.assert_allclose(jnp.mean(y**2, axis=-1), 1.0, rtol=1e-5)

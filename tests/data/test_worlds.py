@@ -216,6 +216,8 @@ def test_a_mistake_is_an_object_too_many_too_few_or_like_the_other(scenes, draw)
     pairs, number = seen[is_pair][~gone.any(1)], one[~gone.any(1)]
     taken = pairs[np.arange(len(number)), number] == looks[is_pair][~gone.any(1)][np.arange(len(number)), 1 - number]
     assert taken[:, :2].any(1).all() and (changed[~gone.any(1)].any((0, 1))).all()
+    kept_out = {(vocabulary.COLORS.index(color), vocabulary.SHAPES.index(shape)) for color, shape in vocabulary.UNSEEN}
+    assert not kept_out & set(map(tuple, seen[mistaken.present][:, :2].tolist()))
     kept = [name for name in scenes._fields if name not in ("color", "shape", "size", "present")]
     for name in kept:  # where and how things move does not change
         np.testing.assert_array_equal(getattr(mistaken, name)[is_pair], getattr(scenes, name)[is_pair])

@@ -274,12 +274,14 @@ def test_pictures_that_are_given_are_scanned(monkeypatch, name):
     shape = dict(frames=1, window=1, overlap=1, size=(16, 16), negative_prompt="", steps=1)
     with pytest.raises(Refused, match=f"does not let {name} pass"):
         picture = {name: np.zeros((16, 16, 3), np.uint8)}
-        Request(prompts=("a red ball",), seeds=(0,), guidance=4.0, guidance_low=4.0, fps=8.0, **shape, **picture)
+        Request(
+            prompts=("a red ball",), seeds=(0,), guidance=4.0, guidance_low=4.0, shift=3.0, fps=8.0, **shape, **picture
+        )
 
 
 def test_no_request_exists_that_was_not_checked():
     shape = dict(frames=1, window=1, overlap=1, size=(16, 16))
-    words = dict(negative_prompt="", steps=1, guidance=4.0, guidance_low=4.0, fps=8.0, **shape)
+    words = dict(negative_prompt="", steps=1, guidance=4.0, guidance_low=4.0, shift=3.0, fps=8.0, **shape)
     with pytest.raises(Refused, match="prompt 2: .*real_people") as refused:
         Request(prompts=("a red ball", "Tom Hanks on a bench"), seeds=(0, 0), **words)
     assert (refused.value.categories, refused.value.layer) == (("real_people",), "names")

@@ -32,6 +32,8 @@ def test_what_does_not_fit_is_cut_and_still_ends():
         assert untokenize(ids_L) + tokenize.unread("a red ball rolls", length) == "a red ball rolls"
     # A prompt of exactly length - 1 bytes loses nothing.
     assert untokenize(tokenize(["ball"], 5)[0]) == "ball" and tokenize.unread("ball", 5) == ""
+    # Nor is a letter of several bytes read by half.
+    assert untokenize(tokenize(["balé"], 5)[0]) == "bal" and tokenize.unread("balé", 5) == "é"
 
 
 @pytest.mark.parametrize("prompt", ["A Red  Ball.", " a red\tball \n", "a red ball", "ａ ｒｅｄ ｂａｌｌ"])

@@ -522,8 +522,8 @@ def test_numbers_that_cannot_be_are_told_before_any_work(name, value, words):
         ("dit", "sampling.steps=0", "config.sampling: steps must be at least 1"),
         ("dit", "steps=None", "config.steps is None; it must be at least 1"),
         ("dit", "align.layer=None", "a value of the config has the wrong type"),
-        ("codec", "frames=16", "config.frames is 16; it must be 1 . a multiple of 4"),
-        ("codec", "crop=33", "config.crop is 33; it must be a multiple of 16"),
+        ("codec", "frames=16", "config.frames must be 1 . a multiple of 4; 16 is not, nearest are 13 and 17"),
+        ("codec", "crop=33", "config.crop must be a multiple of 16; 33 is not"),
         ("codec", "codec.downsample_time=(True,)", "config.codec: downsample_time needs"),
         ("codec", "on_object=7.0", "config.on_object is 7.0; it must be from 0 to 1"),
         ("codec", "loss.kl=-1.0", "config.loss.kl is -1.0; it must be at least 0"),
@@ -611,6 +611,11 @@ def test_only_models_of_the_worlds_know_their_words(dit_run, codec_run):
     ):
         model = model_config(dit_config(codec_run, *overrides), codec)
         assert bool(model.vocabulary) == bool(model.description) == knows
+
+
+def test_captions_that_are_cut_are_told(codec_run, tmp_path, capsys):
+    make_task(dit_config(codec_run, "--config.text.length=12", "--config.data.clips=2"), tmp_path).prepare()
+    assert "note: 2 clips have captions longer than 11 bytes (--config.text.length)" in capsys.readouterr().err
 
 
 def test_clips_of_other_data_are_not_mixed_in(dit_run, codec_run):
@@ -738,6 +743,8 @@ def test_previews_ask_for_nothing_that_is_refused(codec_run, tmp_path):
 def test_the_rate_warms_up_stays_and_decays():
     rate = state_lib.learning_rate(ConfigDict(dict(learning_rate=1.0, warmup=10, decay=0.2)), 100)
     np.testing.assert_allclose([rate(step) for step in (0, 5, 10, 80, 90, 100)], [0, 0.5, 1, 1, 0.5, 0], atol=1e-6)
+    rate = state_lib.learning_rate(ConfigDict(dict(learning_rate=1.0, warmup=10, decay=0.9)), 20)
+    np.testing.assert_allclose([rate(step) for step in (5, 10, 15, 20)], [0.5, 1, 0.5, 0], atol=1e-6)
 
 
 def test_a_preview_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys, toy):

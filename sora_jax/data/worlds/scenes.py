@@ -217,8 +217,13 @@ def mistake(key: jax.Array, scene: Scene) -> Scene:
     what = _pick(what, _MISTAKE_ODDS)
     is_pair, is_gone = scene.kind == _PAIR, what == 3
     same_color, same_shape = scene.color[0] == scene.color[1], scene.shape[0] == scene.shape[1]
-    takes_all = what == 2
-    takes_color, takes_shape = takes_all | same_shape | (what == 0), takes_all | same_color | (what == 1)
+    takes_color, takes_shape = same_shape | (what == 0), same_color | (what == 1)
+    color, shape = (
+        jnp.where(takes, ids[other], ids[one])
+        for ids, takes in ((scene.color, takes_color), (scene.shape, takes_shape))
+    )
+    takes_all = (what == 2) | _is_kept_out(color, shape)
+    takes_color, takes_shape = takes_all | takes_color, takes_all | takes_shape
 
     def like_other(looks_2, takes):
         return looks_2.at[one].set(jnp.where(takes & ~is_gone, looks_2[other], looks_2[one]))
@@ -258,11 +263,7 @@ def _is_any(value, *options):
 def _color_and_shape(number, color, shape, unseen, other):
     """One colour and one shape, not both the same as those of the other object."""
     color_ids, shape_ids = jnp.divmod(jnp.arange(32), 4)
-    kept_out = jnp.zeros(32, bool)
-    for color_name, shape_name in vocabulary.UNSEEN:
-        kept_out |= (color_ids == vocabulary.COLORS.index(color_name)) & (
-            shape_ids == vocabulary.SHAPES.index(shape_name)
-        )
+    kept_out = _is_kept_out(color_ids, shape_ids)
     fits = jnp.ones(32, bool)
     if color is not None:
         fits &= color_ids == color
@@ -277,6 +278,12 @@ def _color_and_shape(number, color, shape, unseen, other):
     allowed = jnp.where(allowed.any(), allowed, fits)
     pair = _pick(number, allowed * odds)
     return color_ids[pair].astype(jnp.int32), shape_ids[pair].astype(jnp.int32)
+
+
+def _is_kept_out(color, shape):
+    """Whether a colour and a shape are one of the combinations `vocabulary.UNSEEN`."""
+    unseen = [vocabulary.COLORS.index(c) * 4 + vocabulary.SHAPES.index(s) for c, s in vocabulary.UNSEEN]
+    return _is_any(color * 4 + shape, *unseen)
 
 
 def _pick(number, odds):
