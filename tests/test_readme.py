@@ -77,7 +77,7 @@ def test_the_published_models_are_those_that_the_document_lists():
 def test_commands_for_a_slice(in_new_folder, capsys):
     """Here they have one device: they are understood, and what is missing is said in one line."""
     (block,) = [block for block in BLOCKS if "sora-jax plan" in block]
-    Path("wan-14b").symlink_to(ROOT / "tests" / "golden" / "t2v")
+    Path("Wan2.1-T2V-14B-Diffusers").symlink_to(ROOT / "tests" / "golden" / "t2v")
     messages = {
         "generate": "mesh data=1,fsdp=1,context=8,tensor=1 does not multiply to the 1 devices",
         "train": "mesh data=1,fsdp=4,context=1,tensor=1 does not multiply to the 1 devices",

@@ -84,8 +84,8 @@ def convolve(x_BTHWC: jax.Array, kernel: jax.Array, stride_t: int = 1, stride: i
     """Convolution with `kernel` (time, rows, columns, in, out): no padding in time, by default "same" in space.
 
     Written as 2-D convolutions of frames: on CPUs that is 2 to 3 times faster than XLA's 3-D convolution, forwards and
-    backwards (`experiments/benchmark.py` prints both). Of three taps in float32, two frames take 4 convolutions in place
-    of 6. On TPUs XLA's own takes less memory (decoding 480x832 with Wan 2.1, by the compiler: 6.9 against 8.2 GiB).
+    backwards (`experiments/benchmark.py` prints both). Of three taps in float32, two frames take 4 convolutions, not 6.
+    On TPUs XLA's own takes less memory (decoding 480x832 with Wan 2.1, by the compiler: 6.9 against 8.2 GiB).
     """
     B, T, H, W, C = x_BTHWC.shape
     kt, kh, kw, _, features = kernel.shape

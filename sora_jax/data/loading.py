@@ -36,8 +36,8 @@ def batches(
     """
     if batch < 1 or not len(source):
         raise InputError(f"batch is {batch}, of {len(source)} clips; both must be at least 1")
-    # The slice [:] does nothing, and stays: Grain makes seeds from places in this chain, and runs that were started with
-    # it would go on in another order without.
+    # The slice [:] does nothing, and stays: Grain makes seeds from places in this chain, and runs that were started
+    # with it would go on in another order without.
     clips = grain.MapDataset.source(source).seed(seed).shuffle()[:].repeat().random_map(read)
     rows = range(batch) if sharding is None else rows_here(batch, sharding)
     dataset = grain.MapDataset.source(_Rows(clips, batch, rows)).batch(len(rows))
