@@ -17,7 +17,8 @@ TINY_CODEC = [
     "--config.checkpoint_every=2",
 ]
 TINY_DIT = [
-    "--config.flow.seen_share=0",  # what it takes from the decoder is a test of its own
+    "--config.flow.seen_share=0",  # what it takes from the decoder is a test of its own,
+    "--config.flow.mistaken_share=0",  # and so are mistakes
     "--config.optimizer.name=adamw",
     "--config.size=32",
     "--config.frames=9",
