@@ -74,7 +74,7 @@ class Request:
                 object.__setattr__(self, name, picture)
         check_texts([self.negative_prompt], "negative prompt")
         admit(self.prompts, self.policy)
-        if self.negative_prompt and self.is_guided and self.guidance_low < 1:  # at low levels that leads towards it
+        if self.negative_prompt and min(self.guidance, self.guidance_low) < 1:  # at low levels that leads towards it
             admit([self.negative_prompt], self.policy, "negative prompt")
         for name, picture in (("image", self.image), ("last_image", self.last_image)):
             if picture is not None and not scan(picture[None]).passed:

@@ -35,7 +35,7 @@ def test_what_has_no_mean_is_told(average, tiny_folder, tiny_config, tiny_params
     other = write_model_folder(tmp_path / "other", config, tiny_params)
     for words, said in (
         ([tiny_folder, other], "different sizes, or different codecs"),
-        ([tiny_folder], "two models at least"),
+        ([tiny_folder], "at least two models"),
         ([tiny_folder, tmp_path / "none"], "there is no model folder"),
     ):
         with pytest.raises(SystemExit) as ended:

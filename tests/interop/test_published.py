@@ -8,9 +8,10 @@ import jax
 import pytest
 
 from sora_jax.interop.configs import codec_config, dit_config, text_config, vision_config
-from sora_jax.interop.diffusers import _flatten, _sources, _unneeded
+from sora_jax.interop.diffusers import _sources, _unneeded
 from sora_jax.interop.presets import PRESETS
 from sora_jax.model_config import abstract_params
+from sora_jax.model_folder import flatten
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "golden" / "published.json").read_text())
 READ = {"text": text_config, "codec": codec_config, "dit": dit_config, "vision": vision_config}
@@ -32,7 +33,7 @@ def test_every_tensor_has_its_place_and_shape(name):
             for tensor, shape in entry["tensors"].items()
             for layer in range(entry["layers"] if "{}" in tensor else 1)
         }
-        ours, used = _flatten(tree), []
+        ours, used = flatten(tree), []
         for key, source in _sources(preset, part, ours).items():
             for tensor in source.names:
                 shape = ours[key].shape[1:] if source.stacked else ours[key].shape
