@@ -60,14 +60,14 @@ def frames_of(path: Path, size: int, fps: float) -> Iterator[np.ndarray]:
     """
     shown, end, taken = None, 0.0, 0
     try:
-        with av.open(str(path), **media.ANY_NOTES) as container:
+        with av.open(str(path), **media.OPENED) as container:
             rate = float(container.streams.video[0].average_rate or fps)
             for number, frame in enumerate(itertools.chain(container.decode(video=0), [None])):
                 time = end if frame is None else number / rate if frame.time is None else frame.time
                 while shown is not None and taken / fps < time - 1e-6:
-                    shown = (
-                        squared(shown.to_ndarray(format="rgb24"), size) if isinstance(shown, av.VideoFrame) else shown
-                    )
+                    if isinstance(shown, av.VideoFrame):
+                        upright = media.upright(shown.to_ndarray(format="rgb24"), shown.rotation)
+                        shown = squared(upright, size)
                     yield shown
                     taken += 1
                 shown, end = frame, time + 1 / rate

@@ -35,6 +35,7 @@ _MOST_BYTES = 2**30  # of frames, where not all are asked for
 _MOST_DECODED, _MOST_TO_A_BYTE = 2**28, 2**14
 # Notes in a file that are no text do not matter; PyAV takes them as they are from version 19 on.
 ANY_NOTES = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+OPENED = {"options": {"format_whitelist": _FORMATS}, **ANY_NOTES}  # how PyAV is to open what somebody gives
 _BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer functions and matrices
 # Without these the conversion between RGB and YUV takes shortcuts that darken frames by one or two levels.
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -145,7 +146,7 @@ def _decode(
     most_decoded = max(_MOST_DECODED, _MOST_TO_A_BYTE * file.seek(0, io.SEEK_END))
     file.seek(0)
     try:
-        with av.open(file, options={"format_whitelist": _FORMATS}, **ANY_NOTES) as container:
+        with av.open(file, **OPENED) as container:
             if not container.streams.video:
                 raise InputError(f"cannot read {path}: it holds no video")
             stream = container.streams.video[0]
@@ -160,7 +161,7 @@ def _decode(
                 if number % step:
                     continue
                 picture = convert(frame, format="rgb24", interpolation=_EXACT).to_ndarray()
-                picture = _upright(picture, frame.rotation, mirrored)
+                picture = upright(picture, frame.rotation, mirrored)
                 if frames and picture.shape != frames[0].shape:
                     raise InputError(f"cannot read {path}: it holds no frames of one size")
                 frames.append(picture)
@@ -174,7 +175,7 @@ def _decode(
     return np.stack(frames), float(rate)
 
 
-def _upright(picture_HWC: np.ndarray, degrees: int, mirrored: bool) -> np.ndarray:
+def upright(picture_HWC: np.ndarray, degrees: int, mirrored: bool = False) -> np.ndarray:
     """A picture turned counterclockwise as players show it: phones write beside the pixels how they were held."""
     if degrees % 90:
         return picture_HWC

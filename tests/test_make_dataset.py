@@ -54,7 +54,7 @@ def test_videos_are_cut_into_clips_at_one_speed(make_dataset, videos, tmp_path, 
     assert "is there already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["nowhere", "alone", "uncaptioned", "empty", "damaged", "short"])
+@pytest.mark.parametrize("what", ["nowhere", "alone", "uncaptioned", "empty", "damaged", "playlist", "short"])
 def test_videos_that_make_no_data_set_are_one_line(make_dataset, videos, tmp_path, capsys, what):
     messages = {
         "nowhere": "is no folder",
@@ -62,6 +62,7 @@ def test_videos_that_make_no_data_set_are_one_line(make_dataset, videos, tmp_pat
         "uncaptioned": "slow.mp4: cannot read its captions",
         "empty": "slow.txt has no caption",
         "damaged": "cannot read",
+        "playlist": "cannot read",
         "short": "none of 3 videos has 49 frames at 8 a second",
     }
     folder, options = videos, OPTIONS
@@ -75,6 +76,9 @@ def test_videos_that_make_no_data_set_are_one_line(make_dataset, videos, tmp_pat
         (videos / "slow.txt").write_text("\n")
     elif what == "damaged":
         (videos / "slow.mp4").write_bytes((videos / "slow.mp4").read_bytes()[:400])
+    elif what == "playlist":  # which would have other files read
+        inside = f"#EXTM3U\n#EXTINF:1,\n{videos / 'a.mp4'}\n#EXT-X-ENDLIST\n"
+        (videos / "slow.mp4").write_text(inside)
     else:
         options = [*OPTIONS[2:], "--frames", "49"]
     assert make_dataset.main([str(folder), str(tmp_path / "data"), *options]) == 2

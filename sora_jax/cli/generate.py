@@ -50,7 +50,11 @@ def add_commands(commands: Any) -> None:
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
     add("--guidance", type=number(), help="weight of the prompt; up to 1 there is no guidance (default: the model's)")
     add("--guidance-low", type=number(), help="the same at low noise levels, for models with two transformers")
-    add("--shift", type=number(0), help="time shift of the noise levels; larger spends more steps at high noise")
+    add(
+        "--shift",
+        type=number(0),
+        help="time shift of the noise levels; larger spends more steps at high noise (default: the model's)",
+    )
     add("--negative-prompt", default="", metavar="TEXT", help="what the video should not show")
     add("--image", metavar="FILE", help="the picture that the video starts with, for models that take one")
     add("--last-image", metavar="FILE", help="the picture that the video ends with, likewise")

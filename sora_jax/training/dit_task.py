@@ -104,8 +104,11 @@ def _with_statistics(codec_config: CodecConfig, params, config: ConfigDict) -> C
     return dataclasses.replace(codec_config, latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std)))
 
 
-def _clips(config: ConfigDict, held_out: bool = False) -> tuple[Callable[[int, int], Iterator[dict]], int]:
-    """(start, count) -> clips start, start + 1, ..., and how many there are: drawn, or those of `config.data.dir`.
+def _clips(
+    config: ConfigDict, held_out: bool = False, mistaken: bool = False
+) -> tuple[Callable[[int, int], Iterator[dict]], int]:
+    """(start, count) -> clips start, start + 1, ..., and how many there are: drawn, `mistaken` ones beside them if
+    asked for, or those of `config.data.dir`.
 
     Of what is drawn, clips held out have other numbers; of the stored worlds, they show combinations of colour and
     shape that training does not: losses on the two do not compare.
@@ -113,8 +116,7 @@ def _clips(config: ConfigDict, held_out: bool = False) -> tuple[Callable[[int, i
     data = config.data
     if not data.dir:
         first, size = HELD_OUT if held_out else 0, (config.size, config.size)
-        asked = dict(seed=data.seed, frames=config.frames, size=size, captions=data.captions)
-        asked["mistaken"] = config.flow.mistaken_share > 0 and not held_out  # losses of all runs are to compare
+        asked = dict(seed=data.seed, frames=config.frames, size=size, captions=data.captions, mistaken=mistaken)
 
         def draw(start, count):
             return draw_clips(range(first + start, first + start + count), **asked)
@@ -214,7 +216,7 @@ class DiTTask:
     @functools.cached_property
     def _paths(self) -> list[Path]:
         config, folder = self.config, self._latents
-        clips, count = _clips(config)
+        clips, count = _clips(config, mistaken=config.flow.mistaken_share > 0)
         if config.align.weight and config.data.dir and not {"scene", "truth"} <= next(iter(clips(0, 1))).keys():
             raise InputError(f"{config.data.dir}: its clips have no truth to align with; set --config.align.weight=0")
         patch = self.dit_config.patch
@@ -295,7 +297,7 @@ class DiTTask:
         ids_BL = jnp.where(drop_B1, tokenize([""], self.text_config.length), ids_BL)
         levels = flow.Levels(config.flow.shift, config.flow.uniform_share, config.flow.uniform_shift)
         mistaken_BFYXZ = None
-        if config.flow.mistaken_share and "mistaken" in batch:
+        if config.flow.mistaken_share and "mistaken" in batch:  # not in what is held out: losses of all runs compare
             # Only the prompt can tell that it is a mistake.
             chosen_B1 = (jax.random.uniform(mistaken_key, (B, 1)) < config.flow.mistaken_share) & ~drop_B1
             mistaken_BFYXZ = jnp.where(chosen_B1[:, :, None, None, None], batch["mistaken"], x0_BFYXZ)
