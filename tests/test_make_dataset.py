@@ -77,8 +77,7 @@ def test_videos_that_make_no_data_set_are_one_line(make_dataset, videos, tmp_pat
     elif what == "damaged":
         (videos / "slow.mp4").write_bytes((videos / "slow.mp4").read_bytes()[:400])
     elif what == "playlist":  # which would have other files read
-        inside = f"#EXTM3U\n#EXTINF:1,\n{videos / 'a.mp4'}\n#EXT-X-ENDLIST\n"
-        (videos / "slow.mp4").write_text(inside)
+        (videos / "slow.mp4").write_text("ffconcat version 1.0\nfile 'a.mp4'\n")
     else:
         options = [*OPTIONS[2:], "--frames", "49"]
     assert make_dataset.main([str(folder), str(tmp_path / "data"), *options]) == 2
