@@ -63,11 +63,13 @@ class Generator:
         weights: Callable[[], str] = lambda: "",
         policy: Policy | None = None,
         kernel: str = "auto",
+        notes: Sequence[str] = (),
     ):
         self.config, self.kernel = config, kernel
         self.name, self.weights, self.policy = name, weights, policy or load_policy()
         self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer or ByteTokenizer()
+        self._notes = tuple(notes)  # on how it was loaded
         self.mesh = mesh
         self.params = params
         if not isinstance(params, OnDemand):
@@ -219,7 +221,7 @@ class Generator:
         if self.config.boundary is not None:
             said["guidance_low"] = request.guidance_low
         said |= {name: getattr(sampling, name) for name in ("solver", "schedule")} | {"dtype": self.dtype.name}
-        if request.negative_prompt:
+        if request.negative_prompt and request.is_guided:
             said["negative_prompt_sha256"] = _sha256(request.negative_prompt)
         if request.noise is not None:
             said["noise_sha256"] = hashlib.sha256(request.noise[number].tobytes()).hexdigest()
@@ -341,9 +343,12 @@ class Generator:
         return [word for word in dict.fromkeys(_words(text)) if known and word not in known]
 
     def notes(self, request: Request) -> list[str]:
-        """What someone should be told of a request: unknown words, text that is not read, pictures out of shape."""
+        """What someone should be told: of the model as it was loaded, and of a request: unknown words, text that is not
+        read, a negative prompt without guidance, pictures out of shape."""
         texts = [*dict.fromkeys(request.prompts), request.negative_prompt]
-        notes = []
+        notes = list(self._notes)
+        if request.negative_prompt and not request.is_guided:
+            notes.append(f"note: the negative prompt does nothing at guidance {request.guidance:g}; above 1 it does")
         if unknown := self.unknown_words(" ".join(texts)):
             known = self.config.description or " ".join(self.config.vocabulary)
             notes.append(f"note: this model does not know: {', '.join(unknown)}\nit knows: {known}")

@@ -64,16 +64,20 @@ def load(
         raise InputError(f"dtype is {dtype!r}; it can be {' or '.join(DTYPES)}")
     check_kernel(kernel, mesh.devices.flat[0].platform if mesh else jax.default_backend())
     config, tensors, tokenizer = open_model(folder, dtype, mesh)
+    notes = []
     for name, part, files in (("lora", "dit", lora or {}), ("lora_low", "dit_low", lora_low or {})):
         if not isinstance(files, dict):
             raise InputError(f"{name} must be a dictionary, of files with their scales, not {files!r}")
         if files and part not in tensors:
-            raise InputError("lora_low is for models with a second transformer; this one has none")
+            raise InputError("--lora-low (lora_low) is for models with a second transformer; this one has none")
         for file, scale in files.items():
             from sora_jax.interop import lora as lora_lib
 
-            tensors[part] = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
-            if part == "dit" and file not in (lora_low or {}) and lora_lib.is_for_both(file):
+            tensors[part], left_out = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
+            if left_out:
+                notes.append(f"note: {file} also changes layers for an image encoder, which this model does not have")
+            given_low = {Path(low).resolve() for low in lora_low or {}}
+            if part == "dit" and Path(file).resolve() not in given_low and lora_lib.is_for_both(file):
                 use = "give it as --lora-low too, with the scale 0 if that is not wanted"
                 use = use if "dit_low" in tensors else "this model has one"
                 raise InputError(f"{file} has parts for two transformers: {use}")
@@ -81,7 +85,7 @@ def load(
     # The host that writes the files says what they were made with.
     weights = background.start(partial(_weights_of, folder, adapted)) if hosts.is_first() else str
     params = OnDemand(tensors, config.transformers) if offload else jax.tree.map(Tensor.place, tensors)
-    return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy, kernel)
+    return Generator(config, params, tokenizer, dtype, mesh, folder.resolve().name, weights, policy, kernel, notes)
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, dtype: str | None = None) -> Path:

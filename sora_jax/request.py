@@ -74,7 +74,7 @@ class Request:
                 object.__setattr__(self, name, picture)
         check_texts([self.negative_prompt], "negative prompt")
         admit(self.prompts, self.policy)
-        if self.negative_prompt and min(self.guidance, self.guidance_low) < 1:  # at low levels that leads towards it
+        if self.negative_prompt and self.is_guided and self.guidance_low < 1:  # at low levels that leads towards it
             admit([self.negative_prompt], self.policy, "negative prompt")
         for name, picture in (("image", self.image), ("last_image", self.last_image)):
             if picture is not None and not scan(picture[None]).passed:
@@ -128,7 +128,7 @@ def make_request(
         raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds do not make pairs")
     check_prompts(prompts)
     if guidance_low is not None and config.boundary is None:
-        raise InputError("guidance_low is for models with a second transformer; this one has none")
+        raise InputError("--guidance-low (guidance_low) is for models with a second transformer; this one has none")
     if guidance_low is None:
         # Who asks for one guidance means it for all levels, as published pipelines have it.
         guidance_low = defaults.guidance_low if guidance is None else guidance

@@ -31,6 +31,7 @@ _DTYPES = FORMATS | {
     f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}")
     for kind, bits in [("F", 64), *((kind, bits) for kind in "IU" for bits in (8, 16, 32, 64))]
 }
+_LFS_POINTER = b"version https://git-lfs"  # what `git clone` leaves in place of a file where Git LFS is missing
 _PIECE_BYTES = 8 << 20
 _AHEAD = 3  # pieces that are read at a time
 
@@ -182,6 +183,10 @@ class TensorFile:
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or 'no such file'}") from error
         except safetensors.SafetensorError as error:
+            with open(path, "rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    why = f"{path} only names a file that Git LFS would fetch: git lfs pull, or hf download, gets it"
+                    raise InputError(why) from error
             raise InputError(f"{path} is damaged: {one_line(error)}") from error
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}

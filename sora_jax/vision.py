@@ -6,7 +6,6 @@ Published as `CLIPVisionModel`; the pipelines take the tokens before the last bl
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -66,31 +65,29 @@ class VisionBlock(nn.Module):
     """Self-attention, then the feed-forward, each after a norm and added to its input."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array):
-        config, dtype = self.config, self.dtype
+        config = self.config
         B, L, D = x_BLD.shape
         init = nn.initializers.lecun_normal()
-        h = LayerNorm(config.epsilon, name="attention_norm")(x_BLD).astype(dtype)
+        h = LayerNorm(config.epsilon, name="attention_norm")(x_BLD)
         q, k, v = (
-            Dense(D, ("width", "heads"), dtype, init, name=name)(h).reshape(B, L, config.heads, -1)
+            Dense(D, ("width", "heads"), jnp.float32, init, name=name)(h).reshape(B, L, config.heads, -1)
             for name in ("query", "key", "value")
         )
         h = jax.nn.dot_product_attention(q, k, v).reshape(B, L, D)
-        x_BLD += Dense(D, ("heads", "width"), dtype, init, name="out")(h)
-        h = LayerNorm(config.epsilon, name="feed_forward_norm")(x_BLD).astype(dtype)
-        h = Dense(config.feed_forward, ("width", "feed_forward"), dtype, init, name="up")(h)
+        x_BLD += Dense(D, ("heads", "width"), jnp.float32, init, name="out")(h)
+        h = LayerNorm(config.epsilon, name="feed_forward_norm")(x_BLD)
+        h = Dense(config.feed_forward, ("width", "feed_forward"), jnp.float32, init, name="up")(h)
         h = nn.gelu(h, approximate=False) if config.activation == "gelu" else h * nn.sigmoid(1.702 * h)
-        return x_BLD + Dense(D, ("feed_forward", "width"), dtype, init, name="down")(h), None
+        return x_BLD + Dense(D, ("feed_forward", "width"), jnp.float32, init, name="down")(h), None
 
 
 class VisionEncoder(nn.Module):
     """Preprocessed pictures (B, image_size, image_size, 3) float32 to features (B, L, D) float32."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
@@ -113,5 +110,5 @@ class VisionEncoder(nn.Module):
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BLD, _ = blocks(config, self.dtype, name="blocks")(LayerNorm(config.epsilon, name="norm_in")(x_BLD))
+        x_BLD, _ = blocks(config, name="blocks")(LayerNorm(config.epsilon, name="norm_in")(x_BLD))
         return x_BLD.astype(jnp.float32)

@@ -369,6 +369,16 @@ def test_a_size_that_was_swapped_is_told(tiny_config, tiny_params):
         assert generator.notes(make_request(generator.config, "a red ball", size=size)) == words
 
 
+def test_a_negative_prompt_without_guidance_is_told_and_not_signed_for(tiny_config, tiny_params):
+    generator = Generator(tiny_config, tiny_params)
+    for guidance, is_told in ((1.0, True), (1.5, False)):
+        request = make_request(generator.config, "a red ball", negative_prompt="a cube", guidance=guidance)
+        told = "note: the negative prompt does nothing at guidance 1; above 1 it does"
+        assert (told in generator.notes(request)) == is_told
+        claim = generator._claim(request, 0, np.zeros((1, 8, 8, 3), np.uint8))
+        assert ("negative_prompt_sha256" in claim.config) != is_told
+
+
 def test_no_negative_prompt_is_an_empty_one(tiny_config):
     assert make_request(tiny_config, "a red ball", negative_prompt=None).negative_prompt == ""
 

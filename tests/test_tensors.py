@@ -92,6 +92,13 @@ def test_what_is_not_finite_is_found(dtype, value, tmp_path):
         TensorFile(path).read("x")
 
 
+def test_what_git_leaves_without_lfs_is_not_called_damaged(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4995584424\n")
+    with pytest.raises(InputError, match="x.safetensors only names a file that Git LFS would fetch"):
+        TensorFile(path)
+
+
 def test_what_is_read_ahead_comes_in_order_and_no_further():
     started = []
 

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _fail("not enough memory; try a smaller size, fewer frames or a smaller batch", 2)
+        options = "--offload, --dtype bfloat16 or --mesh"  # of `generate`
+        return _fail(f"not enough memory; try a smaller size, fewer frames or a smaller batch, or {options}", 2)
     except BrokenPipeError:
         # Whoever read the output has enough of it, as `head` has: nothing to say, and nothing left to write at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

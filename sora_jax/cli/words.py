@@ -41,7 +41,7 @@ def number(above: float = -math.inf) -> Callable[[str], float]:
 
 def lora(text: str) -> tuple[str, float]:
     """FILE, or FILE:SCALE."""
-    match = re.fullmatch(r"(.+):(-?[\d.]+(?:e-?\d+)?)", text)
+    match = re.fullmatch(r"(.+):([-+]?[\d.]+(?:[eE][-+]?\d+)?)", text)
     return (match[1], number()(match[2])) if match else (text, 1.0)
 
 

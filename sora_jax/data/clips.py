@@ -21,7 +21,7 @@ def stored(data_dir: str | Path, split: str) -> Sequence[dict]:
     """The clips of a split, to be read in any order: `source[n]` is {"video", "captions", ...}.
 
     Args:
-        data_dir: the folder of one version of the data set, such as `data/worlds/tiny/1.0.0`.
+        data_dir: the folder of one version of the data set, such as `data/worlds/tiny/1.1.0`.
 
     Raises:
         InputError: there is no such data set or split, or it has other files or features.

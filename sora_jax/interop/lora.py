@@ -31,6 +31,7 @@ from flax import traverse_util
 from sora_jax.dit import DiTConfig
 from sora_jax.errors import InputError, one_line
 from sora_jax.interop import names
+from sora_jax.json_files import read_json
 from sora_jax.tensors import FORMATS, Tensor, TensorFile
 
 
@@ -95,11 +96,19 @@ _WAN_NAMES = (
 )
 
 
-def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, low: bool = False) -> Any:
+def merge(
+    config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, low: bool = False
+) -> tuple[Any, list[str]]:
     """The transformer's parameters, `Tensor`s, with the adaptation in `path` added when they are read.
+
+    Files made for Wan 2.1's models that see an image by an encoder are used with Wan 2.2's, which have none: what they
+    change there is left out, as diffusers does, unless it is all they have.
 
     Args:
       low: whether this is the transformer for low noise levels; a file may have parts for both.
+
+    Returns:
+      the parameters, and the published names of what was left out.
 
     Raises:
       InputError: the file is damaged, or does not fit this transformer in all its parts, or the scale is no finite
@@ -109,6 +118,9 @@ def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, 
     if not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
         raise InputError(f"the scale of {path} must be a finite number, not {scale!r}")
     changes = _read(TensorFile(path), low)
+    unseen = [] if config.image_width else sorted(filter(_IMAGE.search, changes))
+    if len(unseen) < len(changes):
+        changes = {name: terms for name, terms in changes.items() if name not in unseen}
     flat = traverse_util.flatten_dict(params, sep=".")
     for ours, tensor in flat.items():
         source = names.dit(config, ours)
@@ -125,10 +137,9 @@ def merge(config: DiTConfig, params: Any, path: str | Path, scale: float = 1.0, 
             flat[ours] = dataclasses.replace(tensor, pieces=partial(_pieces, tensor, added, source.stacked))
     if changes:
         more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
-        blind = not config.image_width and any(map(_IMAGE.search, changes))
-        why = ": it is made for a model that sees an image (Wan 2.1 I2V)" if blind else ""
+        why = ": it is made for a model that sees an image (Wan 2.1 I2V)" if unseen else ""
         raise InputError(f"{path}: it changes {min(changes)}{more}, which this transformer does not have{why}")
-    return traverse_util.unflatten_dict(flat, sep=".")
+    return traverse_util.unflatten_dict(flat, sep="."), unseen
 
 
 def _added(
@@ -168,7 +179,7 @@ def _read(file: TensorFile, low: bool) -> dict[str, list[_Term]]:
     if mine in parts.values():
         parts = {name: part for name, part in parts.items() if part != other}
     elif other in parts.values() and not low:
-        raise InputError(f"{path} is for the transformer for low noise levels: give it as --lora-low")
+        raise InputError(f"{path} is for the second of two transformers: give it as --lora-low to a model that has two")
     found: dict[str, dict[str, str]] = {}
     for name in parts:
         module, role = _split(path, name)
@@ -180,7 +191,7 @@ def _read(file: TensorFile, low: bool) -> dict[str, list[_Term]]:
         roles[role] = name
     if not found:
         raise InputError(f"{path} holds no low-rank adaptation")
-    alpha, by_root = _scaling(path, file.metadata, mine)
+    alpha, by_root = _scaling(file, mine)
     changes = defaultdict(list)
     for module, roles in found.items():
         weight = module if module.endswith(_TABLES) else f"{module}.weight"
@@ -210,13 +221,18 @@ def _scale(file: TensorFile, module: str, roles: dict[str, str], alpha: float | 
     return (rank if alpha is None else alpha) / (rank**0.5 if by_root else rank)
 
 
-def _scaling(path: Path, metadata: dict[str, str], part: str) -> tuple[float | None, bool]:
+def _scaling(file: TensorFile, part: str) -> tuple[float | None, bool]:
     """Alpha where the file's metadata have one for all layers, and whether it is divided by the rank's root.
 
-    Files for pipelines with two transformers have those of each; what has no such prefix is for both.
+    Files for pipelines with two transformers have those of each; what has no such prefix is for both. peft writes a
+    file of its own for them.
     """
+    path, beside = file.path, file.path.with_name("adapter_config.json")
     try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        if path.name == "adapter_model.safetensors" and beside.exists():
+            path, config = beside, read_json(beside)
+        else:
+            config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
         other = next(one for one in _PARTS if one != part)
         mine = sorted(config, key=lambda name: name.startswith(part))  # the last of a name counts
         if any(name.startswith(part) for name in config):

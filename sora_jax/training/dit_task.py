@@ -144,10 +144,14 @@ def _encode(codec_config: CodecConfig, params, clips: Iterable[dict], patch=(1, 
             captions = clip["captions"]
             encoded = {name: latents_BFYXZ[i] for name, latents_BFYXZ in latents.items()}
             encoded["captions"] = captions if isinstance(captions, str) else captions.decode()
-            if {"scene", "truth"} <= clip.keys():
+            if _has_truth(clip):
                 scene, truth = Scene(**clip["scene"]), Truth(**clip["truth"])
                 encoded["layout"] = np.asarray(_layout(scene, truth, F, Y // patch[1], X // patch[2]))
             yield encoded
+
+
+def _has_truth(clip: dict) -> bool:
+    return "truth" in clip and set(Scene._fields) <= clip.get("scene", {}).keys()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -217,7 +221,7 @@ class DiTTask:
     def _paths(self) -> list[Path]:
         config, folder = self.config, self._latents
         clips, count = _clips(config, mistaken=config.flow.mistaken_share > 0)
-        if config.align.weight and config.data.dir and not {"scene", "truth"} <= next(iter(clips(0, 1))).keys():
+        if config.align.weight and config.data.dir and not _has_truth(next(iter(clips(0, 1)))):
             raise InputError(f"{config.data.dir}: its clips have no truth to align with; set --config.align.weight=0")
         patch = self.dit_config.patch
         about = {"codec": str(config.codec), "frames": config.frames, "size": config.size, "patch": patch}

@@ -185,12 +185,12 @@ def test_a_moving_camera_moves_the_background(scenes, draw):
         background=np.arange(count, dtype=np.int32),
     )
     pan, zoom = (np.full(count, vocabulary.CAMERAS.index(name), np.int32) for name in ("pan right", "zoom in"))
-    video, _ = draw(empty._replace(camera=pan))
+    video, _ = draw(empty._replace(camera=pan, backdrop=pan))
     shift = PAN_TRAVEL * 64 * 5 / 16  # in five of the sixteen steps from the first frame to the last
     assert shift == pytest.approx(7)
     np.testing.assert_allclose(video[:, 5, :, :-7], video[:, 0, :, 7:], atol=0.01)  # what is seen goes left
     assert (np.abs(video[:, -1] - video[:, 0]).mean((1, 2, 3)) > 0.002).all()
-    video, _ = draw(empty._replace(camera=zoom))
+    video, _ = draw(empty._replace(camera=zoom, backdrop=zoom))
     assert (np.abs(video[:, -1] - video[:, 0]).mean((1, 2, 3)) > 0.002).all()
 
 
@@ -204,11 +204,17 @@ def test_zoom_enlarges_the_object_about_the_centre(scenes, draw):
     np.testing.assert_allclose(away[:, -1], ZOOM_RANGE * away[:, 0], atol=1e-5)
 
 
-def test_a_mistake_is_an_object_too_many_too_few_or_like_the_other(scenes, draw):
-    mistaken = jax.tree.map(np.asarray, jax.jit(jax.vmap(mistake))(jax.random.split(jax.random.key(1), 2000), scenes))
+@pytest.fixture(scope="module")
+def mistaken(scenes):
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(mistake))(jax.random.split(jax.random.key(1), 2000), scenes))
+
+
+def test_a_mistake_is_an_object_too_many_too_few_or_like_the_other(scenes, mistaken, draw):
     is_pair = scenes.kind == vocabulary.KINDS.index("pair")
     looks, seen = (np.stack([scene.color, scene.shape, scene.size], -1) for scene in (scenes, mistaken))
-    assert mistaken.present[~is_pair].all() and (seen[~is_pair] == looks[~is_pair][:, :1]).all()
+    is_double = ~is_pair & (mistaken.backdrop == scenes.camera)
+    assert is_double[scenes.camera == 0].sum() == (~is_pair & (scenes.camera == 0)).sum()
+    assert mistaken.present[is_double].all() and (seen[is_double] == looks[is_double][:, :1]).all()
     gone, changed = ~mistaken.present[is_pair], (seen != looks)[is_pair]
     assert ((gone | changed[..., :2].any(-1)).sum(1) == 1).all()  # of two objects it is always one
     one = gone.argmax(1) | changed.any(-1).argmax(1)
@@ -224,6 +230,28 @@ def test_a_mistake_is_an_object_too_many_too_few_or_like_the_other(scenes, draw)
     few = take(scenes, slice(20)), take(mistaken, slice(20))
     videos = [draw(some)[0] for some in few]
     assert (np.abs(videos[0] - videos[1]).max((1, 2, 3, 4)) > 0.1).all()
+
+
+def test_a_mistake_of_the_camera_leaves_the_object_and_moves_the_background_otherwise(scenes, mistaken, draw):
+    chosen = np.flatnonzero((scenes.camera > 0) & (mistaken.backdrop != scenes.camera))
+    assert 0.65 < len(chosen) / (scenes.camera > 0).sum() < 0.85
+    right, wrong = take(scenes, chosen), take(mistaken, chosen)
+    for name in set(scenes._fields) - {"camera", "backdrop"}:
+        np.testing.assert_array_equal(getattr(wrong, name), getattr(right, name))
+    names = np.array(vocabulary.CAMERAS)
+    other_way = {"pan left": "pan right", "pan right": "pan left", "zoom in": "zoom out", "zoom out": "zoom in"}
+    is_fixed = wrong.backdrop == 0
+    assert 0.5 < is_fixed.mean() < 0.7
+    assert all(
+        other_way[a] == b for a, b in zip(names[right.camera], names[wrong.backdrop], strict=True) if b != "fixed"
+    )
+    follows = wrong.camera == wrong.backdrop
+    assert 0.1 < follows.mean() < 0.3 and (wrong.camera == right.camera)[~follows].all()
+    # As a small model draws it: the object as it should be before a background that stays.
+    chosen = np.flatnonzero(~follows & is_fixed & (right.camera > 2))[:8]
+    (video, truth), (_, expected) = draw(take(wrong, chosen)), draw(take(right, chosen))
+    np.testing.assert_array_equal(truth.center_T2, expected.center_T2)
+    assert (np.abs(video[:, 0, 0] - video[:, -1, 0]).max((1, 2)) < 0.02).all()
 
 
 def test_fixed_parts_are_kept_and_unknown_ones_refused():

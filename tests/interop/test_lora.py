@@ -12,6 +12,7 @@ import safetensors.numpy
 import sora_jax
 from sora_jax.cli import main
 from sora_jax.errors import InputError
+from sora_jax.request import make_request
 from sora_jax.safety.manifest import read_manifest
 from sora_jax.tensors import Tensor
 from sora_jax.video import read_video
@@ -89,7 +90,7 @@ def test_each_transformer_has_its_own(matrices, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, low.params["dit"], plain.params["dit"])
     kernels = [g.params["dit_low"]["blocks"]["up"]["kernel"] for g in (low, plain)]
     assert not np.array_equal(*kernels)
-    with pytest.raises(InputError, match="lora_low is for models with a second transformer"):
+    with pytest.raises(InputError, match=r"\(lora_low\) is for models with a second transformer"):
         sora_jax.load(GOLDEN / "t2v", lora_low={path: 1.0})
 
 
@@ -107,7 +108,7 @@ def test_a_file_for_both_transformers_goes_to_each(matrices, tmp_path):
         np.testing.assert_allclose(added, factor * (up @ down).T, atol=1e-5)
     with pytest.raises(InputError, match="both.safetensors has parts for two transformers: give it as --lora-low too"):
         sora_jax.load(GOLDEN / "a14b", lora={path: 1.0})
-    half = sora_jax.load(GOLDEN / "a14b", lora={path: 1.0}, lora_low={path: 0.0}).params
+    half = sora_jax.load(GOLDEN / "a14b", lora={path: 1.0}, lora_low={f"{tmp_path}/./both.safetensors": 0.0}).params
     jax.tree.map(np.testing.assert_array_equal, half["dit"], merged["dit"])
     jax.tree.map(np.testing.assert_array_equal, half["dit_low"], plain["dit_low"])
     with pytest.raises(InputError, match="has parts for two transformers: this model has one"):
@@ -221,6 +222,44 @@ def test_prefixes_of_other_trainers_and_of_prefixes(tmp_path):
     merges(tmp_path / "style.safetensors", GOLDEN / "i2v", tensors, added, tmp_path)
 
 
+def test_what_is_for_an_image_encoder_is_left_out_by_models_without_one(matrices, tmp_path):
+    """As diffusers has it: files made for Wan 2.1's image to video are used with Wan 2.2's."""
+    path = write(tmp_path / "steps.safetensors", "wan", matrices, ALPHA)
+    plain = sora_jax.load(GOLDEN / "i2v-a14b", lora={path: 1.0})
+    tensors = safetensors.numpy.load_file(path)
+    image = "diffusion_model.blocks.0.cross_attn.k_img"
+    tensors |= {
+        f"{image}.lora_down.weight": np.ones((RANK, 32), np.float32),
+        f"{image}.diff_b": np.ones(32, np.float32),
+    }
+    tensors |= {f"{image}.lora_up.weight": np.ones((32, RANK), np.float32)}
+    safetensors.numpy.save_file(tensors, path)
+    generator = sora_jax.load(GOLDEN / "i2v-a14b", lora={path: 1.0})
+    jax.tree.map(np.testing.assert_array_equal, generator.params, plain.params)
+    request = make_request(generator.config, "a red ball", image=np.zeros((16, 16, 3), np.uint8))
+    assert any(
+        "steps.safetensors also changes layers for an image encoder" in note for note in generator.notes(request)
+    )
+    assert not any("image encoder" in note for note in plain.notes(request))
+
+
+@pytest.mark.parametrize("by_root", [False, True])
+def test_pefts_own_folder_has_alpha_in_a_file_beside(by_root, tmp_path):
+    down, up = normal((RANK, 32), (32, RANK))
+    name = "base_model.model.blocks.0.attn1.to_q"
+    beside = tmp_path / "adapter_config.json"
+    beside.write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "use_rslora": by_root}))
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    added = {"blocks.0.attn1.to_q.weight": 16 / (RANK**0.5 if by_root else RANK) * up @ down}
+    merges(tmp_path / "adapter_model.safetensors", GOLDEN / "t2v", tensors, added, tmp_path)
+    beside.write_text('{"lora_alpha": 16, "alpha_pattern": {"to_q": 4}}')
+    with pytest.raises(InputError, match="adapter_config.json: an alpha for each layer"):
+        sora_jax.load(GOLDEN / "t2v", lora={tmp_path / "adapter_model.safetensors": 1.0})
+    beside.write_text("[]")
+    with pytest.raises(InputError, match="adapter_config.json is damaged"):
+        sora_jax.load(GOLDEN / "t2v", lora={tmp_path / "adapter_model.safetensors": 1.0})
+
+
 def test_a_bias_has_the_scale_of_its_matrices(tmp_path):
     """As peft merges those of `lora_bias`; a whole difference beside it has none."""
     down, up, bias, diff, other = normal((RANK, 32), (32, RANK), 32, 32, 32)
@@ -272,7 +311,7 @@ def test_a_file_for_low_noise_levels_is_not_for_others(matrices, tmp_path):
     }
     safetensors.numpy.save_file(tensors, path)
     for model in ("a14b", "t2v"):
-        with pytest.raises(InputError, match="is for the transformer for low noise levels: give it as --lora-low"):
+        with pytest.raises(InputError, match="is for the second of two transformers: give it as --lora-low to a"):
             sora_jax.load(GOLDEN / model, lora={path: 1.0})
     plain, low = (sora_jax.load(GOLDEN / "a14b", lora_low=files) for files in (None, {path: 1.0}))
     assert not np.array_equal(*(g.params["dit_low"]["blocks"]["up"]["kernel"] for g in (plain, low)))

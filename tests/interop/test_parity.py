@@ -275,7 +275,10 @@ def test_pipeline(folder_and_pipeline, generator, kind, random, from_image):
     guidance = float(random.uniform(1.5, 6))
     low = float(random.uniform(1.5, 6)) if kind.endswith("a14b") else None
     first, last = (noise_picture(random, 70, 50) for _ in range(2))
-    first, last = first if from_image or kind in make.FROM_IMAGE else None, last if kind == "flf" else None
+    first, last = (
+        first if from_image or kind in make.FROM_IMAGE else None,
+        last if kind in ("flf", "i2v-a14b") else None,
+    )
     prompt, negative = "a red ball, behind a wall", "cube &amp; wall"
     expected = make.run_pipeline(made, prompt, negative, noise, size, frames, steps, guidance, low, first, last)
     video = generator.generate(

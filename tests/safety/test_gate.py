@@ -287,11 +287,12 @@ def test_no_request_exists_that_was_not_checked():
     assert (refused.value.categories, refused.value.layer) == (("real_people",), "names")
     with pytest.raises(Refused, match="^prompt 3: "):
         Request(prompts=("a red ball", "a red ball", "Tom Hanks on a bench"), seeds=(0, 0, 0), **words)
-    # A guidance below one leads towards the negative prompt.
+    # A guidance below one at low noise levels leads towards the negative prompt; below one at all, there is none.
     towards = {**words, "negative_prompt": "Tom Hanks on a bench"}
-    Request(prompts=("a red ball",), seeds=(0,), **towards)
+    for guidances in ({}, {"guidance": -1.0}, {"guidance": 0.5, "guidance_low": 0.5}):
+        Request(prompts=("a red ball",), seeds=(0,), **{**towards, **guidances})
     with pytest.raises(Refused, match="^negative prompt: "):
-        Request(prompts=("a red ball",), seeds=(0,), **{**towards, "guidance": -1.0})
+        Request(prompts=("a red ball",), seeds=(0,), **{**towards, "guidance_low": -1.0})
     for broken in (dict(prompts=("a \udcff ball",)), dict(prompts=("a ball",), negative_prompt="\udcff")):
         with pytest.raises(InputError, match="prompt is not UTF-8 text"):
             Request(seeds=(0,), **{**words, **broken})

@@ -88,7 +88,8 @@ def _frame(scene, u, size):
     x = ((jnp.arange(width) + 0.5) / width)[None, :]
     y = ((jnp.arange(height) + 0.5) / height)[:, None]
     eye_x, zoom = _camera(scene.camera, u)
-    image = _background(scene, (x - 0.5) / zoom + eye_x, (y - 0.5) / zoom + 0.5, zoom * unit)
+    far_x, far_zoom = _camera(scene.backdrop, u)
+    image = _background(scene, (x - 0.5) / far_zoom + far_x, (y - 0.5) / far_zoom + 0.5, far_zoom * unit)
 
     pace = u - scene.dwell * jnp.sin(4 * jnp.pi * u) / (4 * jnp.pi)
     screen_x = scene.screen[0] + u * (scene.screen[1] - scene.screen[0])

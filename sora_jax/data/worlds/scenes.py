@@ -31,6 +31,7 @@ _SHAPE_ODDS = (1, 1, 1, 3)  # and so are stars: for the codec, and more so for t
 # other shapes; those of one colour are the harder ones to tell apart.
 _SAME_COLOR_ODDS, _SAME_SHAPE_ODDS = 2.0, 0.5
 _MISTAKE_ODDS = (0.2, 0.2, 0.5, 0.1)  # of a pair: one takes the other's colour, its shape, all looks, or is gone
+_CAMERA_MISTAKE_ODDS = (0.6, 0.15, 0.25)  # the background moves otherwise, all that is seen does, there is a double
 _CAMERA_BACKGROUND_ODDS = (1, 1, 1, 1, 2.5)  # at night a moving camera moves little else than stars
 _MOTION_ODDS = (0.12, 0.12, 0.12, 0.12, 0.12, 0.06, 0.06, 0.06, 0.06, 0.16)
 # In a pair: side by side, one above the other; of the first object, and of the second. Two that move are harder.
@@ -38,6 +39,7 @@ _COLUMN_ODDS = ((0.2, 0, 0, 0.22, 0.22, 0, 0, 0, 0, 0.36), (0.55, 0, 0, 0.15, 0.
 _ROW_ODDS = ((0.3, 0.35, 0.35, 0, 0, 0, 0, 0, 0, 0), (0.5, 0.25, 0.25, 0, 0, 0, 0, 0, 0, 0))
 _DIRECTION_X = (0, -1, 1, 0, 0, -1, 1, -1, 1, 0)
 _DIRECTION_Y = (0, 0, 0, -1, 1, -1, -1, 1, 1, 0)
+_OTHER_WAY = (0, 2, 1, 4, 3)  # of a camera
 _STILL, _LEFT, _RIGHT, _UP, _DOWN, _BOUNCING = 0, 1, 2, 3, 4, 9
 _SINGLE, _PAIR, _WALL, _PILLAR, _TRUCK, _CAMERA = range(6)
 
@@ -68,6 +70,7 @@ class Scene(NamedTuple):
     kind: jax.Array  # []
     background: jax.Array  # []
     camera: jax.Array  # []
+    backdrop: jax.Array  # [] the camera as the background has it: another one only by mistake
     occluder: jax.Array  # []
     relation: jax.Array  # [] of the first object to the second
     present: jax.Array  # bool [2]
@@ -189,6 +192,7 @@ def sample_scene(key: jax.Array, *, unseen: bool = False, **fixed) -> Scene:
         kind=kind,
         background=background,
         camera=camera.astype(jnp.int32),
+        backdrop=camera.astype(jnp.int32),
         occluder=jnp.where(is_screen | is_truck, kind - 1, 0).astype(jnp.int32),
         relation=relation,
         present=jnp.stack([jnp.array(True), is_pair]),
@@ -206,10 +210,11 @@ def sample_scene(key: jax.Array, *, unseen: bool = False, **fixed) -> Scene:
 
 
 def mistake(key: jax.Array, scene: Scene) -> Scene:
-    """The scene as a small model tends to mistake it: an object too many, too few, or like the other one.
+    """The scene as a small model tends to mistake it: an object too many, too few, or like the other one; the camera.
 
-    In a pair one object takes the colour, the shape or all looks of the other, or is not there. Whatever else is shown
-    has a double, that comes from the other side or moves along beside it.
+    In a pair one object takes the colour, the shape or all looks of the other, or is not there. Under a moving camera
+    the background may stand still or go the other way, or all that is seen. Whatever else is shown has a double, that
+    comes from the other side or moves along beside it.
     """
     which, what, where = jax.random.uniform(key, (3,))
     other = (which < 0.5).astype(jnp.int32)
@@ -240,7 +245,14 @@ def mistake(key: jax.Array, scene: Scene) -> Scene:
     is_mirrored = (jnp.abs(path[1, 0] - path[0, 0]) > 0.2) & (where < 0.6)
     double = {name: jnp.stack([getattr(scene, name)[0]] * 2) for name in ("color", "shape", "size", "hop", "floor")}
     double |= dict(path=jnp.stack([path, jnp.where(is_mirrored, mirrored, beside)]), present=jnp.ones(2, bool))
-    return jax.tree.map(lambda a, b: jnp.where(is_pair, a, b), pair, scene._replace(**double))
+    double = scene._replace(**double)
+
+    backdrop = jnp.where(where < 0.6, 0, jnp.array(_OTHER_WAY)[scene.camera])
+    camera_mistake = _pick(which, _CAMERA_MISTAKE_ODDS)
+    camera = scene._replace(camera=jnp.where(camera_mistake == 1, backdrop, scene.camera), backdrop=backdrop)
+    is_camera = (scene.kind == _CAMERA) & (camera_mistake < 2)
+
+    return jax.tree.map(lambda *a: jnp.where(is_pair, a[0], jnp.where(is_camera, *a[1:])), pair, camera, double)
 
 
 def _as_id(part, value):

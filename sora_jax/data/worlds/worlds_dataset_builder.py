@@ -1,6 +1,6 @@
 """The procedural worlds as a TFDS data set: clips drawn once and stored with their captions and ground truth.
 
-Writing and reading need no TensorFlow (the command `tfds build` does). This writes data/worlds/tiny/1.0.0:
+Writing and reading need no TensorFlow (the command `tfds build` does). This writes data/worlds/tiny/1.1.0:
 
     from sora_jax.data.worlds.worlds_dataset_builder import Builder, WorldsConfig
     Builder(config="tiny", data_dir="data").download_and_prepare()
@@ -12,7 +12,7 @@ Without `config` it writes 10500 clips of 33 frames at 128x128, about 1.8 GB. Ot
     builder.download_and_prepare()
     clip = builder.as_data_source("train")[0]
 
-Training reads it with `--config.data.dir=data/worlds/small/1.0.0 --config.frames=9 --config.size=64`.
+Training reads it with `--config.data.dir=data/worlds/small/1.1.0 --config.frames=9 --config.size=64`.
 """
 
 import dataclasses
@@ -77,8 +77,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     Ids are indices into the tuples of `vocabulary`. Devices of different kinds may round pixels differently.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.0.0": "First release.", "1.1.0": "Scenes have a backdrop."}
     BUILDER_CONFIGS = [
         WorldsConfig(name="128x128x33", description="The size of the bundled model."),
         WorldsConfig(name="tiny", description="For tests.", frames=5, size=(32, 32), train_clips=8, held_out_clips=4),
