@@ -39,7 +39,7 @@ from pathlib import Path
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import InputError
 from sora_jax.mesh import parse_sizes, whole_sizes
-from sora_jax.training.config import check_config, check_local
+from sora_jax.training.config import check_config, check_local, check_shares
 
 # Options that only one of the launchers reads.
 OWN = {
@@ -116,7 +116,7 @@ def make_runs(
         check_config(loaded)
         if mesh != "auto":
             sizes = dict(loaded.get("mesh", {})) if mesh is None else parse_sizes(mesh)
-            whole_sizes(devices or abs(math.prod(sizes.values())), **sizes)
+            check_shares(loaded, whole_sizes(devices or abs(math.prod(sizes.values())), **sizes))
         parts = [f"{name}={value}" for name, value in zip(short, chosen, strict=True)]
         name = re.sub(r"[^\w.=+-]+", "-", "-".join([Path(path).stem, *[argument][: bool(argument)], *parts]))
         arguments = ["train", "--config", config, "--workdir", f"{folder}/{name}", *overrides, *swept]
@@ -441,6 +441,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"launch: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Stopped as stopped:
         print(f"launch: stopped by {signal.Signals(stopped.args[0]).name}", file=sys.stderr)
         return 128 + stopped.args[0]

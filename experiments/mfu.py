@@ -29,7 +29,7 @@ from sora_jax.cli import words
 from sora_jax.counting import count_operations
 from sora_jax.errors import InputError
 from sora_jax.mesh import parse_mesh
-from sora_jax.mesh_choice import generating_mesh, tokens_of_frame, training_mesh
+from sora_jax.mesh_choice import generating_mesh, training_mesh
 from sora_jax.plan import Job, at_a_time, model_config, program
 from sora_jax.plan.job import peak_operations
 from sora_jax.plan.programs import steps
@@ -142,12 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{number} x {device.device_kind}; {options.model}, {options.frames} frames of", end=" ")
         print(f"{options.size[0]}x{options.size[1]}, {options.dtype}\n\n{HEADER}", flush=True)
         for part in options.parts:
-            mesh = options.mesh
+            mesh = None if options.mesh == "auto" else options.mesh
             if mesh is None and part == "denoise":
-                mesh, _ = generating_mesh(config, options.size, options.frames, number)
+                mesh, _ = generating_mesh(config, options.size, number)
             elif mesh is None:
-                tokens = tokens_of_frame(config, options.size, options.frames)
-                mesh, _ = training_mesh(options.batch, number, config.dit, tokens=tokens)
+                mesh, _ = training_mesh(options.batch, number, config.dit, tokens=config.tokens(1, options.size))
             batch = options.batch if part == "train" else 1
             job = Job(options.model, part, "", mesh, options.size, options.frames, batch, options.dtype)
             rows.append(measure(job, parse_mesh(mesh), options.repeats, peak))

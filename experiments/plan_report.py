@@ -44,9 +44,10 @@ over the links that a chip of this slice has: no measurement of time. "Received"
 of a process until the compiler's report on the step is there, of tracing and compiling, on two CPU cores; with --full
 those of all parts, with the code that is generated where the programs are to run.
 
-Who waits for the decoder to compile can have it sooner: when that of the second row still needed 7.21 GiB, with
-JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-0.5 in the environment it took 65 s, with -1 35 s and 5.48 GiB of HBM, where it took
-204 s on the same day without. But the compiler expected the program of -1 to run for 543 million cycles, not 255.
+The codec is compiled with less effort than the rest (`pipeline.codec_options`). With the usual one the decoder of the
+second row took 702 s where it took 103 so (both beside other work; 218 s without), needed 4.29 GiB in place of 4.59, and
+was expected to run for 182 million cycles a latent frame, not 232: with all 21 of them two seconds at most, beside 89 of
+the sampler. An effort of -0.2 made the same program as 0, one of -1 doubled the cycles.
 
 """
 COLUMNS = (
@@ -85,7 +86,7 @@ def row(model: str, topology: str, size: tuple[int, int], frames: int, options: 
     options = options or {}
     config = plan.model_config(model)
     chip, number = plan.chips(topology)
-    mesh, _ = mesh_choice.generating_mesh(config, size, frames, number)
+    mesh, _ = mesh_choice.generating_mesh(config, size, number)
     job = plan.Job(model, "", topology, mesh, size, frames, offload="offload" in options)
     job = plan.in_windows(job, options.get("window"), None)
     needs = plan.needs(job, plan.parts(model, job.windows), "full" in options)
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/plan.md"))
     output = parser.parse_args().output
     if find_spec("libtpu") is None:
-        parser.error("planning needs the TPU compiler: in the clone, pip install -e '.[tpu]'")
+        parser.error(plan.NEEDS_LIBTPU)
     text = HEAD.format(version=version("libtpu")) + f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 
     def add(more: str) -> None:

@@ -52,9 +52,8 @@ def least_traffic(job: plan.Job, tokens: int) -> float:
 def measure(model: str, topology: str, frames: int, size: tuple[int, int]) -> dict:
     config = plan.model_config(model)
     chip, chips = plan.chips(topology)
-    F, Y, X, _ = config.codec.latent_shape(frames, *size)
-    tokens = F * Y * X // 4
-    mesh, _ = generating_mesh(config, size, frames, chips)
+    tokens = config.tokens(frames, size)
+    mesh, _ = generating_mesh(config, size, chips)
     job = plan.Job(model, "denoise", topology, mesh, size, frames)
     need = plan.compile_part(job)
     bounds = need.bounds(chip)
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/scaling.md"))
     output = parser.parse_args().output
     if find_spec("libtpu") is None:
-        parser.error("planning needs the TPU compiler: in the clone, pip install -e '.[tpu]'")
+        parser.error(plan.NEEDS_LIBTPU)
     by_tokens, by_chips = [], []
     jobs = [(by_tokens, TOKENS_MODEL, TOKENS_TOPOLOGY, *clip) for clip in TOKENS]
     jobs += [(by_chips, CHIPS_MODEL, topology, FRAMES, SIZE) for topology in CHIPS]

@@ -85,8 +85,10 @@ class Generator:
             static_argnames="is_guided",
             donate_argnums=1,
         )
-        self._decode = jax.jit(partial(pipeline.decode, config), static_argnums=3, donate_argnums=1)
-        self._encode_video = jax.jit(partial(pipeline.encode, config), static_argnums=3, donate_argnums=1)
+        options = pipeline.codec_options(mesh.devices.flat[0].platform if mesh else jax.default_backend())
+        code = partial(jax.jit, static_argnums=3, donate_argnums=1, compiler_options=options)
+        self._decode = code(partial(pipeline.decode, config))
+        self._encode_video = code(partial(pipeline.encode, config))
         self._see = jax.jit(partial(pipeline.see, config))
 
     def generate(
@@ -167,9 +169,7 @@ class Generator:
 
         Where the mesh is that of several processes, all of them run this and have the videos.
         """
-        pixels = request.window * math.prod(request.size)
-        sizes = self.mesh.shape if self.mesh else {}
-        batch = pipeline.at_a_time(len(request.prompts), pixels, request.is_guided, sizes)
+        batch = self._at_a_time(request)
         starts = range(0, len(request.prompts), batch)
         with self._on_mesh():
             first = self._known(_pictures(request), request)
@@ -286,6 +286,10 @@ class Generator:
         latents = stream(partial(self._waited, self._encode_video), self.params["codec"], pieces)
         return np.concatenate([hosts.whole(piece_BFYXZ) for piece_BFYXZ in latents], axis=1)
 
+    def _at_a_time(self, request: Request) -> int:
+        pixels, sizes = request.window * math.prod(request.size), self.mesh.shape if self.mesh else {}
+        return pipeline.at_a_time(len(request.prompts), pixels, request.is_guided, sizes)
+
     def _known(self, frames: dict[int, np.ndarray], request: Request) -> Given:
         """What the known frames of a window give the transformer: pictures by the number of their frame."""
         config, T = self.config, request.window
@@ -355,6 +359,9 @@ class Generator:
         for text in texts:
             if rest := self.tokenizer.unread(text, self.config.text.length):
                 notes.append(f"note: the prompt is too long for this model, which does not read its end: ...{rest}")
+        if (several := self._at_a_time(request)) > len(request.prompts):
+            asked = f"{len(request.prompts)} {'is' if len(request.prompts) == 1 else 'are'} asked for"
+            notes.append(f"note: this mesh makes {several} videos at a time, and {asked}: context would share the work")
         height, width = request.size
         if height != width and request.size == self.config.sampling.size[::-1]:
             notes.append(f"note: the height comes first: this video is {height} high and {width} wide")

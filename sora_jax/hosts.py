@@ -31,8 +31,9 @@ Result = TypeVar("Result")
 def connect(preemptible: bool = True) -> None:
     """Joins the other processes of this run, if there are any. It comes before everything else of JAX.
 
-    JAX itself finds them on TPU pods, under SLURM and in Kubernetes. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of
-    process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name them; JAX_NUM_PROCESSES=1 says that there are none.
+    JAX itself finds them on TPU pods, under SLURM (a task for each GPU) and in Kubernetes (where there is no TPU, with
+    the package `kubernetes`). Elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID name them; JAX_NUM_PROCESSES=1 says that there are none.
 
     Args:
       preemptible: SIGTERM is for `preempted` to hear; otherwise it is left to whoever listens, or ends the process.
@@ -65,6 +66,18 @@ def connect(preemptible: bool = True) -> None:
     # The first exchange has little patience, so it comes before work that may take one of them longer.
     with watched():
         wait("start")
+
+
+def check_found() -> None:
+    """Raises InputError if there are no others, though the user speaks of hosts, and nothing says so.
+
+    Each of several hosts that do not know of one another would do all of the work.
+    """
+    if not jax.distributed.is_initialized() and os.environ.get("JAX_NUM_PROCESSES") != "1":
+        raise InputError(
+            "no other host was found: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each; "
+            "if there is none, leave --hosts out"
+        )
 
 
 def _number(name: str) -> int | None:
@@ -155,6 +168,8 @@ def check_shared(folder: Path) -> None:
     wait("shared folder")
     seen = path.read_text() if path.exists() else ""
     all_see = multihost_utils.process_allgather(int(seen == str(token)))
+    if is_first():
+        path.unlink()
     if not all_see.all():
         missing = ", ".join(str(index) for index, sees in enumerate(all_see) if not sees)
         raise InputError(f"{folder} must be one folder that all hosts share; process {missing} sees another one")

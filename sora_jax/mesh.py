@@ -9,7 +9,7 @@ On one device every axis has size 1 and all of this is the identity.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -78,13 +78,13 @@ def check_mesh(sizes: dict[str, int], devices: int) -> None:
     """Raises InputError if these sizes make no mesh of so many devices; it names some that would."""
     if min(sizes.values()) > 0 and math.prod(sizes.values()) == devices:
         return
-    words = ",".join(f"{name}={size}" for name, size in sizes.items())
+    words = ",".join(f"{name}={size}" for name, size in sizes.items() if (name, size) != ("data", -1))
     would = f"sizes that can be: {', '.join(str(n) for n in range(1, devices + 1) if devices % n == 0)}"
     if min(sizes.values()) > 0:
         others = {name: math.prod(sizes.values()) // size for name, size in sizes.items()}
         fit = [f"{name}={devices // rest}" for name, rest in others.items() if devices % rest == 0]
         would = f"{' or '.join(fit)} would" if fit else would
-    raise InputError(f"mesh {words} does not multiply to the {devices} devices there are; {would}")
+    raise InputError(f"mesh {words} does not multiply to the {devices} devices; {would}")
 
 
 def parse_mesh(text: str, devices=None) -> Mesh:
@@ -105,7 +105,9 @@ def parse_sizes(text: str) -> dict[str, int]:
     sizes = {}
     for word in text.split(","):
         name, _, size = word.strip().partition("=")
-        if name not in AXES or not (size.isascii() and size.isdecimal()) or name in sizes:
+        if name in sizes:
+            raise InputError(f"mesh {text!r}: {name} is there twice")
+        if name not in AXES or not (size.isascii() and size.isdecimal()):
             raise InputError(f"mesh {text!r}: {word!r} is none of {', '.join(f'{axis}=N' for axis in AXES)}")
         sizes[name] = int(size)
     return {**dict.fromkeys(AXES, 1), **sizes}
@@ -145,6 +147,15 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
+def placed(boxed: Any, mesh: Mesh) -> Any:
+    """The abstract arrays of such a tree, unboxed, each with its sharding."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        shardings(boxed, mesh),
+    )
+
+
 def _placed(names: Sequence[str | None]) -> PartitionSpec:
     """Mesh axes by the names of an array's axes.
 
@@ -162,11 +173,11 @@ def _placed(names: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*[RULES.get(name) or None for name in names])
 
 
-def check_heads(heads: int, mesh: Mesh) -> None:
+def check_heads(heads: int, sizes: Mapping[str, int]) -> None:
     """Raises InputError if the mesh cannot divide the heads of attention, which no parameter has for an axis."""
-    tensor = math.prod(mesh.shape[axis] for axis in RULES["heads"])
+    tensor = math.prod(sizes[axis] for axis in RULES["heads"])
     if heads % tensor:
-        possible = [n for n in range(1, tensor) if heads % n == mesh.size % n == 0]
+        possible = [n for n in range(1, tensor) if heads % n == math.prod(sizes.values()) % n == 0]
         raise InputError(
             f"mesh tensor={tensor} cannot divide {heads} heads; sizes below that can: {', '.join(map(str, possible))}"
         )

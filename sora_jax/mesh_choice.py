@@ -11,16 +11,29 @@ from sora_jax.vision import VisionConfig
 
 
 def generating_mesh(
-    config: ModelConfig, size: tuple[int, int], frames: int, number: int, is_guided: bool | None = None
+    config: ModelConfig,
+    size: tuple[int, int],
+    number: int,
+    is_guided: bool | None = None,
+    rings: bool = True,
 ) -> tuple[str, str]:
-    """A mesh for generating one video on `number` chips, with guidance (by default the model's), and why this one."""
+    """A mesh for generating one video on `number` chips, and why this one.
+
+    Args:
+        is_guided: by default as the model is.
+        rings: whether ring attention is as good as any; cuDNN's kernel does none.
+    """
     is_guided = config.sampling.is_guided if is_guided is None else is_guided
-    tokens = tokens_of_frame(config, size, frames)
+    tokens = config.tokens(1, size)
     # Before the branches of guidance, of which the codec knows nothing: its rows are split along context and tensor.
     context = max(n for n in _divisors(number) if _divides(config, n, tokens))
+    if is_guided and not rings and context % 2 == 0 and config.dit.heads % context:
+        context //= 2
     branches = 2 if is_guided and number // context % 2 == 0 else 1
     tensor = max(n for n in _divisors(number // context // branches) if _splits(config, n))
     data = number // context // tensor
+    if number == 1:
+        return "data=1,context=1,tensor=1", "one device"
     reason = f"context={context} divides the {tokens} tokens of a frame and every width"
     if context > 1:
         group = math.gcd(context, config.dit.heads // tensor)
@@ -34,14 +47,14 @@ def generating_mesh(
     return f"data={data},context={context},tensor={tensor}", reason
 
 
-def generating_meshes(config: ModelConfig, size: tuple[int, int], frames: int, number: int) -> list[str]:
-    """Meshes that make sense for one video: the two branches of guidance, if any, along `data`, the rest shared."""
+def generating_meshes(config: ModelConfig, size: tuple[int, int], number: int, batch: int = 1) -> list[str]:
+    """Meshes that make sense for so many videos: they and the two branches of guidance, if any, along `data`."""
     branches = 2 if config.sampling.is_guided else 1
-    tokens = tokens_of_frame(config, size, frames)
+    tokens = config.tokens(1, size)
     return [
         f"data={data},context={context},tensor={tensor}"
         for data, tensor, context in _factors(number)
-        if data <= branches and _splits(config, tensor) and _divides(config, context, tokens)
+        if data <= branches * batch and _splits(config, tensor) and _divides(config, context, tokens)
     ]
 
 
@@ -51,7 +64,7 @@ def training_mesh(
     """A mesh for training these parts of a model, or whatever has no width, on `number` chips, and why this one.
 
     Args:
-        tokens: of a latent frame, where that is known (see `tokens_of_frame`).
+        tokens: of a latent frame, where that is known (see `ModelConfig.tokens`).
 
     Raises:
         InputError: no mesh divides them, the tokens and the batch.
@@ -83,21 +96,19 @@ def training_mesh(
     return f"data={data},fsdp={fsdp},context={context},tensor={tensor}", reason
 
 
-def training_meshes(config: ModelConfig, size: tuple[int, int], frames: int, batch: int, number: int) -> list[str]:
-    """Meshes that make sense for training the transformer: all parameters are split among all chips."""
-    dit, tokens = config.dit, tokens_of_frame(config, size, frames)
-    return [
-        f"data=1,fsdp={fsdp},context={context},tensor={tensor}"
-        for fsdp, tensor, context in _factors(number)
-        if not (batch % fsdp or tokens % context or dit.width % (fsdp * context))
-        and not (dit.heads % tensor or dit.feed_forward % tensor)
-    ]
-
-
-def tokens_of_frame(config: ModelConfig, size: tuple[int, int], frames: int) -> int:
-    """How many tokens the transformer has for a latent frame of videos of this size."""
-    _, Y, X, _ = config.codec.latent_shape(frames, *size)
-    return Y * X // math.prod(config.dit.patch)
+def training_meshes(config: ModelConfig, size: tuple[int, int], batch: int, number: int) -> list[str]:
+    """Meshes that make sense for training the transformer: with as few copies of the parameters as there can be."""
+    dit, tokens = config.dit, config.tokens(1, size)
+    for data in _divisors(number):
+        found = [
+            f"data={data},fsdp={fsdp},context={context},tensor={tensor}"
+            for fsdp, tensor, context in _factors(number // data)
+            if not (batch % (data * fsdp) or tokens % context or dit.width % (fsdp * context))
+            and not (dit.heads % tensor or dit.feed_forward % tensor)
+        ]
+        if found:
+            return found
+    return []
 
 
 def _divisors(number: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from sora_jax import media
 from sora_jax.codec import Codec, CodecConfig
 from sora_jax.dit import DiT, DiTConfig
-from sora_jax.mesh import check_heads, shardings
+from sora_jax.mesh import check_heads, placed
 from sora_jax.sampler import SCHEDULES, SOLVERS
 from sora_jax.tensors import fits_float32
 from sora_jax.text import T5Encoder, TextConfig
@@ -108,6 +109,11 @@ class ModelConfig:
         """Those of the parts that denoise: one for all noise levels, or one for high and one for low ones."""
         return ("dit",) if self.boundary is None else ("dit", "dit_low")
 
+    def tokens(self, frames: int, size: tuple[int, int]) -> int:
+        """How many tokens the transformer has for a video, or, with one frame, for each latent frame of it."""
+        F, Y, X, _ = self.codec.latent_shape(frames, *size)
+        return F * Y * X // math.prod(self.dit.patch)
+
     def __post_init__(self) -> None:
         for part, here, there in (
             ("text", self.dit.text_width, self.text.width),
@@ -134,15 +140,10 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> dict[str, 
         InputError: the mesh cannot divide a parameter.
     """
     boxed = _boxed_params(config)
-    params = meta.unbox(boxed)
     if mesh is None:
-        return params
-    check_heads(config.dit.heads, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        params,
-        shardings(boxed, mesh),
-    )
+        return meta.unbox(boxed)
+    check_heads(config.dit.heads, mesh.shape)
+    return placed(boxed, mesh)
 
 
 @cache  # tracing takes seconds

@@ -21,6 +21,7 @@ from tiny import TINY_CODEC, TINY_DIT
 import sora_jax
 from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
+from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
 from sora_jax.errors import HostLost, InputError
 from sora_jax.interop.presets import PRESETS
@@ -333,6 +334,14 @@ def test_only_who_is_told_of_others_looks_for_them(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(InputError, match="JAX_NUM_PROCESSES is 'two'; it must be a whole number"):
         hosts.connect()
+
+
+def test_hosts_that_know_of_no_other_do_not_each_make_the_whole(monkeypatch, capsys, tmp_path):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["generate", "a red ball", "--hosts", "-o", str(tmp_path / "ball.mp4")]) == 2
+    assert "no other host was found: set JAX_COORDINATOR_ADDRESS" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from sora_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden_launch"
-CONFIG = ["--config", "configs/worlds_codec.py"]
+CONFIG = ["--config", "configs/worlds_codec.py", "--config.batch=48"]  # which many devices can share
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_values_of_a_sweep_may_have_commas_in_brackets(launch):
 def test_a_config_can_take_an_argument(launch, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "check_config", lambda config: None)  # this one is not whole
     path = tmp_path / "sized.py"
-    path.write_text("def get_config(size='s'): return dict(task='codec', size=size)\n")
+    path.write_text("def get_config(size='s'): return dict(task='codec', size=size, batch=1)\n")
     for config, name in ((f"{path}:xl", "sized-xl"), (str(path), "sized")):
         (run,) = launch.make_runs(config, [], [], "runs")
         assert run.name == name and run.arguments[:3] == ["train", "--config", config]
@@ -294,8 +294,10 @@ def test_a_host_knows_where_its_home_is(launch, capsys):
             "to the 4 devices",
         ),
         (["--on", "slurm", "--nodes=2", "--gpus-per-node=8", "--mesh=fsdp=3"], "to the 16 devices"),
-        (["--on", "processes=2", "--sweep", "config.mesh.fsdp=1,3"], "data=-1,fsdp=3,context=1,tensor=1 does not"),
+        (["--on", "processes=2", "--sweep", "config.mesh.fsdp=1,3"], "mesh fsdp=3,context=1,tensor=1 does not"),
         (["--on", "local", "--sweep=config.seed=1", "--sweep=config.seed=2"], "config.seed is given twice"),
+        (["--on", "processes=3", "--config.batch=4"], "config.batch is 4; it must be a multiple of 3"),
+        (["--on", "local", "--mesh=fsdp=5,data=2"], "config.batch is 48; it must be a multiple of 10"),
         (["--on", "tpu-vm=-x"], "a TPU VM's name begins with a letter"),
         (["--on", "slurm", "--sbatch=comment=a\nb"], "an option is one line"),
         (["--on", "slurm", "--grace=32768"], "at most 65535 s before the end"),
@@ -363,14 +365,14 @@ def test_a_sweep_runs_here_in_one_process_and_in_two(launch, tmp_path, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     overrides = [*TINY_CODEC, "--config.steps=2", "--config.log_every=1", "--config.batch=2"]
-    for where, sweep in (("local", "config.mesh.fsdp=3,1"), ("processes=2", "config.mesh.fsdp=1")):
+    for where, sweep in (("local", "config.mesh.fsdp=2,1"), ("processes=2", "config.mesh.fsdp=1")):
         arguments = [*CONFIG, "--on", where, "--runs", str(tmp_path / where), "--sweep", sweep]
-        assert launch.main([*arguments, *overrides]) == ("3" in sweep)
+        assert launch.main([*arguments, *overrides]) == ("2" in sweep)
         said = capfd.readouterr()
         assert "# worlds_codec-fsdp=1: done" in said.out and "Traceback" not in said.err
-        if "3" in sweep:
-            assert "\n# worlds_codec-fsdp=3: exit code 2" in said.err
-            assert "sora-jax: error: mesh data=-1,fsdp=3" in said.err
+        if "2" in sweep:
+            assert "\n# worlds_codec-fsdp=2: exit code 2" in said.err
+            assert "sora-jax: error: mesh fsdp=2,context=1,tensor=1 does not multiply to the 1 devices" in said.err
     one, two = (losses(tmp_path / where / "worlds_codec-fsdp=1") for where in ("local", "processes=2"))
     assert len(one) == 2
     assert two == pytest.approx(one, rel=1e-4)

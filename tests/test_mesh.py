@@ -74,7 +74,12 @@ def test_all_to_all_and_rings_receive_what_is_counted():
     assert on_eight_devices("attention").count("equal on") == 3
 
 
-@pytest.mark.parametrize("words", ["data", "data=2,data=4", "rows=2", "data=x", ""])
+def test_an_axis_that_is_named_twice_is_told():
+    with pytest.raises(InputError, match="^mesh 'data=2,data=4': data is there twice$"):
+        mesh_lib.parse_sizes("data=2,data=4")
+
+
+@pytest.mark.parametrize("words", ["data", "rows=2", "data=x", ""])
 def test_words_that_are_no_mesh_are_refused(words):
     with pytest.raises(InputError, match="is none of data=N, fsdp=N, context=N, tensor=N"):
         mesh_lib.parse_mesh(words)
@@ -108,7 +113,7 @@ def test_sizes_that_do_not_multiply_are_refused(sizes):
     ],
 )
 def test_what_would_make_a_mesh_is_said(words, would):
-    with pytest.raises(InputError, match=f"does not multiply to the 8 devices there are; .*{would}"):
+    with pytest.raises(InputError, match=f"does not multiply to the 8 devices; .*{would}"):
         mesh_lib.check_mesh(mesh_lib.parse_sizes(words), 8)
 
 

@@ -13,6 +13,7 @@ import pytest
 from nbclient import NotebookClient
 
 import sora_jax
+from sora_jax.plan import NEEDS_LIBTPU
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"FRAMES": 5, "SIZE": 64, "CLIPS": 16, "STEPS": 3, "BATCH": 2, "SAMPLING_STEPS": 2}
@@ -66,7 +67,7 @@ def test_the_notebook_runs_from_start_to_end(notebook, tmp_path, monkeypatch):
     else:
         # An exit code and a line, and nothing that looks like an answer.
         assert result(plan) == "2" and printed(plan) == ""
-        assert "planning needs the TPU compiler: in the clone, pip install -e '.[tpu]'\n" in printed(plan, "stderr")
+        assert f"{NEEDS_LIBTPU}\n" in printed(plan, "stderr")
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ def test_a_training_step_multiplies_what_its_kernels_do():
         (["--model", "bundled", "--size", "100x128"], "height must be a multiple of 32"),
         (["--model", "bundled", "--frames", "16"], "frames must be 1 + a multiple of 4"),
         (["--model", "bundled", "--train", "--batch", "3", "--mesh", "fsdp=8"], "--batch 3 must be a multiple of 8"),
-        (["--model", "bundled", "--mesh", "data=3"], "does not multiply to the 8 devices there are; data=8 would"),
+        (["--model", "bundled", "--mesh", "data=3"], "does not multiply to the 8 devices; data=8 would"),
         (["--model", "bundled", "--mesh", "rows=8"], "'rows=8' is none of data=N"),
         (["--model", "bundled", "--search", "--mesh", "data=8"], "give no --mesh with it"),
         (["--model", "bundled", "--search", "--train", "--batch", "max"], "--batch max is for --train with one mesh"),
@@ -221,7 +221,7 @@ def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatc
     found = list(plan.search(job, ("train",), 1))
     assert set(tried.values()) == {("train",)} and len(tried) == len(found) > 5
     config = PRESETS[job.model]
-    assert set(found) == set(mesh_choice.training_meshes(config, job.size, job.frames, 8, 8))
+    assert set(found) == set(mesh_choice.training_meshes(config, job.size, 8, 8))
     for mesh in found:
         sizes = mesh_lib.parse_sizes(mesh)
         mesh_lib.check_mesh(sizes, 8)
@@ -246,7 +246,7 @@ def test_the_search_puts_a_mesh_on_which_a_part_does_not_fit_last(monkeypatch):
     first, *_, last = found
     job = dataclasses.replace(job, mesh=last)
     assert mesh_lib.parse_sizes(first)["context"] == 4 and mesh_lib.parse_sizes(last)["context"] == 8
-    assert plan.verdict(job, found[last], 50).startswith("does not fit in 31.2 GiB: decode needs 40.0 GiB")
+    assert plan.verdict(job, found[last], 50).startswith("does not fit in 31.2 GiB: decoding needs 40.0 GiB")
 
 
 def test_the_search_goes_on_after_a_program_that_could_not_be_made(monkeypatch):
@@ -312,6 +312,21 @@ def test_videos_are_planned_as_many_at_a_time_as_they_are_sampled(side, frames, 
     assert (f"batch 5 ({at_a_time} at a time)" in plan.describe(job, need, 7)) == (at_a_time < 5)
 
 
+def test_a_mesh_that_makes_more_videos_than_are_asked_for_says_so():
+    job = plan.Job("wan2.1-t2v-1.3b", "denoise", "v6e:2x4", "fsdp=8", (480, 832), 81)
+    words = plan.describe(job, {"denoise": plan.Need(operations=918e12)}, 7)
+    assert "batch 1 (4 at a time, as many as the mesh has copies)" in words
+
+
+def test_small_figures_are_not_zero():
+    job = plan.Job("bundled", "denoise", "v6e:2x4", "context=8", (128, 128), 33)
+    small = plan.Need(arguments=2**20, heap=2**19, hbm=3 * 2**19, operations=459e9, collectives={"all-gather": 2**21})
+    words = plan.describe(job, {"denoise": small}, 10)
+    for figure in ("1.00 MiB", "0.50 MiB", "1.50 MiB", "0.46 T", " 0.5 ms", "all-gather 2.00 MiB"):
+        assert figure in words, figure
+    assert "at most 1.50 MiB of 31.2 GiB a chip; 10 steps take 5 ms at least" in words
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_offloaded_training_leaves_tokens_with_the_host(offload):
     job = plan.Job("wan2.1-t2v-1.3b", "train", "v6e:1x1", "data=1", (16, 16), 5, offload=offload)
@@ -349,6 +364,9 @@ def test_the_verdict_adds_up():
     assert plan.verdict(job, needs, 10).startswith("does not fit in 15.8 GiB: text needs 16.0 GiB")
     # One after the other they do.
     assert plan.verdict(job, needs, 10).endswith("; with --offload it fits")
+    assert "decoding needs 16.0 GiB" in plan.verdict(job, needs, 10) and "\n  decoding " in plan.describe(
+        job, needs, 10
+    )
     assert plan.verdict(dataclasses.replace(job, offload=True), needs, 10).startswith("fits: at most 8.00 of 15.8 GiB")
     needs = dict.fromkeys(needs, dataclasses.replace(need, hbm=6 * plan.GIB))
     # One second each: the text, 10 steps, 20 latent frames; a quarter of one for the first, which is of one frame.
@@ -364,16 +382,16 @@ def test_the_verdict_adds_up():
     needs["decode"] = plan.Need(error="too large")
     said = plan.for_scripts(job, needs, 10)
     assert not said["fits"] and said["at_least"] is None and "bounds" not in said["parts"]["decode"]
-    assert plan.verdict(job, needs, 10) == "does not compile: decode"
+    assert plan.verdict(job, needs, 10) == "does not compile: decoding"
     needs["decode"] = plan.Need(error="RESOURCE_EXHAUSTED: 40 of 16 GiB")
-    assert plan.verdict(job, needs, 10) == "does not fit: decode"
+    assert plan.verdict(job, needs, 10) == "does not fit: decoding"
     needs["denoise"] = dataclasses.replace(need, moved=819e9, collectives={"all-gather": 300e9})
     rows = plan.describe(dataclasses.replace(job, topology="v5e:4x4"), needs, 10).splitlines()
     assert "does not compile: RESOURCE_EXHAUSTED: 40 of 16 GiB" in "".join(rows)
     # The three bounds of a step, each beside what it is of.
     (step,) = [row for row in rows if "one step" in row]
-    assert "197.00 T    1.000 s" in step
-    assert "762.75 GiB 1.000 s" in step and "279.40 GiB 1.500 s" in step
+    assert "197.00 T    1.00 s" in step
+    assert "762.75 GiB    1.00 s" in step and "279.40 GiB    1.50 s" in step
 
 
 def test_windows_are_planned_as_often_as_they_run():

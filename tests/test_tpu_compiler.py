@@ -69,6 +69,7 @@ def test_four_chips_send_what_the_documents_of_attention_say():
     "model,topology,mesh,size,aim",
     [
         ("wan2.1-t2v-14b", "v6e:2x4", "context=8", (720, 1280), 5.0),
+        ("wan2.1-t2v-14b", "v5p:2x2x2", "context=8", (720, 1280), 5.0),
         ("wan2.1-t2v-1.3b", "v6e:1x1", "data=1", (480, 832), 3.7),
     ],
 )

@@ -64,7 +64,11 @@ def add_commands(commands: Any) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the large products (default: by the device)")
     kernels = ("auto", "xla", "heads", "splash", "cudnn")
     add("--kernel", choices=kernels, default="auto", help="what computes attention (default: auto, by the device)")
-    add("--mesh", metavar="AXIS=N,...", help="devices along data, fsdp, context, tensor, or auto (default: one device)")
+    add(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp, context, tensor, or auto (default: one device; with --hosts auto)",
+    )
     add("--hosts", action="store_true", help="started on each of several hosts: they share the work, the first writes")
     add("--offload", action="store_true", help="each part of the model is on the device only while it works")
     add("--policy", metavar="FILE", help="a TOML file that changes what prompts may ask for (see docs/safety.md)")
@@ -87,6 +91,7 @@ def _generate(options: argparse.Namespace) -> None:
     from sora_jax import hosts
 
     hosts.connect(preemptible=False)
+    hosts.check_found()
     with hosts.watched():
         task = hosts.by_all(partial(_prepare, options))
         hosts.check_same("model, prompts, pictures, policy and options", task.said(options))
@@ -164,7 +169,13 @@ def _prepare(options: argparse.Namespace) -> _Task:
 
         from sora_jax.mesh_choice import generating_mesh
 
-        words, reason = generating_mesh(config, request.size, request.window, jax.device_count(), request.is_guided)
+        words, reason = generating_mesh(
+            config,
+            request.size,
+            jax.device_count(),
+            request.is_guided,
+            rings=jax.default_backend() != "gpu",
+        )
         _say(f"mesh {words}: {reason}")
     return _Task(jobs, config, request, words, target)
 

@@ -38,7 +38,11 @@ def add_commands(commands: Any) -> None:
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the large products (default: bfloat16; bundled: float32)")
     add("--full", action="store_true", help="generate code too: minutes, but finds kernels that cannot be")
-    add("--train", action="store_true", help="a step of training the transformer, in place of generating")
+    add(
+        "--train",
+        action="store_true",
+        help="a step of training the transformer, in place of generating: it alone, by AdamW",
+    )
     add(
         "--offload",
         action="store_true",
@@ -96,10 +100,9 @@ def _plan(options: argparse.Namespace) -> None:
     job = plan.in_windows(job, options.window, options.overlap)
     if mesh == "auto" and not options.search and options.batch != "max":
         if options.train:
-            tokens = mesh_choice.tokens_of_frame(config, size, job.frames)
-            mesh, reason = mesh_choice.training_mesh(batch, number, config.dit, tokens=tokens)
+            mesh, reason = mesh_choice.training_mesh(batch, number, config.dit, tokens=config.tokens(1, size))
         else:
-            mesh, reason = mesh_choice.generating_mesh(config, size, job.frames, number)
+            mesh, reason = mesh_choice.generating_mesh(config, size, number)
         print(f"mesh {mesh}: {reason}", file=sys.stderr)
     if mesh != "auto":
         sizes = mesh_lib.parse_sizes(mesh)

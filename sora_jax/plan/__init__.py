@@ -23,15 +23,15 @@ from tqdm import tqdm
 
 from sora_jax import mesh as mesh_lib
 from sora_jax.errors import InputError
-from sora_jax.mesh_choice import generating_meshes, tokens_of_frame, training_mesh, training_meshes
-from sora_jax.plan.compile import compile_part
+from sora_jax.mesh_choice import generating_meshes, training_mesh, training_meshes
+from sora_jax.plan.compile import NEEDS_LIBTPU, compile_part
 from sora_jax.plan.job import GIB, Job, Need, at_a_time, chips, in_windows, model_config, parts
 from sora_jax.plan.programs import program
 from sora_jax.plan.words import at_least, describe, fits, for_scripts, verdict
 
 __all__ = [
-    "GIB", "Job", "Need", "at_a_time", "at_least", "chips", "compile_part", "describe", "fits", "for_scripts",
-    "in_windows", "largest_batch", "model_config", "needs", "parts", "program", "search", "verdict",
+    "GIB", "NEEDS_LIBTPU", "Job", "Need", "at_a_time", "at_least", "chips", "compile_part", "describe", "fits",
+    "for_scripts", "in_windows", "largest_batch", "model_config", "needs", "parts", "program", "search", "verdict",
 ]  # fmt: skip
 
 
@@ -53,9 +53,9 @@ def search(job: Job, which: tuple[str, ...], steps: int, full: bool = False) -> 
     _, number = chips(job.topology)
     config = model_config(job.model)
     if which == ("train",):
-        tried = training_meshes(config, job.size, job.frames, job.batch, number)
+        tried = training_meshes(config, job.size, job.batch, number)
     else:
-        tried = generating_meshes(config, job.size, job.frames, number)
+        tried = generating_meshes(config, job.size, number, job.batch)
     if not tried:
         asked = f"{job.model} at {job.size[0]}x{job.size[1]}" + f", batch {job.batch}" * (which == ("train",))
         raise InputError(f"no mesh that makes sense of {number} chips divides {asked}")
@@ -87,11 +87,16 @@ def largest_batch(job: Job, full: bool = False) -> tuple[Job, Need]:
         return _largest_multiple(dataclasses.replace(job, batch=sizes["data"] * sizes["fsdp"]), full)
     _, number = chips(job.topology)
     config = model_config(job.model)
-    tokens, tried, found = tokens_of_frame(config, job.size, job.frames), set(), None
+    tokens, tried, found = config.tokens(1, job.size), set(), None
     for clips in range(number, 0, -1):
         if number % clips:
             continue
-        mesh, _ = training_mesh(clips, number, config.dit, tokens=tokens)
+        try:
+            mesh, _ = training_mesh(clips, number, config.dit, tokens=tokens)
+        except InputError:  # no mesh divides so many
+            if clips == 1 and found is None:
+                raise
+            continue
         if mesh not in tried:
             tried.add(mesh)
             found = largest_batch(dataclasses.replace(job, mesh=mesh), full)

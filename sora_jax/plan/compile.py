@@ -20,10 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax import mesh as mesh_lib
+from sora_jax import pipeline
 from sora_jax.counting import count_collectives, count_operations
 from sora_jax.errors import InputError, one_line
 from sora_jax.plan.job import Job, Need, chips
 from sora_jax.plan.programs import at_rest, bytes_here, program, spared, steps
+
+NEEDS_LIBTPU = "planning needs the TPU compiler: on Linux x86-64, in the clone, pip install -e '.[tpu]'"
 
 
 def compile_part(job: Job, full: bool = False) -> Need:
@@ -106,7 +109,7 @@ def work(job: Job) -> None:
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        print(json.dumps({"input_error": "planning needs the TPU compiler: in the clone, pip install -e '.[tpu]'"}))
+        print(json.dumps({"input_error": NEEDS_LIBTPU}))
         return
     from jax.experimental import topologies
 
@@ -137,7 +140,7 @@ def work(job: Job) -> None:
         "moved": _moved(job, arguments[0], mesh),
     }
     print(json.dumps(values), flush=True)
-    lowered.compile()
+    lowered.compile(pipeline.codec_options("tpu") if job.part in ("encode", "decode") else None)
 
 
 def _shares(job: Job, mesh: jax.sharding.Mesh) -> int:

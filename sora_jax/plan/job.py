@@ -47,6 +47,8 @@ _PEAKS |= {"TPU v6 lite": CHIPS["v6e"].operations, "H100": 989e12, "H200": 989e1
 
 def peak_operations(device_kind: str) -> float | None:
     """Operations per second in the data sheet of the device of that name, dense bfloat16; None where none is known."""
+    if re.search("PCIe|NVL", device_kind):  # slower ones of the same name
+        return None
     return next((rate for word, rate in _PEAKS.items() if word in device_kind), None)
 
 

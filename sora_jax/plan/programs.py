@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax.core import meta
 
 from sora_jax import flow, pipeline, sampler
 from sora_jax import mesh as mesh_lib
@@ -35,8 +34,7 @@ def spared(job: Job) -> int:
     if job.part != "train":
         return 0
     config = model_config(job.model)
-    F, Y, X, _ = config.codec.latent_shape(job.frames, *job.size)
-    tokens = F * Y * X // math.prod(config.dit.patch)
+    tokens = config.tokens(job.frames, job.size)
     return config.dit.layers * 2 * job.batch * tokens**2 * config.dit.heads * config.dit.head_width
 
 
@@ -94,7 +92,8 @@ def program(job: Job, mesh: jax.sharding.Mesh):
         pictures, side = 2 if config.dit.image_positions else 1, config.vision.image_size
         return planned, (held("vision"), array((pictures, side, side, 3))), ()
     if job.part in ("encode", "decode"):
-        # As `generate` does it: the first frame, then one latent frame after the other with what went before.
+        # As `generate` does it with all but small videos: the first frame, then one latent frame after the other with
+        # what went before.
         code = {"encode": pipeline.encode, "decode": pipeline.decode}[job.part]
         latents, T = (1, 1, Y, X, Z), config.codec.stride_time
         start, piece = (latents, latents) if job.part == "decode" else ((1, n, *job.size, 3) for n in (1, T))
@@ -140,7 +139,7 @@ def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: i
     """
     if config.dit.condition_channels:
         raise InputError("training is planned for transformers that read text alone; this model's reads pictures too")
-    mesh_lib.check_heads(config.dit.heads, mesh)
+    mesh_lib.check_heads(config.dit.heads, mesh.shape)
     model = DiT(dataclasses.replace(config.dit, remat=remat), dtype)
     x0_BFYXZ, text_BLD = jnp.zeros((1, *shape)), jnp.zeros((1, config.text.length, config.text.width))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
@@ -149,12 +148,7 @@ def _training(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh, batch: i
         level_BF = jnp.zeros((1, shape[0]))
         return state_lib.create(model.init(jax.random.key(0), x0_BFYXZ, level_BF, text_BLD)["params"], optimizer)
 
-    boxed = jax.eval_shape(create)
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        meta.unbox(boxed),
-        mesh_lib.shardings(boxed, mesh),
-    )
+    state = mesh_lib.placed(jax.eval_shape(create), mesh)
 
     def loss(params, batch, key):
         x0_BFYXZ, text_BLD = batch

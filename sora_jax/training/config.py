@@ -6,7 +6,7 @@ It has to be whole, its numbers possible, and its work directory that of the sam
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,15 @@ def _check_dit(config: ConfigDict) -> None:
     check_kernel(config.kernel)
 
 
+def check_shares(config: ConfigDict, sizes: Mapping[str, int]) -> None:
+    """Raises InputError if a mesh of these sizes cannot share the batch or the heads."""
+    if config.task == "dit":
+        mesh_lib.check_heads(config.dit.heads, sizes)
+    shares = sizes["data"] * sizes["fsdp"]
+    if config.batch % shares:
+        raise InputError(f"config.batch is {config.batch}; it must be a multiple of {shares}, which share it")
+
+
 def check_run(config: ConfigDict, workdir: Path, mesh: Mesh) -> str:
     """Raises InputError, before any work, for what the mesh cannot share and for another run's work directory.
 
@@ -221,11 +230,7 @@ def check_run(config: ConfigDict, workdir: Path, mesh: Mesh) -> str:
       what the work directory was made with and this config has otherwise, so that the run goes on, but not as it would
       have done without a pause; "" if there is nothing of the kind.
     """
-    if config.task == "dit":
-        mesh_lib.check_heads(config.dit.heads, mesh)
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch % shares:
-        raise InputError(f"config.batch is {config.batch}; it must be a multiple of {shares}, which share it")
+    check_shares(config, mesh.shape)
     path = workdir / "config.json"
     if not path.exists():
         return ""

@@ -50,23 +50,18 @@ def initial_state(task, optimizer, config: ConfigDict, mesh) -> tuple:
         return state_lib.create(task.initialize(jax.random.key(config.seed)), optimizer)
 
     boxed = jax.eval_shape(create)
-    placed = mesh_lib.shardings(boxed, mesh)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        meta.unbox(boxed),
-        placed,
-    )
+    abstract, places = mesh_lib.placed(boxed, mesh), mesh_lib.shardings(boxed, mesh)
 
     def make(found):
         if not found:
-            return jax.jit(lambda: meta.unbox(create()), out_shardings=placed)()
+            return jax.jit(lambda: meta.unbox(create()), out_shardings=places)()
 
         def create_from(found):
             # What the folder does not have, such as a network that only training uses, is fresh.
             params = meta.unbox(task.initialize(jax.random.key(config.seed)))
             return state_lib.create({**params, **found}, optimizer)
 
-        return jax.jit(create_from, out_shardings=placed)(found)
+        return jax.jit(create_from, out_shardings=places)(found)
 
     return abstract, make
 
