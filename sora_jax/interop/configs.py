@@ -26,6 +26,7 @@ _CLASSES = {
     "image_encoder": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "scheduler": _SOLVERS,
 }
+_NEEDED = ("transformer", "vae", "text_encoder")
 _READ_ELSEWHERE = {"tokenizer", "image_processor"}
 _TEXT_LENGTH = 512  # the pipelines pad and cut prompts to this
 _MOST_LAYERS = 1000  # beyond what anybody has, and few enough to be counted up
@@ -62,6 +63,8 @@ def pipeline_config(path: Path) -> ModelConfig:
             if found not in (*possible, None):
                 words = " or ".join(map(repr, possible))
                 raise InputError(f"{path / 'model_index.json'}: {part} is {found!r}; only {words} can be read")
+            if found is None and part in _NEEDED:
+                raise InputError(f"{path / 'model_index.json'}: there is no {part}")
             named[part] = found
         low = named["transformer_2"] is not None
         if not low and index.get("boundary_ratio") is not None:
@@ -76,6 +79,10 @@ def pipeline_config(path: Path) -> ModelConfig:
         if low and dit_config(path / "transformer_2" / "config.json") != dit:
             raise InputError(f"{path}: transformer and transformer_2 have different sizes")
         level_per_frame = _optional(path / "model_index.json", index, "expand_timesteps", _flag, False)
+        if level_per_frame and (low or dit.condition_channels):
+            raise InputError(
+                f"{path / 'model_index.json'}: expand_timesteps is for one transformer, told of no picture"
+            )
         vision = vision_config(path / "image_encoder" / "config.json") if dit.image_width else None
         if vision is not None:
             _check_processor(path / "image_processor" / "preprocessor_config.json", vision.image_size)

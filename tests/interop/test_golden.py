@@ -186,7 +186,11 @@ def test_older_names_of_the_same_tensors(kind, generator, tmp_path):
     tensors = safetensors.numpy.load(path.read_bytes())
     older = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors.items()}
     older["vision_model.embeddings.position_ids"] = np.arange(5)[None]
+    older["visual_projection.weight"] = np.ones((8, 8), np.float32)
     safetensors.numpy.save_file(older, path)
+    path = folder / "model_index.json"  # as those of Wan 2.1 name the class
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}))
     path = folder / "text_encoder" / "model.safetensors"
     tensors = safetensors.numpy.load(path.read_bytes())
     safetensors.numpy.save_file({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}, path)
@@ -194,6 +198,13 @@ def test_older_names_of_the_same_tensors(kind, generator, tmp_path):
     tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
     safetensors.numpy.save_file(tensors, path)
     jax.tree.map(np.testing.assert_array_equal, sora_jax.load(folder).params, generator.params)
+
+
+def test_levels_per_frame_are_not_for_two_transformers(tmp_path):
+    folder = Path(shutil.copytree(GOLDEN / "a14b", tmp_path / "model"))
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "expand_timesteps": True}))
+    refused(folder, "expand_timesteps is for one transformer, told of no picture")
 
 
 def test_older_and_newer_names_together_are_refused(tmp_path):
@@ -487,6 +498,7 @@ def test_pickles_and_unknown_classes_are_refused(folder):
         ("text_encoder/config.json", "layer_norm_epsilon", 1e-5, "layer_norm_epsilon is 1e-05; only 1e-06"),
         ("text_encoder/config.json", "pad_token_id", 1, "pad_token_id is 1; only 0"),
         ("text_encoder/config.json", "vocab_size", 4, "tokenizer.json has a token .*; the text encoder has 4, counted"),
+        ("model_index.json", "vae", [None, None], "model_index.json: there is no vae"),
         ("model_index.json", "boundary_ratio", 0.875, "there is a boundary_ratio, and no transformer_2"),
         (
             "model_index.json",
