@@ -44,10 +44,10 @@ over the links that a chip of this slice has: no measurement of time. "Received"
 of a process until the compiler's report on the step is there, of tracing and compiling, on two CPU cores; with --full
 those of all parts, with the code that is generated where the programs are to run.
 
-The codec is compiled with less effort than the rest (`pipeline.codec_options`). With the usual effort the decoder of the
-second row took 702 s in place of 103 (both beside other work; 218 s alone), needed 4.29 GiB in place of 4.59, and was
-expected to run for 182 million cycles a latent frame in place of 232: for all 21 of them about a second less, of some
-ninety. An effort of -0.2 makes the same program as 0, one of -1 took more than twice the cycles.
+The codec is compiled with less effort than the rest (`pipeline.codec_options`). With the usual effort the decoder of
+the second row took 702 s in place of 103 (both beside other work; 218 s alone), needed 4.29 GiB in place of 4.59, and
+was expected to run for 182 million cycles a latent frame in place of 232: for all 21 of them about a second less, of
+some ninety. An effort of -0.2 makes the same program as 0, one of -1 took more than twice the cycles.
 
 """
 COLUMNS = (
