@@ -205,7 +205,7 @@ def test_what_cannot_be_planned_is_one_line(words, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatch):
+def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatch, capsys):
     tried, (chip, _) = {}, plan.chips("v6e:2x4")
 
     def needs(job, parts, full):
@@ -219,6 +219,8 @@ def test_the_search_tries_what_divides_and_ranks_by_the_slowest_bound(monkeypatc
     monkeypatch.setattr(plan, "needs", needs)
     job = plan.Job("wan2.1-t2v-1.3b", "", "v6e:2x4", "", (480, 832), 81, batch=8)
     found = list(plan.search(job, ("train",), 1))
+    said = capsys.readouterr().err  # as each is found
+    assert all(f"mesh {mesh}: fits: 1.00 of 31.2 GiB a chip" in said for mesh in found)
     assert set(tried.values()) == {("train",)} and len(tried) == len(found) > 5
     config = PRESETS[job.model]
     assert set(found) == set(mesh_choice.training_meshes(config, job.size, 8, 8))

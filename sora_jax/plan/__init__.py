@@ -18,6 +18,7 @@ videos, one latent frame after the other.
 """
 
 import dataclasses
+import sys
 
 from tqdm import tqdm
 
@@ -66,6 +67,8 @@ def search(job: Job, which: tuple[str, ...], steps: int, full: bool = False) -> 
                 found[mesh] = needs(dataclasses.replace(job, mesh=mesh), which, full)
             except RuntimeError as error:  # the others are worth knowing all the same
                 found[mesh] = {which[0]: Need(error=str(error))}
+            # Minutes lie between them: who has seen enough can stop.
+            bar.write(f"mesh {mesh}: {verdict(dataclasses.replace(job, mesh=mesh), found[mesh], steps)}", sys.stderr)
 
     def rank(mesh):
         here, needed = dataclasses.replace(job, mesh=mesh), found[mesh]
