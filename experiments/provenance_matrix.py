@@ -165,8 +165,9 @@ def _certificate_rows(folder: Path, format: str) -> Iterator[Row]:
 HEAD = """# What reading a signed file says after a change
 
 Written by `python experiments/provenance_matrix.py --out docs/provenance.md`. Trusted and valid are intact, by a signer
-known here or not; rejected has a bad certificate; tampered was changed; none has no manifest. Numbers count what was
-tried, such as single bytes. "Pixels" says whether a player shows the same frames, other ones, or none.
+known here or not; rejected has a bad certificate or leaves parts out; tampered was changed; none has no manifest.
+Numbers count what was tried, such as single bytes. "Pixels" says whether a player shows the same frames, other ones,
+or none.
 Where a flipped byte leaves a file trusted, it is in the empty room that C2PA keeps beside a signature.
 
 What a model made says so (`trainedAlgorithmicMedia`). What it did not make says only what is known: a video that was

@@ -141,7 +141,7 @@ def _measure(gate: Gate, prompts: Sequence[tuple[str, str]]) -> dict[str, Any]:
         named = [i for i, verdict in enumerate(verdicts) if name in verdict.categories]
         rows[name] = {
             "recall": _share(sum(refused[i] for i in ours), len(ours)),
-            "precision": _share(sum(asked[i] != BENIGN for i in named), len(named)),
+            "precision": _share(sum(asked[i] == name for i in named), len(named)),
             "over-refusal": _share(sum(asked[i] == BENIGN for i in named), asked.count(BENIGN)),
         }
     disguised = [not gate.check(obfuscated(prompts[i][1], rng)).allowed for i in harmful]

@@ -84,14 +84,7 @@ def load_signer(
     if cert is None:
         if key is not None or callback is not None:
             raise InputError("a signing key needs its certificate: give a PEM file with the certificate chain as well")
-        is_first = not os.path.lexists(_folder() / "signing.pem")
         path = _local()
-        if is_first:
-            warnings.warn(
-                "note: a signing key was made for this installation. What it signs can be checked to be unchanged; it "
-                "does not prove who made it",
-                stacklevel=2,
-            )
         text, where = _read(path), str(path)
         private = _private_key(text, where)
     else:
@@ -154,6 +147,11 @@ def _local() -> Path:
         if not os.path.lexists(path):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _create(path, _new_key_and_chain())
+            warnings.warn(
+                "note: a signing key was made for this installation. What it signs can be checked to be unchanged; it "
+                "does not prove who made it",
+                stacklevel=3,
+            )
     except OSError as error:
         raise InputError(f"cannot make the signing key {path}: {error.strerror}; set XDG_CONFIG_HOME") from error
     _check_closed(path)

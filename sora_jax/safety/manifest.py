@@ -54,7 +54,7 @@ _BEGINNINGS = {  # of files that can hold a manifest, whatever their names say
 _BRANDS = {b"qt  ": "video/quicktime", b"avif": "image/avif", b"heic": "image/heic", b"mif1": "image/heif"}
 _TOO_SHORT = "it ends too soon, or is not what its name says"
 _EXTRA = ".additionalExclusionsPresent"
-_LEFT_OUT_TOO = "the signer chose to leave out more of the file than C2PA does, and there it may have been changed"
+_LEFT_OUT_TOO = "the signer left out more of the file than C2PA does, and there it may have been changed"
 _CREDENTIAL = ("signingCredential.", "claimSignature.outsideValidity", "timeStamp.")
 _BOUND = ("assertion.dataHash.match", "assertion.bmffHash.match", "assertion.boxesHash.match")
 
@@ -84,7 +84,8 @@ class Manifest:
 
     Attributes:
         state: trusted (intact, and the signer's certificate leads to an anchor), valid (intact, signer unknown),
-            rejected (intact, but the certificate is expired or not for this), tampered, none (no manifest: taken off or
+            rejected (intact, but the certificate is expired or not for this, or more of the file is left out than C2PA
+            does), tampered, none (no manifest: taken off or
             never there), unreadable (the file or its manifest cannot be read).
         problems: what is wrong or, in an intact file, weakens the proof; in plain words with the code of the C2PA
             standard.
@@ -261,6 +262,8 @@ def _state(results: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     intact = "claimSignature.validated" in passed and passed & set(_BOUND)
     if not intact or not all(code.startswith(_CREDENTIAL) for code in failed):
         return "tampered", problems
+    if left_out:  # which may be the pictures
+        return "rejected", problems
     if not failed:
         return ("trusted" if "signingCredential.trusted" in passed else "valid"), problems
     return ("valid" if set(failed) == {"signingCredential.untrusted"} else "rejected"), problems

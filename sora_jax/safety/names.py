@@ -130,14 +130,19 @@ class NameFinder:
 
     def _is_listed(self, words: str) -> bool:
         parts = self._false_friends.removed_from(words).split()
-        for start in range(len(parts)):
-            for end in range(start + 1, min(start + self._longest, len(parts)) + 1):
+        start = 0
+        while start < len(parts):
+            for end in range(min(start + self._longest, len(parts)), start, -1):
                 name = tuple(parts[start:end])
                 genitive = (*name[:-1], name[-1].removesuffix("s"))
                 listed = name in self._people or genitive in self._people or self._is_misspelt(name)
                 glued = len(name) == 1 and (name[0] in self._glued or genitive[0] in self._glued)
-                if (listed or glued) and not _is_about_work(" ".join(parts[:start]) + " ", " ".join(parts[end:])):
-                    return True
+                if listed or glued:
+                    if not _is_about_work(" ".join(parts[:start]) + " ", " ".join(parts[end:])):
+                        return True
+                    start = end - 1  # a surname in it, which is listed too, is that of the same
+                    break
+            start += 1
         return False
 
     def _is_misspelt(self, words: tuple[str, ...]) -> bool:
@@ -177,7 +182,10 @@ class NameFinder:
     def _is_nothing_else(self, text: str, match: re.Match) -> bool:
         """Whether no false friend, with up to three words around, takes the name away, and no work is meant."""
         before, after = to_words(text[: match.start()]), to_words(text[match.end() :])
-        if _is_about_work(before + " ", after):
+        whole = re.sub(
+            r"([A-Z][\w'.-]* )+$", "", text[: match.start()]
+        )  # before its first words, as of "Pablo Picasso"
+        if _is_about_work(to_words(whole) + " ", after):
             return False
         around = " ".join([*before.split()[-3:], to_words(match[0]), *after.split()[:3]])
         first = to_words(match[0]).split()[0]

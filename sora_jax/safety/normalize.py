@@ -65,7 +65,7 @@ _MARKS = re.compile(
 _ENGLISH = 0.6  # the share of known words from which a text is taken for English
 _LATIN = 0.25  # the share of Latin letters from which lookalikes may stand for the others
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])|\s*\n\s*")
-_CLAUSE_END = re.compile(r"(?<=[,:])\s+|(?<=[，：、])")
+_CLAUSE_END = re.compile(r"(?<=[,:])\s+|(?<=[，：、])|\s*[—|…]\s*|\.{3}\s*|\s+[–/(]\s*")
 _PHRASE = re.compile(r",? (?:in|at|near|by|outside|during|while|after|before) |, ?")  # where one begins
 _MANY_WORDS = 20  # a sentence of more is read by clauses too
 
@@ -96,16 +96,17 @@ def forms(prompt: str) -> Forms | None:
         return None
     text = " ".join(ascii_text.split())
     words = to_words(text)
-    readings, is_plain = [], prompt.isascii()  # other alphabets become words that are no English
-    for split in (False, True):
-        joined = _join_spaced(ascii_text, split)
+    readings, is_plain = [], is_latin(prompt)  # other alphabets become words that are no English
+    # What is drawn as nothing or as a small picture may stand for a gap.
+    for written, split in itertools.product(dict.fromkeys((ascii_text, to_ascii(_with_gaps(prompt)))), (False, True)):
+        joined = _join_spaced(written, split)
         if is_plain:
             joined = _RUN_TOGETHER.sub(_apart, joined)
         read = to_words(_unleet(_glue(joined)))
         readings += [_respelled(read)] * is_plain
         readings += [re.sub(r"([a-z])\1{2,}", short, read) for short in (r"\1", r"\1\1")]
     # The encoder takes other capitals for other words, and a word between marks for another one.
-    is_plain |= is_latin(prompt) and is_english(words)  # but for its marks
+    is_plain = prompt.isascii() or (is_plain and is_english(words))  # but for its marks
     marked = is_plain and bool(_MARKS.search(text) or _CAPITALS.search(text) or text.istitle())
     decoded = dict.fromkeys(read for read in readings if read != words or marked)
     return Forms(visible(prompt), text, words, tuple(decoded))
@@ -125,7 +126,7 @@ def pieces(prompt: str) -> list[Forms]:
     sentences = [part for part in _SENTENCE_END.split(prompt) if part.strip()]
     found = sentences if len(sentences) > 1 else []
     for sentence in sentences:
-        if len(sentence.split()) > _MANY_WORDS:
+        if len(_UNSPACED.sub(" x ", sentence).split()) > _MANY_WORDS:
             clauses = [part for part in _CLAUSE_END.split(sentence) if part.strip()]
             if len(clauses) > 1:
                 found = [*found, *clauses, *map(" ".join, itertools.pairwise(clauses))]
@@ -224,6 +225,18 @@ def visible(text: str) -> str:
             if unicodedata.category(character) not in _NOT_DRAWN and character not in _BLANK
         )
     return " ".join(_CONTROL.sub("", text).split())
+
+
+def _with_gaps(text: str) -> str:
+    """Spaces for invisible characters, for blank ones, and for emoji and other pictures."""
+    if text.isascii():
+        return text
+    return "".join(" " if character in _BLANK or _is_picture(character) else character for character in text)
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_picture(character: str) -> bool:
+    return unicodedata.category(character) in {"So", *_NOT_DRAWN}
 
 
 def to_ascii(text: str) -> str:

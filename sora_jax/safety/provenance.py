@@ -87,7 +87,7 @@ class Claim:
             are on them too, "file" if they are those of the first ingredient, encoded anew.
         title: what kind of file it is, such as "video.mp4": its own name may be made from the prompt.
         model, weights_sha256: the model's name and the digest of its weights, hexadecimal.
-        config: the request and the model's configuration, as JSON has it.
+        config: what was asked for: frames, size, solver and what else decided how it was sampled, as JSON has it.
         prompt_sha256: digest of the prompt in UTF-8, hexadecimal.
         seed: of the noise.
         prompt: the prompt itself, only if it shall be in the file.
@@ -114,8 +114,8 @@ class Claim:
 
 
 def frames_digest(frames_THWC: np.ndarray) -> str:
-    """SHA-256 of the bytes of frames, hexadecimal, as `Claim.frames_sha256` has it."""
-    return hashlib.sha256(np.ravel(frames_THWC)).hexdigest()
+    """SHA-256 of the shape and the bytes of frames, hexadecimal, as `Claim.frames_sha256` has it."""
+    return hashlib.sha256(f"{frames_THWC.shape}".encode() + frames_THWC.tobytes()).hexdigest()
 
 
 def together(claims: Sequence[Claim]) -> Claim:
@@ -216,6 +216,7 @@ def _manifest(claim: Claim, left_out: str | None) -> dict[str, Any]:
     generation = asdict(replace(claim, ingredients=())) | {"ingredients": used, LEFT_OUT: left_out}
     if claim.prompt is None:
         del generation["prompt"]
+    marked = [{"action": "c2pa.watermarked.unbound"}] if "mark" in claim.checks else []  # C2PA 2.3: no soft binding
     identifiers = [_identifier(number) for number in range(len(claim.ingredients))]
     # The standard wants what was edited to be opened first.
     opened = [{"action": "c2pa.opened", "parameters": {"ingredientIds": identifiers[:1]}}] if identifiers else []
@@ -223,10 +224,9 @@ def _manifest(claim: Claim, left_out: str | None) -> dict[str, Any]:
         made = {"action": "c2pa.created", "digitalSourceType": _SOURCE_TYPES[claim.origin], "softwareAgent": agent}
         if opened:
             made |= {"action": "c2pa.edited", "parameters": {"ingredientIds": identifiers[1:]}}
-        actions = [*opened, made]
+        actions = [*opened, made, *[one | {"softwareAgent": agent} for one in marked]]
     else:
         done = "c2pa.transcoded" if claim.origin == "file" else "c2pa.unknown"
-        marked = [{"action": "c2pa.watermarked.unbound"}] if "mark" in claim.checks else []  # C2PA 2.3: no soft binding
         created = {"action": "c2pa.created", "digitalSourceType": _EMPTY}
         actions = [*(opened or [created]), {"action": done}, *marked]
         actions = [one | {"softwareAgent": agent} for one in actions]

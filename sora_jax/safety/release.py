@@ -69,6 +69,8 @@ def release(
         raise Refused(f"the frame scan withholds {what}; {report} says why")
     if claim.frames_sha256 and claim.frames_sha256 != frames_digest(frames_THWC):  # changed since the model made them
         claim = Claim(version=claim.version, ingredients=claim.ingredients)
+    if "fps" in claim.config:
+        claim = dataclasses.replace(claim, config={**claim.config, "fps": fps})
     payload = mark_of(claim, frames_THWC)
     checks = {**claim.checks, "frames": scans, "mark": f"{payload:04x}"}
     origin = "" if claim.origin == "file" and not _is_copy(frames_THWC, fps, claim) else claim.origin

@@ -23,7 +23,7 @@ _HEADLINES = {"valid": "valid, signer unknown"}  # of states whose name alone sa
 _SAYS = {
     "trusted": "whose manifest was intact",
     "valid": "whose manifest was intact",
-    "rejected": "whose manifest was intact, but by a signer whose certificate did not hold",
+    "rejected": "whose manifest was intact, but by a signer whose certificate did not hold, or not of all of it",
     "tampered": "which had been changed after it was signed",
     "none": "which held no manifest",
     "unreadable": "whose manifest could not be read",
@@ -128,7 +128,7 @@ def _of_manifest(manifest: Manifest, roots: Set[str]) -> list[str]:
     if manifest.state == "tampered":
         return [f"It was changed after it was signed: {'; '.join(manifest.problems)}.", f"{said} Do not rely on it."]
     if manifest.state == "rejected":
-        return [f"It is unchanged, but its signer's certificate does not hold: {'; '.join(manifest.problems)}.", said]
+        return [f"What is signed is unchanged, but that does not hold: {'; '.join(manifest.problems)}.", said]
     known = "knows" if manifest.state == "trusted" else "does not know"
     signer = _quoted(manifest.signer) if manifest.signer else "somebody without a name"
     lines = [
@@ -180,14 +180,14 @@ def _of_scans(said: Any) -> list[str]:
         all_kinds += kinds
         every = one.get("every")
         counted = type(every) is int and every > 1
-        which = "all frames" if every == 1 else f"at least every {every}th frame" if counted else "frames"
+        which = "all frames" if every == 1 else f"at least one in {every} frames" if counted else "frames"
         passed = "passed" if one.get("passed") is True else "did not pass"
         named = ", ".join(kind if kind in scan.KINDS else _quoted(plain(kind)) for kind in kinds)
         lines.append(f"It says that {which} {passed} a scan for {named}.")
     if not lines:
         return ["It says nothing of a scan of its frames, and none is made here."]
     left = scan.not_scanned_for(all_kinds)
-    return [*lines, f"It was not scanned for {', '.join(left)}."] if left else lines
+    return [*lines, f"Not scanned for, as far as it says: {', '.join(left)}."] if left else lines
 
 
 def _of_mark(words: str, bits: str, manifest: Manifest) -> list[str]:

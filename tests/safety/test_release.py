@@ -218,11 +218,22 @@ media.take_free_name(Path("hidden.mp4"), Path("clip.mp4"))
 def test_that_a_model_made_frames_is_said_of_those_it_made_alone(tmp_path):
     made = noisy_clip()
     claim = Claim(origin="model", model="tiny", seed=3, frames_sha256=provenance.frames_digest(made.frames))
-    for frames, said in ((made.frames, True), (made.frames[:, ::-1], False)):
+    turned, reshaped = made.frames[:, ::-1], made.frames.reshape(len(made.frames), -1, 2 * made.frames.shape[2], 3)
+    for frames, said in ((made.frames, True), (turned, False), (reshaped, False)):
         path = save(Video(np.ascontiguousarray(frames), claim=claim), tmp_path / "clip.mp4")
         manifest = provenance.read_manifest(path, keys.local_anchor())
         assert (manifest.generation["seed"] == 3) == said == ("tiny" in json.dumps(manifest.generation))
         assert any("rainedAlgorithmicMedia" in kind for kind in manifest.source_types) == said
+
+
+def test_a_file_has_the_speed_that_it_says_and_a_mark_that_it_tells_of(tmp_path):
+    made = noisy_clip()
+    digest = provenance.frames_digest(made.frames)
+    claim = Claim(origin="model", config={"fps": 8.0, "steps": 3}, frames_sha256=digest)
+    path = save(Video(made.frames, 24.0, claim), tmp_path / "clip.mp4")
+    manifest = provenance.read_manifest(path, keys.local_anchor())
+    assert manifest.generation["config"] == {"fps": 24.0, "steps": 3}
+    assert manifest.actions == ("c2pa.created", "c2pa.watermarked.unbound")
 
 
 @pytest.mark.parametrize("stage", ["scan", "sign", "verify_signed", "replace", "link"])

@@ -43,8 +43,8 @@ def test_what_was_made_here_is_known_and_marked(copy, capsys):
     for words in (
         "unchanged since they were signed",
         "generative model",
-        "at least every 8th frame passed a scan for nudity and sexual content.",
-        "not scanned for violence, hate, likeness of real people.",
+        "at least one in 8 frames passed a scan for nudity and sexual content.",
+        "Not scanned for, as far as it says: violence, hate, likeness of real people.",
         "installation's invisible mark",
     ):
         assert words in text
@@ -64,14 +64,14 @@ UNSCANNED = "It says nothing of a scan of its frames, and none is made here."
             {"scans_for": ["violence"], "passed": False},  # a single scan, as older files have it
             [
                 "It says that frames did not pass a scan for violence.",
-                "It was not scanned for nudity and sexual content, hate, likeness of real people.",
+                "Not scanned for, as far as it says: nudity and sexual content, hate, likeness of real people.",
             ],
         ),
         (
             [{"scans_for": ["violence", "x\x1b[0m"], "passed": True, "every": 1}],
             [
                 'It says that all frames passed a scan for violence, "x [0m".',
-                "It was not scanned for nudity and sexual content, hate, likeness of real people.",
+                "Not scanned for, as far as it says: nudity and sexual content, hate, likeness of real people.",
             ],
         ),
     ],
