@@ -54,7 +54,7 @@ _BEGINNINGS = {  # of files that can hold a manifest, whatever their names say
 _BRANDS = {b"qt  ": "video/quicktime", b"avif": "image/avif", b"heic": "image/heic", b"mif1": "image/heif"}
 _TOO_SHORT = "it ends too soon, or is not what its name says"
 _EXTRA = ".additionalExclusionsPresent"
-_LEFT_OUT_TOO = "the signer left out more of the file than C2PA does, and there it may have been changed"
+LEFT_OUT_TOO = "the signer left out more of the file than C2PA does, and there it may have been changed"
 _CREDENTIAL = ("signingCredential.", "claimSignature.outsideValidity", "timeStamp.")
 _BOUND = ("assertion.dataHash.match", "assertion.bmffHash.match", "assertion.boxesHash.match")
 
@@ -256,7 +256,7 @@ def _state(results: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     codes = results["activeManifest"]
     passed = {entry["code"] for entry in codes["success"]}
     failed = {entry["code"]: entry.get("explanation", "") for entry in codes["failure"]}
-    left_out = {entry["code"]: _LEFT_OUT_TOO for entry in codes["informational"] if entry["code"].endswith(_EXTRA)}
+    left_out = {entry["code"]: LEFT_OUT_TOO for entry in codes["informational"] if entry["code"].endswith(_EXTRA)}
     words = {code: _WORDS.get(code) or plain(explanation) for code, explanation in failed.items()} | left_out
     problems = tuple(f"{text} ({plain(code)})" for code, text in words.items())
     intact = "claimSignature.validated" in passed and passed & set(_BOUND)

@@ -14,7 +14,15 @@ from cryptography import x509
 from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.safety import keys, mark, scan
-from sora_jax.safety.manifest import BY_MODEL, PARTLY_BY_MODEL, Manifest, plain, read_manifest, signer_name
+from sora_jax.safety.manifest import (
+    BY_MODEL,
+    LEFT_OUT_TOO,
+    PARTLY_BY_MODEL,
+    Manifest,
+    plain,
+    read_manifest,
+    signer_name,
+)
 
 # What `sora-jax verify` ends with.
 EXIT_CODES = {"trusted": 0, "valid": 4, "tampered": 5, "none": 6, "rejected": 7, "unreadable": 2}
@@ -128,7 +136,10 @@ def _of_manifest(manifest: Manifest, roots: Set[str]) -> list[str]:
     if manifest.state == "tampered":
         return [f"It was changed after it was signed: {'; '.join(manifest.problems)}.", f"{said} Do not rely on it."]
     if manifest.state == "rejected":
-        return [f"What is signed is unchanged, but that does not hold: {'; '.join(manifest.problems)}.", said]
+        unchanged = "It is unchanged, but its signer's certificate does not hold"
+        if any(problem.startswith(LEFT_OUT_TOO) for problem in manifest.problems):
+            unchanged = "What is signed is unchanged, but not enough is"
+        return [f"{unchanged}: {'; '.join(manifest.problems)}.", said]
     known = "knows" if manifest.state == "trusted" else "does not know"
     signer = _quoted(manifest.signer) if manifest.signer else "somebody without a name"
     lines = [

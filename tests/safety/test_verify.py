@@ -15,7 +15,7 @@ from test_release import noisy_clip, save
 
 from sora_jax.cli import main
 from sora_jax.safety import certificates, keys, provenance
-from sora_jax.safety.manifest import BY_MODEL, STATES, Manifest, read_manifest
+from sora_jax.safety.manifest import BY_MODEL, STATES, Manifest, _state, read_manifest
 from sora_jax.safety.provenance import Claim
 from sora_jax.safety.verify import EXIT_CODES, _of_generation, _of_manifest, _of_mark, verify
 from sora_jax.video import Video, read_video
@@ -273,3 +273,23 @@ def test_files_that_are_no_videos(tmp_path, monkeypatch, capsys):
     assert "cannot read none.mp4" in capsys.readouterr().err
     np.save(tmp_path / "x.npy", np.zeros(3))
     assert main(["verify", "x.npy"]) in (2, 6)
+
+
+def test_what_a_signer_left_out_of_his_signature_is_not_trusted():
+    """A second exclusion may hold the pictures: whoever has the file can put others there."""
+
+    def entry(code):
+        return {"code": code}
+
+    codes = {
+        "success": [entry("claimSignature.validated"), entry("assertion.dataHash.match")],
+        "informational": [],
+        "failure": [],
+    }
+    codes["success"].append(entry("signingCredential.trusted"))
+    assert _state({"activeManifest": codes})[0] == "trusted"
+    codes["informational"].append(entry("assertion.dataHash.additionalExclusionsPresent"))
+    state, problems = _state({"activeManifest": codes})
+    assert state == "rejected"
+    said = _of_manifest(Manifest(state, problems=problems), ())[0]
+    assert said.startswith("What is signed is unchanged, but not enough is: the signer left out more of the file")
