@@ -39,7 +39,7 @@ def videos_in(folder: Path) -> dict[Path, str]:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         try:
-            lines = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+            lines = path.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{path}: cannot read its captions, {path.with_suffix('.txt')}: {one_line(error)}"
@@ -58,15 +58,20 @@ def frames_of(path: Path, size: int, fps: float) -> Iterator[np.ndarray]:
     Raises:
         InputError: it cannot be read.
     """
-    shown, end, taken = None, 0.0, 0
+    shown, begin, end, taken = None, None, 0.0, 0
     try:
         with av.open(str(path), **media.OPENED) as container:
             rate = float(container.streams.video[0].average_rate or fps)
             for number, frame in enumerate(itertools.chain(container.decode(video=0), [None])):
                 time = end if frame is None else number / rate if frame.time is None else frame.time
+                if begin is None:  # what was cut out of a longer one begins late
+                    begin = time
+                if frame is not None:
+                    time -= begin
                 while shown is not None and taken / fps < time - 1e-6:
                     if isinstance(shown, av.VideoFrame):
-                        upright = media.upright(shown.to_ndarray(format="rgb24"), shown.rotation)
+                        picture = shown.to_ndarray(format="rgb24", interpolation=media.EXACT)
+                        upright = media.upright(picture, shown.rotation)
                         shown = squared(upright, size)
                     yield shown
                     taken += 1

@@ -358,7 +358,8 @@ class Generator:
             notes.append(f"note: this model does not know: {', '.join(unknown)}\nit knows: {known}")
         for text in texts:
             if rest := self.tokenizer.unread(text, self.config.text.length):
-                notes.append(f"note: the prompt is too long for this model, which does not read its end: ...{rest}")
+                which = "prompt" if text in request.prompts else "negative prompt"
+                notes.append(f"note: the {which} is too long for this model, which does not read its end: ...{rest}")
         if (several := self._at_a_time(request)) > len(request.prompts):
             asked = f"{len(request.prompts)} {'is' if len(request.prompts) == 1 else 'are'} asked for"
             notes.append(f"note: this mesh makes {several} videos at a time, and {asked}: context would share the work")

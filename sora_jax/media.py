@@ -38,7 +38,7 @@ ANY_NOTES = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors
 OPENED = {"options": {"format_whitelist": _FORMATS}, **ANY_NOTES}  # how PyAV is to open what somebody gives
 _BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer functions and matrices
 # Without these the conversion between RGB and YUV takes shortcuts that darken frames by one or two levels.
-_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 # The same frames give the same file. The number of threads changes it; and with AVX-512 x264 reads memory that it never
 # wrote (MALLOC_PERTURB_ shows it, for frames of 64 x 64 pixels).
 _X264 = {"crf": "16", "preset": "medium", "threads": "1"}
@@ -160,7 +160,7 @@ def _decode(
                     break
                 if number % step:
                     continue
-                picture = convert(frame, format="rgb24", interpolation=_EXACT).to_ndarray()
+                picture = convert(frame, format="rgb24", interpolation=EXACT).to_ndarray()
                 picture = upright(picture, frame.rotation, mirrored)
                 if frames and picture.shape != frames[0].shape:
                     raise InputError(f"cannot read {path}: it holds no frames of one size")
@@ -283,7 +283,7 @@ def _mp4(frames: np.ndarray, rate: Fraction) -> bytes:
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=_EXACT,
+                interpolation=EXACT,
             )
             container.mux(stream.encode(picture))
         container.mux(stream.encode())

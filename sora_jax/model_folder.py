@@ -174,6 +174,8 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
         raise InputError(
             f"there is no model folder {path}; it must be a folder on this machine (docs/wan.md names some to fetch)"
         )
+    if Path(path, "model_index.json").exists() and not Path(path, "model.json").exists():
+        raise InputError(f"{path} is in the layout of diffusers, which is not read here: `sora-jax convert` it first")
     if not Path(path, "model.json").exists():
         raise InputError(f"{path} is no model folder: it holds no model.json, and no model_index.json as Wan's do")
     return _read_json(Path(path, "model.json"), ModelConfig)

@@ -175,9 +175,8 @@ class TensorFile:
         if path.suffix in PICKLES:
             raise InputError(f"{path} is a pickle, which is never read: convert it to safetensors")
         try:
-            with safetensors.safe_open(path, "np"):
-                pass  # it checks the header: names, formats, and that the tensors fill the file
-            with open(path, "rb") as file:
+            with open(path, "rb") as file, safetensors.safe_open(path, "np"):
+                # It has checked the header: names, formats, and that the tensors fill the file.
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
         except OSError as error:

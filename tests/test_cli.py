@@ -139,6 +139,8 @@ def test_names_come_from_prompts():
         (["red", "ball"], "1 word too many: quote the prompt"),
         (["red", "-o", "red.avi"], "must end in"),
         (["red", "-o", "none/red.mp4"], "no folder none"),
+        (["red", "--mesh", ""], "--mesh is empty"),
+        (["red", "--last-image", ""], "--last-image is empty"),
         (["red", "-o", "red.png"], "holds one frame"),
         (["red", "--image", "none.png"], "takes no image"),
         (["red", "--num", "2", "-o", "red.mp4"], "folder"),
@@ -151,6 +153,11 @@ def test_mistakes_end_in_one_line_before_loading(generate, capsys, monkeypatch, 
     assert generate(*arguments) == 2
     assert message in one_line(capsys)
     assert not os.listdir(tmp_path)
+
+
+def test_a_name_that_ends_in_a_slash_is_that_of_a_folder(generate, tmp_path):
+    assert generate("a red ball", "-o", f"{tmp_path}/videos/") == 0
+    assert os.listdir(tmp_path / "videos") == ["a-red-ball.mp4"]
 
 
 def test_what_is_not_finite_is_no_video(generate, tiny_generator, monkeypatch, capsys, tmp_path):

@@ -1,5 +1,8 @@
 """Own videos become a data set that training reads."""
 
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 from scripts import script
@@ -52,6 +55,25 @@ def test_videos_are_cut_into_clips_at_one_speed(make_dataset, videos, tmp_path, 
     assert found["train"] == [[0, 0, 40, 40, 80], [0, 20, 40, 60, 80], [100, 120, 140, 160, 180]]
     assert make_dataset.main([str(videos), str(tmp_path / "data"), *OPTIONS]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_video_that_was_cut_out_of_a_longer_one_begins_where_it_begins(make_dataset, tmp_path):
+    path = tmp_path / "late.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(6):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 40 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 80 + number, Fraction(1, 8)  # from the tenth second on
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    levels = [frame.mean().round(-1) for frame in make_dataset.frames_of(path, 32, 8)]
+    assert levels == [0, 40, 80, 120, 160, 200]
+
+
+def test_what_an_editor_writes_before_the_first_caption_is_no_part_of_it(make_dataset, videos):
+    (videos / "a.txt").write_text("a gray square\n", encoding="utf-8-sig")
+    assert make_dataset.videos_in(videos)[videos / "a.mp4"] == "a gray square"
 
 
 @pytest.mark.parametrize("what", ["nowhere", "alone", "uncaptioned", "empty", "damaged", "playlist", "short"])

@@ -92,6 +92,12 @@ def test_what_is_not_finite_is_found(dtype, value, tmp_path):
         TensorFile(path).read("x")
 
 
+def test_a_folder_is_called_one(tmp_path):
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(InputError, match="cannot read .*x.safetensors: Is a directory"):
+        TensorFile(tmp_path / "x.safetensors")
+
+
 def test_what_git_leaves_without_lfs_is_not_called_damaged(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4995584424\n")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import mimetypes
+import os
 import re
 import sys
 import unicodedata
@@ -128,9 +129,9 @@ class _Task:
 
 def _prepare(options: argparse.Namespace) -> _Task:
     """What can be refused is refused here, before a model is loaded, which may take minutes."""
-    for name in ("output", "model"):
+    for name in ("output", "model", "mesh", "policy", "image", "last_image", "prompts"):
         if vars(options)[name] == "":  # as a variable of a shell is that is not set
-            raise InputError(f"--{name} is empty; give a name, or leave it out")
+            raise InputError(f"--{name.replace('_', '-')} is empty; give a name, or leave it out")
     prompts = prompts_of(options)
     seeds = range(options.seed, options.seed + options.num)
     if seeds[-1] >= 2**32:
@@ -266,6 +267,7 @@ class _Target:
 
     def __init__(self, output: str | None, several: bool, frames: int, fps: float):
         self.frames, self.fps, self.made = frames, fps, False
+        several |= bool(output) and output.endswith(("/", os.sep))
         self.file = Path(output) if output and not several and not Path(output).is_dir() else None
         self.folder = Path(output or ".")
         kind, _ = mimetypes.guess_type(self.folder.name)

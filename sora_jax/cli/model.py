@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
     evaluate.set_defaults(run=_evaluate)
     add = evaluate.add_argument
     add("--model", metavar="DIR", help="a model folder (default: the bundled model)")
-    add("-o", "--out", dest="output", required=True, metavar="DIR", help="folder for the report")
+    add("-o", "--out", "--output", dest="output", required=True, metavar="DIR", help="folder for the report")
     add("--num", type=whole(1), default=240, help="number of prompts (default: 240)")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of prompts and noise (default: 0)")
     add("--steps", type=whole(1), help="steps of the sampler (default: the model's)")

@@ -74,9 +74,10 @@ class DiTConfig:
 
     def __post_init__(self):
         check_sizes(self, "latent_channels", "heads", "head_width", "feed_forward", "layers", "text_width", "patch")
-        if self.head_width % 2:
+        if self.head_width % 2 or self.head_width < 6:
             raise ValueError(
-                f"head_width is {self.head_width}; it must be even: rotary positions turn pairs of channels"
+                f"head_width is {self.head_width}; it must be even and at least 6: rotary positions turn pairs of "
+                "channels, by time, row and column"
             )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; it can be {', '.join(REMAT_POLICIES)}")

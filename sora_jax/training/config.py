@@ -176,6 +176,9 @@ def _check_values(config: ConfigDict) -> None:
             value = (config[group] if group else config)[field]
             if not isinstance(value, int | float) or not fits(value):  # a field of any type takes None
                 raise InputError(f"config.{name} is {value}; it must be {words}")
+    for axis, size in config.mesh.items():
+        if axis not in mesh_lib.AXES or type(size) is not int:
+            raise InputError(f"config.mesh.{axis} is {size}; it must be whole numbers of {', '.join(mesh_lib.AXES)}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.dtype is {config.dtype!r}; it can be 'float32' or 'bfloat16'")
     (_check_codec if config.task == "codec" else _check_dit)(config)

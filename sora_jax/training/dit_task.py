@@ -57,21 +57,21 @@ def frozen_codec(config: ConfigDict, workdir: Path) -> tuple[CodecConfig, dict]:
     hosts.wait("codec is looked for")
     if not missing:
         latents_lib.check_about(workdir / "codec.about.json", about)
-    if missing:
-        source = Path(config.codec)
-        if (source / "checkpoints").is_dir():
-            codec_config, params = codec_of_run(source)
-        else:
-            codec_config, params = read_codec(source)
-        model_config(config, codec_config)  # what cannot be is said before anything is kept
-        if not codec_config.latents_std:
-            codec_config = _with_statistics(codec_config, params, config)
+        return read_codec(kept)
+    source = Path(config.codec)
+    if (source / "checkpoints").is_dir():
+        codec_config, params = codec_of_run(source)
+    else:
+        codec_config, params = read_codec(source)
+    model_config(config, codec_config)  # what cannot be is said before anything is kept
+    if not codec_config.latents_std:
+        codec_config = _with_statistics(codec_config, params, config)
 
-        def write():
-            latents_lib.write_about(workdir / "codec.about.json", about)
-            write_codec(kept, codec_config, params)
+    def write():
+        latents_lib.write_about(workdir / "codec.about.json", about)
+        write_codec(kept, codec_config, params)
 
-        hosts.by_first(write)
+    hosts.by_first(write)
     return read_codec(kept)
 
 
@@ -89,8 +89,8 @@ def codec_of_run(source: Path) -> tuple[CodecConfig, dict]:
     if not (source / "config.json").is_file():
         raise InputError(f"{source} is not the work directory of a codec run: it has no config.json")
     config = ConfigDict(read_json(source / "config.json"))
-    if config.task != "codec":
-        raise InputError(f"{source} trains a {config.task}; the codec is that of a codec run or a model")
+    if config.get("task") != "codec" or "codec" not in config:
+        raise InputError(f"{source} trains a {config.get('task')}; the codec is that of a codec run or a model")
     with Checkpoints(source) as checkpoints:
         return codec_config_of(config), checkpoints.read("ema")["ema"]
 
@@ -192,7 +192,7 @@ class DiTTask:
     def __init__(self, config: ConfigDict, workdir: Path):
         self.config = config
         check_kernel(config.kernel, jax.default_backend())
-        admit(config.prompts, load_policy())
+        admit(config.prompts, load_policy(), "config.prompts")
         if config.flow.mistaken_share and config.data.dir:
             raise InputError(f"{config.data.dir}: its clips have no mistaken ones; set --config.flow.mistaken_share=0")
         if config.data.dir:
@@ -283,7 +283,13 @@ class DiTTask:
 
     def pretrained(self, path: str):
         """Those of the parameters that a model folder has, for a run that goes on from them."""
-        params = read_model_folder(path)[1]
+        config, params = read_model_folder(path)
+        for name, theirs, ours in (("text", config.text, self.text_config), ("dit", config.dit, self.dit_config)):
+            for field in dataclasses.fields(ours):
+                values = [getattr(one, field.name) for one in (theirs, ours)]
+                if field.name != "remat" and values[0] != values[1]:
+                    words = f"its {name}.{field.name} is {values[0]}, not {values[1]}"
+                    raise InputError(f"the model in {path} does not fit this configuration: {words}")
         return {"text": params["text"], "dit": params["dit"]}
 
     def batches(self, start: int, sharding: Sharding | None = None) -> Iterator[dict]:

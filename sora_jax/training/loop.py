@@ -124,6 +124,8 @@ def train(config: ConfigDict, workdir: str | Path, mesh_words: str | None = None
     changed = check_run(config, workdir, mesh)
     if changed and hosts.is_first():
         tqdm.write(f"note: {workdir} goes on with other values than it had: {changed}", file=sys.stderr)
+    if (warmup := config.optimizer.warmup) >= config.steps and hosts.is_first():
+        tqdm.write(f"note: the rate still rises at the end: config.optimizer.warmup is {warmup}", file=sys.stderr)
     with _folder(workdir), hosts.watched():
         hosts.check_same("the config", config.to_json_best_effort())
         hosts.check_shared(workdir)
@@ -263,8 +265,8 @@ def export(workdir: str | Path, out: str | Path, codec: str | Path | None = None
     if not (workdir / "config.json").is_file():
         raise InputError(f"{workdir} is not the work directory of a training run: it has no config.json")
     config = ConfigDict(read_json(workdir / "config.json"))
-    if config.task != "dit":
-        raise InputError(f"{workdir} trains a {config.task}; a model folder is made from a run of task 'dit'")
+    if config.get("task") != "dit":
+        raise InputError(f"{workdir} trains a {config.get('task')}; a model folder is made from a run of task 'dit'")
     from sora_jax.training.dit_task import codec_of_run
 
     codec_config, codec_params = read_codec(workdir / "codec")

@@ -44,6 +44,7 @@ from sora_jax.training import state as state_lib
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.codec_task import cut_window
 from sora_jax.training.config import check_config, check_run, model_config
+from sora_jax.training.dit_task import codec_of_run
 from sora_jax.training.log import Log
 from sora_jax.training.loop import make_task
 from sora_jax.video import Video
@@ -462,6 +463,25 @@ def test_export_writes_a_model_that_generates(dit_run, tmp_path, capsys):
         assert any((average[name] != last[name]).any() for name in last)
 
 
+def test_a_model_whose_parameters_have_the_same_shapes_is_not_the_same(dit_run, codec_run, tmp_path):
+    model = loop.export(dit_run, tmp_path / "model")
+    config = dit_config(codec_run, f"--config.start_from={model}")
+    heads, width = config.dit.heads, config.dit.head_width
+    other = [f"--config.dit.heads={heads // 2}", f"--config.dit.head_width={2 * width}"]
+    with pytest.raises(InputError, match=rf"does not fit .*: its dit.heads is {heads}, not {heads // 2}"):
+        loop.train(dit_config(codec_run, f"--config.start_from={model}", *other), tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["{}", '{"task": "codec"}', '{"architectures": ["X"]}'])
+def test_other_peoples_config_json_is_no_run(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="trains a "):
+        loop.export(tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match="trains a "):
+        codec_of_run(tmp_path)
+
+
 def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
     model = loop.export(dit_run, tmp_path / "model")
     loop.train(dit_config(model, "--config.steps=1", f"--config.start_from={model}"), tmp_path / "run")
@@ -491,6 +511,7 @@ def test_a_new_run_can_start_from_a_model_folder(dit_run, tmp_path, codec_run):
         ("align.layer", 0, "1 to 9"),
         ("align.layer", 10, "1 to 9"),
         ("text.length", 0, "at least 1"),
+        ("mesh.fsdp", None, "whole numbers of data, fsdp, context, tensor"),
         ("text.vocabulary_size", 100, "259"),
     ],
 )
