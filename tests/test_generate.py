@@ -164,7 +164,7 @@ def test_what_is_made_of_pictures_says_so_and_needs_their_files_no_longer(tiny_c
     file.unlink()
     (video,) = Generator(config, tiny_params).run(request, progress=False)
     manifest = read_manifest(video.save(tmp_path / "clip.mp4"))
-    assert manifest.actions == ("c2pa.opened", "c2pa.edited")
+    assert manifest.actions == ("c2pa.opened", "c2pa.edited", "c2pa.watermarked.unbound")
     assert [(one.title, one.relationship) for one in manifest.ingredients] == [
         ("image.png", "parentOf"),
         ("last_image.png", "inputTo"),

@@ -67,7 +67,10 @@ def test_what_was_claimed_is_read_back(source, signer, tmp_path, format):
     assert manifest == read_manifest(path, signer.anchor)
     assert (manifest.state, manifest.problems) == ("trusted", ())
     assert (manifest.title, manifest.generator) == ("clip", f"sora_jax {CLAIM.version}")
-    assert (manifest.actions, manifest.source_types) == (("c2pa.created",), ("trainedAlgorithmicMedia",))
+    assert (manifest.actions, manifest.source_types) == (
+        ("c2pa.created", "c2pa.watermarked.unbound"),
+        ("trainedAlgorithmicMedia",),
+    )
     for name in ("model", "weights_sha256", "config", "prompt_sha256", "seed", "mesh", "version", "checks"):
         assert manifest.generation[name] == getattr(CLAIM, name), name
     assert "prompt" not in manifest.generation and manifest.ingredients == () and manifest.time == ""
@@ -102,7 +105,7 @@ def test_an_edit_carries_the_manifests_of_what_it_was_made_from(source, signer, 
     path = tmp_path / "video.mp4"
     sign(source["mp4"], path, made_of(first, source["gif"], last), signer)
     manifest = verify_signed(path, signer)
-    assert manifest.actions == ("c2pa.opened", "c2pa.edited")
+    assert manifest.actions == ("c2pa.opened", "c2pa.edited", "c2pa.watermarked.unbound")
     assert manifest.source_types == ("trainedAlgorithmicMedia",)
     assert [(one.title, one.relationship, one.state) for one in manifest.ingredients] == [
         ("first.png", "parentOf", "valid"),
@@ -286,7 +289,7 @@ def test_files_by_others_are_read(foreign, signer):
     manifest = read_manifest(foreign, signer.anchor)
     assert (manifest.state, manifest.title, manifest.generator) == ("trusted", "theirs", "other 1")
     assert (manifest.source_types, manifest.generation) == (("digitalCapture",), {})
-    assert len(manifest.problems) == 1 and "leave out more of the file" in manifest.problems[0]  # free and skip boxes
+    assert len(manifest.problems) == 1 and "left out more of the file" in manifest.problems[0]  # free and skip boxes
 
 
 def test_a_forged_file_by_others_is_noticed_where_c2pa_notices_nothing(foreign, tmp_path, signer):
