@@ -61,7 +61,7 @@ def test_the_notebook_runs_from_start_to_end(notebook, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "model" / "model.json").is_file()
 
     plan = cell_with(notebook, '"plan"')
-    assert "divides the 1560 tokens of a frame" in printed(plan, "stderr")
+    assert "mesh data=1,context=1,tensor=1: one device" in printed(plan, "stderr")
     if importlib.util.find_spec("libtpu"):
         assert result(plan) == "0" and "\nfits: at most " in printed(plan)
     else:
