@@ -43,6 +43,7 @@ def compile_part(job: Job, full: bool = False) -> Need:
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock file: there is no TPU to share
             "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is not compiled is not reported on
             "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*planned",
         }
         command = [sys.executable, "-m", "sora_jax.plan", json.dumps(dataclasses.asdict(job))]
@@ -69,7 +70,8 @@ def compile_part(job: Job, full: bool = False) -> Need:
             raise InputError(values["input_error"])
         if not values:  # it never came to the compiler: that says nothing of what fits
             raise RuntimeError(f"the program of {job.part} could not be made for {job.mesh}: {_reason(errors)}")
-        report = _report(Path(folder))
+        # Small programs have a single part in the report, which is whole when the compiler is done.
+        report = _report(Path(folder), 1 if process.returncode == 0 else 2)
         if not report or (full and process.returncode):
             return Need(error=_reason(errors), seconds=seconds)
         report, program_text = report
@@ -88,13 +90,17 @@ def compile_part(job: Job, full: bool = False) -> Need:
         )
 
 
-def _report(folder: Path) -> tuple[str, str] | None:
+def _report(folder: Path, parts: int = 2) -> tuple[str, str] | None:
     """The compiler's report on memory and the program it is about, once both are there."""
     reports = [path.read_text() for path in folder.glob("*planned*memory-usage-report.txt")]
     programs = [path.read_text() for path in folder.glob("*planned*.after_optimizations.txt")]
     # The report has a part for each kind of memory; the program ends with its entry.
     for report, text in itertools.product(reports, programs):
-        if report.count("Total bytes") >= 2 and "(color=0)" in report and re.search(r"^ENTRY (?s:.*)^\}", text, re.M):
+        if (
+            report.count("Total bytes") >= parts
+            and "(color=0)" in report
+            and re.search(r"^ENTRY (?s:.*)^\}", text, re.M)
+        ):
             return report, text
     return None
 
