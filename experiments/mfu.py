@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in options.parts:
             mesh = None if options.mesh == "auto" else options.mesh
             if mesh is None and part == "denoise":
-                mesh, _ = generating_mesh(config, options.size, number)
+                mesh, _ = generating_mesh(config, options.size, number, rings=device.platform != "gpu")
             elif mesh is None:
                 mesh, _ = training_mesh(options.batch, number, config.dit, tokens=config.tokens(1, options.size))
             batch = options.batch if part == "train" else 1

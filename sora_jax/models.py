@@ -76,8 +76,8 @@ def load(
             tensors[part], left_out = lora_lib.merge(config.dit, tensors[part], file, scale, low=part == "dit_low")
             if left_out:
                 notes.append(f"note: {file} also changes layers for an image encoder, which this model does not have")
-            given_low = {Path(low).resolve() for low in lora_low or {}}
-            if part == "dit" and Path(file).resolve() not in given_low and lora_lib.is_for_both(file):
+            is_low_too = Path(file).resolve() in {Path(low).resolve() for low in lora_low or {}}
+            if part == "dit" and not is_low_too and lora_lib.is_for_both(file):
                 use = "give it as --lora-low too, with the scale 0 if that is not wanted"
                 use = use if "dit_low" in tensors else "this model has one"
                 raise InputError(f"{file} has parts for two transformers: {use}")

@@ -254,11 +254,13 @@ def _signer(options: argparse.Namespace) -> Any:
     from sora_jax.safety import keys, provenance
 
     with warnings.catch_warnings(record=True, action="always", category=UserWarning) as notes:
-        signer = keys.load_signer(options.signing_cert, options.signing_key, options.timestamp_url)
-    for note in notes:
-        print(note.message, file=sys.stderr)
-    provenance.rehearse(signer)
-    keys.watermark_key()  # also the mark's, which is this installation's, whoever signs
+        try:
+            signer = keys.load_signer(options.signing_cert, options.signing_key, options.timestamp_url)
+            provenance.rehearse(signer)
+            keys.watermark_key()  # also the mark's, which is this installation's, whoever signs
+        finally:  # a key is made only once
+            for note in notes:
+                print(note.message, file=sys.stderr)
     return signer
 
 

@@ -182,10 +182,9 @@ class NameFinder:
     def _is_nothing_else(self, text: str, match: re.Match) -> bool:
         """Whether no false friend, with up to three words around, takes the name away, and no work is meant."""
         before, after = to_words(text[: match.start()]), to_words(text[match.end() :])
-        whole = re.sub(
-            r"([A-Z][\w'.-]* )+$", "", text[: match.start()]
-        )  # before its first words, as of "Pablo Picasso"
-        if _is_about_work(to_words(whole) + " ", after):
+        # Also before the given name of a surname, as in "the style of Pablo Picasso".
+        before_all = re.sub(r"([A-Z][\w'.-]* )+$", "", text[: match.start()])
+        if _is_about_work(to_words(before_all) + " ", after):
             return False
         around = " ".join([*before.split()[-3:], to_words(match[0]), *after.split()[:3]])
         first = to_words(match[0]).split()[0]

@@ -115,7 +115,9 @@ class Claim:
 
 def frames_digest(frames_THWC: np.ndarray) -> str:
     """SHA-256 of the shape and the bytes of frames, hexadecimal, as `Claim.frames_sha256` has it."""
-    return hashlib.sha256(f"{frames_THWC.shape}".encode() + frames_THWC.tobytes()).hexdigest()
+    digest = hashlib.sha256(str(frames_THWC.shape).encode())
+    digest.update(np.ravel(frames_THWC))
+    return digest.hexdigest()
 
 
 def together(claims: Sequence[Claim]) -> Claim:
