@@ -132,12 +132,10 @@ class Gate:
         ]
 
     def _by_meaning(self, read: Forms, parts: Sequence[Forms], hinted: Sequence[str]) -> list[str]:
-        whole, rest = (
-            _windows(dict.fromkeys(text for read in some for text in _said(read))) for some in ([read], parts)
-        )
-        texts = [*whole, *rest]
+        whole, rest = (_windows(text for read in some for text in _said(read)) for some in ([read], parts))
+        doubts = dict.fromkeys(rest, _DOUBT) | dict.fromkeys(whole, 1.0)  # forms and pieces are often the same text
+        texts, doubt_N = list(doubts), np.array([*doubts.values()])
         vectors_ND = self._encode(texts)
-        doubt_N = np.repeat([1.0, _DOUBT], [len(whole), len(rest)])
         found = self._classify(vectors_ND, [self._encode.tokens(text) for text in texts])
         scores = {}
         for name, p_N in found.items():

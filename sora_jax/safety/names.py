@@ -148,8 +148,8 @@ class NameFinder:
     def _is_misspelt(self, words: tuple[str, ...]) -> bool:
         """Whether these are the words of a listed name but for a letter of one that is no English word."""
         wrong = [word for word in words if word not in lexicon()]
-        if not wrong or (len(words) > 1 and self._words.isdisjoint(words)):
-            return False  # of several words all but one are right
+        if not wrong or sum(word in self._words for word in words) < len(words) - 1:
+            return False  # all but one are right
         text = " ".join(words)
         for name in {name for rest in _without_a_letter(text) for name in self._shortened.get(rest, ())}:
             listed = name.split()
