@@ -277,20 +277,22 @@ def measure_attention(bench: Bench, quick: bool) -> None:
     kernels = {"cpu": ("xla", "heads"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}.get(platform, ("xla",))
     dtype, (heads, width) = (jnp.float32, (4, 64)) if platform == "cpu" else (jnp.bfloat16, (12, 128))
     for tokens in (64, 128) if quick else (1024, 4096, 8192) if platform == "cpu" else (4096, 16384, 65536):
-        q, k, v = (
-            jax.random.normal(key, (1, tokens, heads, width), dtype) for key in jax.random.split(jax.random.key(0), 3)
-        )
+        ours = [
+            jax.random.normal(key, (1, heads, tokens, width), dtype) for key in jax.random.split(jax.random.key(0), 3)
+        ]
+        theirs = [x_BKNE.swapaxes(1, 2) for x_BKNE in ours]
         functions = {kernel: functools.partial(attention.attend, kernel=kernel) for kernel in kernels}
         functions["jax.nn"] = jax.nn.dot_product_attention
         for name, function in functions.items():
-            compiled = jax.jit(function).lower(q, k, v).compile()
+            arrays = theirs if name == "jax.nn" else ours
+            compiled = jax.jit(function).lower(*arrays).compile()
             memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
             if memory > _MOST_MIB:
                 print(f"attention {name}, {tokens} tokens: left out, it takes {memory:.0f} MiB")
                 continue
             count = 4 * tokens**2 * heads * width
             bench.measure(
-                f"attention {name}, {tokens} tokens, {memory:.0f} MiB", functools.partial(compiled, q, k, v), count
+                f"attention {name}, {tokens} tokens, {memory:.0f} MiB", functools.partial(compiled, *arrays), count
             )
 
 

@@ -29,59 +29,74 @@ from sora_jax import mesh as mesh_lib
 from sora_jax.errors import InputError
 
 (_CONTEXT,) = mesh_lib.RULES["tokens"]
-_TOKENS, _TEXT = ("batch", None, "tokens", "heads", None), ("batch", None, "heads", None)
+_TOKENS, _TEXT = ("batch", "heads", None, "tokens", None), ("batch", "heads", None, None)
+_ROWS = 8  # of the tiles that TPUs keep arrays in
 _SCORES = 2**26  # how many attention scores the XLA kernel holds at a time
 _BLOCK_Q, _BLOCK_K, _PRODUCT_K = 1024, 1024, 512  # of the splash kernel
 _FEW = 2048  # queries; below this there is little to gain from the TPU's kernel
 _MANY = 2**14  # scores of a head; below this there is little to gain from taking heads one by one
 
 
-def self_attention(q_BFSKE, k_BFSKE, v_BFSKE, tokens: int | None = None, kernel: str = "auto") -> jax.Array:
-    """Softmax attention of every token to every token of all frames; all (B, F, S, K, E), as is the result.
+def heads_first(x_BFSD: jax.Array, heads: int) -> jax.Array:
+    """Tokens of all heads to those of each: (B, F, S, K * E) -> (B, K, F, S, E), as the kernels take them."""
+    B, F, S, D = x_BFSD.shape
+    if S % (_ROWS * mesh_lib.shares("tokens")):
+        return jnp.moveaxis(x_BFSD.reshape(B, F, S, heads, D // heads), 3, 1)
+    # Where whole tiles change places, one pass over the memory does it; otherwise the TPU's compiler makes two.
+    tiles = x_BFSD.reshape(B, F, S // _ROWS, _ROWS, heads, D // heads)
+    return tiles.transpose(0, 4, 1, 2, 3, 5).reshape(B, heads, F, S, D // heads)
+
+
+def heads_last(x_BKFSE: jax.Array) -> jax.Array:
+    """The inverse of `heads_first`: (B, K, F, S, E) -> (B, F, S, K * E)."""
+    B, K, F, S, E = x_BKFSE.shape
+    if S % (_ROWS * mesh_lib.shares("tokens")):
+        return jnp.moveaxis(x_BKFSE, 1, 3).reshape(B, F, S, K * E)
+    tiles = x_BKFSE.reshape(B, K, F, S // _ROWS, _ROWS, E)
+    return tiles.transpose(0, 2, 3, 4, 1, 5).reshape(B, F, S, K * E)
+
+
+def self_attention(q_BKFSE, k_BKFSE, v_BKFSE, tokens: int | None = None, kernel: str = "auto") -> jax.Array:
+    """Softmax attention of every token to every token of all frames; all (B, K, F, S, E), as is the result.
 
     Args:
       tokens: how many of the S tokens of a frame there are; the others only fill up, and are not attended to.
       kernel: "auto" or one of `KERNELS`.
     """
-    S = q_BFSKE.shape[2]
-    if q_BFSKE.shape[3] % (tensor := mesh_lib.shares("heads")):
-        raise InputError(f"mesh tensor={tensor} cannot divide {q_BFSKE.shape[3]} heads")
+    _, K, _, S, _ = q_BKFSE.shape
+    if K % (tensor := mesh_lib.shares("heads")):
+        raise InputError(f"mesh tensor={tensor} cannot divide {K} heads")
     tokens = S if tokens is None else tokens
     share = partial(_share, devices=mesh_lib.shares("tokens"), tokens=None if tokens == S else tokens, kernel=kernel)
-    return mesh_lib.per_device(share, (_TOKENS,) * 3, q_BFSKE, k_BFSKE, v_BFSKE)
+    return mesh_lib.per_device(share, (_TOKENS,) * 3, q_BKFSE, k_BKFSE, v_BKFSE)
 
 
-def cross_attention(q_BFSKE, k_BLKE, v_BLKE, kernel: str = "auto") -> jax.Array:
+def cross_attention(q_BKFSE, k_BKLE, v_BKLE, kernel: str = "auto") -> jax.Array:
     """Softmax attention of every token to the same L keys, which every device has."""
 
     def share(q, k, v):
-        return attend(q.reshape(q.shape[0], -1, *q.shape[3:]), k, v, kernel=kernel).reshape(q.shape)
+        B, K, F, S, E = q.shape
+        return attend(q.reshape(B, K, F * S, E), k, v, kernel=kernel).reshape(q.shape)
 
-    return mesh_lib.per_device(share, (_TOKENS, _TEXT, _TEXT), q_BFSKE, k_BLKE, v_BLKE)
+    return mesh_lib.per_device(share, (_TOKENS, _TEXT, _TEXT), q_BKFSE, k_BKLE, v_BKLE)
 
 
 def _share(q, k, v, *, devices: int, tokens: int | None, kernel: str):
     """Self-attention of one device's part of the tokens, with collectives over `context`."""
-    B, F, S, K, E = q.shape
-    if devices == 1:
-        flat = [x.reshape(B, F * S, K, E) for x in (q, k, v)]
-        return attend(*flat, _valid([0], F, S, tokens), kernel).reshape(q.shape)
+    B, K, F, S, E = q.shape
     group = math.gcd(K, devices)  # Ulysses within groups of neighbours
     rounds = devices // group
     if group > 1:
         groups = None if rounds == 1 else np.arange(devices).reshape(rounds, group).tolist()
         whole = partial(jax.lax.all_to_all, axis_name=_CONTEXT, axis_index_groups=groups, tiled=True)
-    # Heads move to the front meanwhile: TPUs pad the last axis but one to a multiple of 8.
-    q, k, v = (jnp.moveaxis(x, 3, 1) for x in (q, k, v))
-    if group > 1:
         q, k, v = (whole(x, split_axis=1, concat_axis=3) for x in (q, k, v))
-    flat = [x.reshape(B, K // group, F * S * group, E).swapaxes(1, 2) for x in (q, k, v)]
+    flat = [x.reshape(B, K // group, F * S * group, E) for x in (q, k, v)]
     if rounds == 1:
         out = attend(*flat, _valid(range(group), F, S, tokens), kernel)
     else:
         out = _ring(*flat, rounds, group, partial(_valid, frames=F, part=S, tokens=tokens), kernel)
-    out = out.swapaxes(1, 2).reshape(B, K // group, F, S * group, E)
-    return jnp.moveaxis(whole(out, split_axis=3, concat_axis=1) if group > 1 else out, 1, 3)
+    out = out.reshape(B, K // group, F, S * group, E)
+    return whole(out, split_axis=3, concat_axis=1) if group > 1 else out
 
 
 def _valid(devices, frames: int, part: int, tokens: int | None):
@@ -120,14 +135,14 @@ def _combine(out, log_sum, more, more_log_sum):
     return out * old + more.astype(jnp.float32) * new, total
 
 
-# Kernels: (q_BNKE, k_BLKE, v_BLKE, valid_L, with_log_sum) -> out_BNKE, and if asked for log_sum_BNK float32, the
+# Kernels: (q_BKNE, k_BKLE, v_BKLE, valid_L, with_log_sum) -> out_BKNE, and if asked for log_sum_BKN float32, the
 # logarithm of the sum of the exponentials of the scores.
 
 
-def attend(q_BNKE, k_BLKE, v_BLKE, valid_L=None, kernel: str = "auto", with_log_sum: bool = False):
+def attend(q_BKNE, k_BKLE, v_BKLE, valid_L=None, kernel: str = "auto", with_log_sum: bool = False):
     """Softmax attention on one device, by the kernel of that name; `valid_L` are the keys that count."""
     check_kernel(kernel)
-    arrays = (q_BNKE, k_BLKE, v_BLKE) + (() if valid_L is None else (valid_L,))
+    arrays = (q_BKNE, k_BKLE, v_BKLE) + (() if valid_L is None else (valid_L,))
 
     def run(name, *arrays):
         q, k, v, *valid = arrays
@@ -135,7 +150,7 @@ def attend(q_BNKE, k_BLKE, v_BLKE, valid_L=None, kernel: str = "auto", with_log_
 
     if kernel != "auto":
         return run(kernel, *arrays)
-    N, E, L = q_BNKE.shape[1], q_BNKE.shape[3], k_BLKE.shape[1]
+    (N, E), L = q_BKNE.shape[2:], k_BKLE.shape[2]
     choice = {}
     if N * L >= _MANY:
         choice["cpu"] = partial(run, "heads")
@@ -143,7 +158,7 @@ def attend(q_BNKE, k_BLKE, v_BLKE, valid_L=None, kernel: str = "auto", with_log_
         choice["tpu"] = partial(run, "splash")
     # JAX asks for the installed cuDNN while tracing, so that this one cannot be lowered for elsewhere. Its sums come
     # in the precision of the result and without a gradient.
-    fits = q_BNKE.dtype != jnp.float32 and E % 8 == 0 and E <= 128 and valid_L is None and not with_log_sum
+    fits = q_BKNE.dtype != jnp.float32 and E % 8 == 0 and E <= 128 and valid_L is None and not with_log_sum
     if jax.default_backend() == "gpu" and fits and _has_flash_attention(jax.local_devices()[0]):
         choice["cuda"] = partial(run, "cudnn")
     if not choice:
@@ -169,19 +184,19 @@ def _has_flash_attention(device) -> bool:
 
 
 def _xla(q, k, v, valid_L, with_log_sum):
-    (B, _, K, _), L = q.shape, k.shape[1]
+    (B, K), L = q.shape[:2], k.shape[2]
     head = partial(_head, valid_L=valid_L, block=max(_SCORES // (B * K * L), 128))
-    out = jax.vmap(jax.vmap(head, 1, 1))(q, k, v)
+    out = jax.vmap(jax.vmap(head))(q, k, v)
     return out if with_log_sum else out[0]
 
 
 def _heads(q, k, v, valid_L, with_log_sum):
-    (B, _, K, _), L = q.shape, k.shape[1]
+    L = k.shape[2]
     # Keeping the scores for the way back costs more than computing them again.
     head = jax.checkpoint(partial(_head, valid_L=valid_L, block=max(_SCORES // L, 128)))
-    rows = [x.swapaxes(1, 2).reshape(B * K, x.shape[1], x.shape[3]) for x in (q, k, v)]
+    rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
     out = jax.lax.map(lambda row: head(*row), rows)
-    out = jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]).swapaxes(1, 2), out)
+    out = jax.tree.map(lambda x: x.reshape(*q.shape[:2], *x.shape[1:]), out)
     return out if with_log_sum else out[0]
 
 
@@ -214,7 +229,8 @@ def _cudnn(q, k, v, valid_L, with_log_sum):
         raise InputError("the cudnn kernel serves no ring, and needs tokens that the mesh divides")
     if q.dtype == jnp.float32:
         raise InputError("the cudnn kernel takes no float32: compute in bfloat16, or with another kernel")
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").swapaxes(1, 2)
 
 
 def _splash(q, k, v, valid_L, with_log_sum, interpret: bool = False):
@@ -241,7 +257,7 @@ def _splash_forward(q, k, v, valid_L, with_log_sum, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    N, L, (K, E) = q.shape[1], k.shape[1], q.shape[2:]
+    (K, N, E), L = q.shape[1:], k.shape[2]
     block_q = min(_BLOCK_Q, -(-N // 128) * 128)
     # More keys than one product takes must be a multiple of those.
     block_k = -(-L // 128) * 128 if L <= _PRODUCT_K else min(_BLOCK_K, -(-L // _PRODUCT_K) * _PRODUCT_K)
@@ -266,14 +282,14 @@ def _splash_forward(q, k, v, valid_L, with_log_sum, interpret):
         interpret=interpret,
     )
 
-    def padded(x_BNKE, fill):
-        return jnp.pad(x_BNKE.swapaxes(1, 2), ((0, 0), (0, 0), (0, fill), (0, 0)))
+    def padded(x_BKNE, fill):
+        return jnp.pad(x_BKNE, ((0, 0), (0, 0), (0, fill), (0, 0)))
 
     q = padded((q * E**-0.5).astype(q.dtype), fill_q)  # the kernel takes scores as they are
     out = jax.vmap(run, (0, 0, 0, None))(q, padded(k, fill_k), padded(v, fill_k), segments)
     if with_log_sum:
-        return out[0][:, :, :N].swapaxes(1, 2), out[1][0][:, :, :N].swapaxes(1, 2)
-    return out[:, :, :N].swapaxes(1, 2)
+        return out[0][:, :, :N], out[1][0][:, :, :N]
+    return out[:, :, :N]
 
 
 KERNELS = {"xla": _xla, "heads": _heads, "splash": _splash, "cudnn": _cudnn}

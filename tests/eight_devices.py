@@ -175,7 +175,7 @@ def rings_for_tpus():
     """The gradient of rings over tokens that fill up is lowered for TPUs, whose kernel then gives sums too."""
     mesh = mesh_lib.make_mesh(context=8)
     x = jax.ShapeDtypeStruct(
-        (1, 2, 8 * 1600, 4, 128), "bfloat16", sharding=jax.NamedSharding(mesh, jax.P(None, None, "context"))
+        (1, 4, 2, 8 * 1600, 128), "bfloat16", sharding=jax.NamedSharding(mesh, jax.P(None, None, None, "context"))
     )
 
     def total(q, k, v):
@@ -194,9 +194,9 @@ def attention():
         mesh = mesh_lib.make_mesh(context=devices, devices=jax.devices()[:devices])
         received = {}
         for heads in (8, 1):
-            x = jnp.zeros((1, 2, N // 2, heads, D // heads))
+            x = jnp.zeros((1, heads, 2, N // 2, D // heads))
             with jax.set_mesh(mesh):
-                placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, None, "context")))] * 3
+                placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, None, None, "context")))] * 3
                 compiled = jax.jit(self_attention).lower(*placed).compile()
             received[heads] = count_collectives(compiled.as_text(), chips=devices)
         share = N // devices * D * 4

@@ -13,16 +13,16 @@ from sora_jax.errors import InputError
 
 def arrays(N, L, K, E, B=2):
     random = np.random.default_rng(0)
-    return tuple(jnp.asarray(random.normal(size=(B, n, K, E)), jnp.float32) for n in (N, L, L))
+    return tuple(jnp.asarray(random.normal(size=(B, K, n, E)), jnp.float32) for n in (N, L, L))
 
 
 def literal(q, k, v, valid):
-    scores = np.einsum("bnke,blke->bnkl", *(np.float64(x) for x in (q, k))) / np.sqrt(q.shape[-1])
+    scores = np.einsum("bkne,bkle->bknl", *(np.float64(x) for x in (q, k))) / np.sqrt(q.shape[-1])
     scores = np.where(valid, scores, -np.inf)
     top = scores.max(-1, keepdims=True)
     weights = np.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
-    return np.einsum("bnkl,blke->bnke", weights / total, np.float64(v)), (np.log(total) + top)[..., 0]
+    return np.einsum("bknl,bkle->bkne", weights / total, np.float64(v)), (np.log(total) + top)[..., 0]
 
 
 KERNELS = {"xla": attention._xla, "heads": attention._heads, "splash": partial(attention._splash, interpret=True)}
@@ -52,12 +52,12 @@ def test_the_sum_of_exponentials_has_a_gradient():
     q, k, v = arrays(6, 7, 2, 4)
 
     def plain(q, k):
-        return jax.nn.logsumexp(jnp.einsum("bnke,blke->bnkl", q, k) / 2, axis=-1)
+        return jax.nn.logsumexp(jnp.einsum("bkne,bkle->bknl", q, k) / 2, axis=-1)
 
     def ours(q, k):
         return attention.attend(q, k, v, with_log_sum=True)[1]
 
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 2)))
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 6)))
     slopes, expected = (
         jax.grad(lambda q, k, f=f: jnp.sum(weights * f(q, k)), argnums=(0, 1))(q, k) for f in (ours, plain)
     )
@@ -74,7 +74,7 @@ def test_gradients_of_kernels_are_those_of_xla(name, inputs, with_log_sum, fille
     def slopes(kernel):
         def total(q, k, v, number):
             # Rings compute which keys count from the place of the device: it is traced.
-            valid_L = jnp.arange(k.shape[1]) < number if filled else None
+            valid_L = jnp.arange(k.shape[2]) < number if filled else None
             out = kernel(q, k, v, valid_L, with_log_sum)
             return sum(jnp.sum(jnp.sin(part)) for part in jax.tree.leaves(out))
 
@@ -101,7 +101,7 @@ def test_attention_in_blocks_equals_attention_at_once(kernel, monkeypatch):
 
 
 def test_the_kernel_follows_the_platform():
-    shape = jax.ShapeDtypeStruct((1, 2048, 1, 128), jnp.bfloat16)
+    shape = jax.ShapeDtypeStruct((1, 1, 2048, 128), jnp.bfloat16)
     traced = jax.jit(attention.attend).trace(shape, shape, shape)
     # Without devices of the platform a program can still be lowered for it.
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
@@ -113,6 +113,16 @@ def test_the_kernel_follows_the_platform():
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(InputError, match="there are auto, xla, heads, splash, cudnn"):
         attention.attend(*arrays(4, 4, 1, 8), kernel="flash")
-    x_BNKE = jnp.ones((1, 8, 1, 8))
+    x_BKNE = jnp.ones((1, 1, 8, 8))
     with pytest.raises(InputError, match="the cudnn kernel takes no float32: compute in bfloat16"):
-        attention.attend(x_BNKE, x_BNKE, x_BNKE, kernel="cudnn")
+        attention.attend(x_BKNE, x_BKNE, x_BKNE, kernel="cudnn")
+
+
+@pytest.mark.parametrize("tokens", [24, 20])
+def test_heads_come_first_and_go_back(tokens):
+    """By whole tiles of eight tokens, or without."""
+    x_BFSD = jnp.arange(2 * 3 * tokens * 12).reshape(2, 3, tokens, 12)
+    x_BKFSE = attention.heads_first(x_BFSD, 4)
+    assert x_BKFSE.shape == (2, 4, 3, tokens, 3)
+    np.testing.assert_array_equal(x_BKFSE[1, 2, 0, 17], x_BFSD[1, 0, 17, 6:9])
+    np.testing.assert_array_equal(attention.heads_last(x_BKFSE), x_BFSD)

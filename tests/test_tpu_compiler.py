@@ -126,8 +126,8 @@ def test_neighbours_along_an_axis_are_neighbours_in_the_slice(axis, sizes, chips
 def test_the_pallas_kernel_compiles_to_the_end(topology, forwards, chips):
     """Forwards alone, or for training; a step of Wan is compiled without generating code, which may still fail."""
     mesh = mesh_lib.make_mesh(context=4, devices=chips(topology))
-    place = jax.NamedSharding(mesh, jax.P(None, None, "context"))
-    heads = jax.ShapeDtypeStruct((1, 21, 30 * 52, DIT.heads, DIT.head_width), jnp.bfloat16, sharding=place)
+    place = jax.NamedSharding(mesh, jax.P(None, None, None, "context"))
+    heads = jax.ShapeDtypeStruct((1, DIT.heads, 21, 30 * 52, DIT.head_width), jnp.bfloat16, sharding=place)
 
     def total(*inputs):
         return self_attention(*inputs).astype(jnp.float32).sum()

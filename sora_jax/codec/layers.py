@@ -237,8 +237,8 @@ class FrameAttention(nn.Module):
         axes = (None, "codec_channels")
         h = ChannelNorm(name="norm")(x_BTHWC)
         qkv = Dense(3 * C, axes, self.dtype, nn.initializers.lecun_normal(), name="qkv")(h)
-        q, k, v = jnp.split(qkv.reshape(B * T, H * W, 1, 3 * C), 3, axis=-1)
-        attended = cross_attention(q[:, None], k, v).reshape(B, T, H, W, C)
+        q, k, v = jnp.split(qkv.reshape(B * T, 1, H * W, 3 * C), 3, axis=-1)
+        attended = cross_attention(q[:, :, None], k, v).reshape(B, T, H, W, C)
         return x_BTHWC + by_rows(Dense(C, axes, self.dtype, nn.initializers.zeros, name="out")(attended))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from sora_jax import mesh as mesh_lib
-from sora_jax.attention import cross_attention, self_attention
+from sora_jax.attention import cross_attention, heads_first, heads_last, self_attention
 from sora_jax.dit.positions import rotary_angles, rotate
 from sora_jax.layers import Dense, LayerNorm, RMSNorm, check_sizes, layer_norm
 
@@ -134,7 +134,9 @@ class Attention(nn.Module):
         config, into = self.config, ("width", "heads")
 
         def heads(y):
-            return y.reshape(*y.shape[:-1], config.heads, config.head_width)
+            if y.ndim == 4:
+                return heads_first(y, config.heads)
+            return y.reshape(*y.shape[:-1], config.heads, config.head_width).swapaxes(1, 2)
 
         def normed(x, name):
             y = Dense(config.width, into, self.dtype, name=name)(x)
@@ -145,14 +147,14 @@ class Attention(nn.Module):
 
         q, k, v = normed(x_BFSD, "query"), normed(context, "key"), value(context, "value")
         if angles is not None:
-            out_BFSKE = self_attention(rotate(q, angles), rotate(k, angles), v, tokens, self.kernel)
+            out_BKFSE = self_attention(rotate(q, angles), rotate(k, angles), v, tokens, self.kernel)
         else:
-            out_BFSKE = cross_attention(q, k, v, self.kernel)
+            out_BKFSE = cross_attention(q, k, v, self.kernel)
         if image_BLD is not None:
             k, v = normed(image_BLD, "image_key"), value(image_BLD, "image_value")
-            out_BFSKE += cross_attention(q, k, v, self.kernel)
+            out_BKFSE += cross_attention(q, k, v, self.kernel)
         out = Dense(config.width, ("heads", "width"), self.dtype, self.init, name="out")
-        return out(out_BFSKE.reshape(x_BFSD.shape))
+        return out(heads_last(out_BKFSE))
 
 
 class Block(nn.Module):

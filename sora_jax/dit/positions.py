@@ -21,7 +21,7 @@ def rotary_angles(frames: int, rows: int, columns: int, head_width: int) -> tupl
     return time.astype(np.float32), np.concatenate(space, axis=1).astype(np.float32)
 
 
-def rotate(x_BFSKE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x_BKFSE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns each pair of coordinates (i, i + E/2) by its angle, as `rotary_angles` gives them, in float32.
 
     Pairs are half a head apart, not neighbours: only whole halves move, which the TPU's lanes like. Attention is the
@@ -33,12 +33,12 @@ def rotate(x_BFSKE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array
     def turned(function):
         time = jnp.broadcast_to(function(time_FE)[:, None], (*shape, time_FE.shape[1]))
         space = jnp.broadcast_to(function(space_SE), (*shape, space_SE.shape[1]))
-        return jnp.concatenate([time, space], axis=-1)[:, :, None]
+        return jnp.concatenate([time, space], axis=-1)
 
     cos, sin = turned(jnp.cos), turned(jnp.sin)
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
     # Halves change places by a product, which is exact: half a head alone would fill half of a TPU's lanes.
-    E = x_BFSKE.shape[-1]
-    swap = jnp.asarray(np.roll(np.eye(E), E // 2, axis=0), x_BFSKE.dtype)
-    swapped_BFSKE = jnp.matmul(x_BFSKE, swap, precision="highest")
-    return (x_BFSKE * cos + swapped_BFSKE * sin).astype(x_BFSKE.dtype)
+    E = x_BKFSE.shape[-1]
+    swap = jnp.asarray(np.roll(np.eye(E), E // 2, axis=0), x_BKFSE.dtype)
+    swapped_BKFSE = jnp.matmul(x_BKFSE, swap, precision="highest")
+    return (x_BKFSE * cos + swapped_BKFSE * sin).astype(x_BKFSE.dtype)

@@ -21,16 +21,16 @@ def test_scores_depend_on_relative_positions_only():
     grid, head_width = (5, 6, 7), 32
     time, space = rotary_angles(*grid, head_width)
     space = space.reshape(*grid[1:], -1)
-    q, k = np.random.default_rng(0).normal(size=(2, 1, 2, 4, 2, head_width)).astype(np.float32)
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 2, 2, 4, head_width)).astype(np.float32)
 
     def scores(f, y, x):
         window = time[f : f + 2], space[y : y + 2, x : x + 2].reshape(4, -1)
-        return np.einsum("bfske,bgtke->bkfsgt", rotate(q, window), rotate(k, window))
+        return np.einsum("bkfse,bkgte->bkfsgt", rotate(q, window), rotate(k, window))
 
     here = scores(0, 0, 0)
     for shift in [(3, 0, 0), (0, 4, 0), (0, 0, 5), (1, 2, 3)]:
         np.testing.assert_allclose(scores(*shift), here, atol=1e-4)
-    unrotated = np.einsum("bfske,bgtke->bkfsgt", q, k)
+    unrotated = np.einsum("bkfse,bkgte->bkfsgt", q, k)
     assert np.abs(here - unrotated).max() > 0.1
 
 
@@ -48,6 +48,6 @@ def test_every_axis_turns_its_own_coordinates(axis):
 
 
 def test_rotation_keeps_lengths():
-    x = np.random.default_rng(0).normal(size=(1, 2, 6, 2, 16)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(1, 2, 2, 6, 16)).astype(np.float32)
     turned = rotate(x, rotary_angles(2, 2, 3, 16))
     np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
