@@ -40,20 +40,24 @@ _MANY = 2**14  # scores of a head; below this there is little to gain from takin
 def heads_first(x_BFSD: jax.Array, heads: int) -> jax.Array:
     """Tokens of all heads to those of each: (B, F, S, K * E) -> (B, K, F, S, E), as the kernels take them."""
     B, F, S, D = x_BFSD.shape
-    if S % (_ROWS * mesh_lib.shares("tokens")):
-        return jnp.moveaxis(x_BFSD.reshape(B, F, S, heads, D // heads), 3, 1)
-    # Where whole tiles change places, one pass over the memory does it; otherwise the TPU's compiler makes two.
-    tiles = x_BFSD.reshape(B, F, S // _ROWS, _ROWS, heads, D // heads)
+    tiles = x_BFSD.reshape(B, F, *_in_tiles(S), heads, D // heads)
     return tiles.transpose(0, 4, 1, 2, 3, 5).reshape(B, heads, F, S, D // heads)
 
 
 def heads_last(x_BKFSE: jax.Array) -> jax.Array:
     """The inverse of `heads_first`: (B, K, F, S, E) -> (B, F, S, K * E)."""
     B, K, F, S, E = x_BKFSE.shape
-    if S % (_ROWS * mesh_lib.shares("tokens")):
-        return jnp.moveaxis(x_BKFSE, 1, 3).reshape(B, F, S, K * E)
-    tiles = x_BKFSE.reshape(B, K, F, S // _ROWS, _ROWS, E)
+    tiles = x_BKFSE.reshape(B, K, F, *_in_tiles(S), E)
     return tiles.transpose(0, 2, 3, 4, 1, 5).reshape(B, F, S, K * E)
+
+
+def _in_tiles(tokens: int) -> tuple[int, int]:
+    """How many tiles, of how many tokens each: 1 if whole tiles do not share the tokens of a frame.
+
+    Where whole tiles change places, one pass over the memory does it; otherwise the TPU's compiler makes two.
+    """
+    rows = 1 if tokens % (_ROWS * mesh_lib.shares("tokens")) else _ROWS
+    return tokens // rows, rows
 
 
 def self_attention(q_BKFSE, k_BKFSE, v_BKFSE, tokens: int | None = None, kernel: str = "auto") -> jax.Array:
