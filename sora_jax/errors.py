@@ -5,6 +5,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; one line says what is wrong, where, and what would be right."""
 
 
+class NoTimeStamp(InputError):
+    """The time-stamp server gives no time stamp, or one that does not fit. Without one the file could be signed."""
+
+
 class Refused(Exception):
     """The policy forbids what was asked for, or what came out; one line says why, and never quotes the prompt.
 

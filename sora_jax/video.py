@@ -77,6 +77,7 @@ class Video:
 
         Raises:
             Refused: the scan found what must not leave.
+            NoTimeStamp: the signer's time-stamp server gives none; `frames` are as they were, to be saved again.
             InputError: if name or folder do not fit (see `media.check_output`), or the file cannot be written.
         """
         from sora_jax.safety.provenance import Claim

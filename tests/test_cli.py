@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,9 @@ from sora_jax.safety import keys, provenance, scan
 from sora_jax.safety.policy import load_policy
 from sora_jax.safety.provenance import read_manifest
 from sora_jax.video import read_video
+
+sys.path.append(str(Path(__file__).parent / "safety"))
+from time_stamps import time_stamp_server  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -210,6 +214,55 @@ def test_a_failure_while_writing_leaves_nothing(generate, capsys, monkeypatch, t
     message = one_line(capsys)
     assert code == 130 or "No space left on device" in message
     assert not os.listdir(tmp_path)
+
+
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="a time-stamp server needs openssl")
+
+
+@needs_openssl
+def test_a_server_that_gives_no_stamp_is_found_before_anything_is_made(generate, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(Generator, "_waited", None)
+    (tmp_path / "server").mkdir()
+    with time_stamp_server(tmp_path / "server", silent_at=range(99)) as url:
+        assert generate("a red ball", "--num", "2", "-o", "out", "--timestamp-url", url) == 2
+    said = one_line(capsys)
+    assert said.startswith(f"sora-jax: error: the time-stamp server {url} gives no time stamp") and "503" in said
+    assert os.listdir(tmp_path) == ["server"] and Path("server/asked").read_text() == "1"
+
+
+@needs_openssl
+def test_a_server_that_fails_late_costs_a_stamp_and_no_video(generate, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(provenance, "_PATIENCE", 0)
+    with time_stamp_server(tmp_path, silent_at=[3]) as url:  # the first stamp is that of the rehearsal
+        assert generate("a red ball", "--num", "3", "-o", "out", "--timestamp-url", url) == 2
+    said = capsys.readouterr()
+    paths = [f"out/a-red-ball-seed-{seed}.mp4" for seed in range(3)]
+    assert said.out.split() == paths and sorted(os.listdir("out")) == [os.path.basename(path) for path in paths]
+    manifests = [read_manifest(path, keys.local_anchor()) for path in paths]
+    assert [one.state for one in manifests] == ["trusted"] * 3
+    assert [bool(one.time) for one in manifests] == [True, False, True]
+    without = f"{paths[1]} is signed, but without a time stamp: the time-stamp server {url} gives no time stamp"
+    assert f"video 2 of 3 (seed 1): {without}" in said.err
+    assert said.err.splitlines()[-1].startswith(f"sora-jax: error: 1 of 3 videos: {without}")
+
+
+def test_one_video_that_cannot_be_saved_does_not_cost_the_others(generate, capsys, monkeypatch, tmp_path):
+    outcomes = iter(["rehearsed", "saved", None])
+
+    def verify(path, signer):
+        if next(outcomes) is None:
+            raise InputError("another certificate")
+
+    scores = iter([0.0, 0.0, 0.9])
+    monkeypatch.setattr(scan.OpenNSFW, "scores", lambda _, frames_THWC: [next(scores)] * len(frames_THWC))
+    monkeypatch.setattr(provenance, "verify_signed", verify)
+    assert generate("a red ball", "--num", "3", "-o", "out") == 2
+    said = capsys.readouterr()
+    assert said.out.split() == ["out/a-red-ball-seed-0.mp4"]
+    assert sorted(os.listdir("out")) == ["a-red-ball-seed-0.mp4", "withheld-seed-2.json"]
+    assert "video 2 of 3 (seed 1): another certificate\n" in said.err
+    assert "video 3 of 3 (seed 2): the frame scan withholds a video; out/withheld-seed-2.json says why\n" in said.err
+    assert said.err.endswith("sora-jax: error: 2 of 3 videos: another certificate\n")
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import re
 import sys
 import unicodedata
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sora_jax.cli.words import PROMPTS_HELP, lora, number, prompts_of, size, whole
-from sora_jax.errors import InputError, Refused
+from sora_jax.errors import InputError, NoTimeStamp, Refused
 
 if TYPE_CHECKING:  # mistakes are told without waiting for JAX
     from sora_jax.model_config import ModelConfig
@@ -210,27 +210,38 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
     )
     for note in generator.notes(request):
         _say(note)
-    withheld = []
+    problems: list[InputError | Refused] = []
 
     def save(video: Video, prompt: str, seed: int) -> None:
         target = task.target
-        path = video.save(
+        save_by = partial(
+            video.save,
             target.path(f"{prompt} seed {seed}" if options.num > 1 else prompt),
             embed_prompt=options.embed_prompt,
-            signer=signer,
             report=target.report(seed),
             replace=target.file is not None,
         )
+        try:
+            path = save_by(signer=signer)
+        except NoTimeStamp as error:  # what was made is kept all the same
+            path = save_by(signer=replace(signer, timestamp_url=None))
+            tqdm.write(str(path))
+            raise InputError(f"{path} is signed, but without a time stamp: {error}") from error
         tqdm.write(str(path))  # to stdout, past the progress bar
 
     with contextlib.closing(generator.run(request, progress=True)) as videos:
-        for (prompt, seed), video in zip(jobs, videos, strict=True):
+        for number, ((prompt, seed), video) in enumerate(zip(jobs, videos, strict=True), 1):
             try:
                 hosts.by_first(partial(save, video, prompt, seed))
-            except Refused as refusal:
-                withheld.append(str(refusal))
-    if withheld:
-        raise Refused(f"{len(withheld)} of {len(jobs)} videos: {withheld[0]}")
+            except (InputError, Refused) as problem:
+                if len(jobs) == 1:
+                    raise
+                problems.append(problem)  # the others are made and saved all the same
+                if hosts.is_first():
+                    tqdm.write(f"video {number} of {len(jobs)} (seed {seed}): {problem}", file=sys.stderr)
+    if problems:
+        worst = next((one for one in problems if isinstance(one, InputError)), problems[0])
+        raise type(worst)(f"{len(problems)} of {len(jobs)} videos: {worst}")
 
 
 def _adaptations(given: list[tuple[str, float]] | None) -> dict[str, float]:

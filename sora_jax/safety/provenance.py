@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from cryptography import x509
 
 import sora_jax
-from sora_jax.errors import InputError, one_line
+from sora_jax.errors import InputError, NoTimeStamp, one_line
 from sora_jax.safety import boxes
 from sora_jax.safety.keys import Signer
 from sora_jax.safety.manifest import (
@@ -47,6 +48,7 @@ _SIGNING = {
     },
     "verify": OFFLINE,
 }
+_PATIENCE = 10  # seconds
 _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="  # a PNG file
 
 
@@ -146,7 +148,8 @@ def sign(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
         signer: who signs it.
 
     Raises:
-        InputError: if signing or its time stamp fails.
+        NoTimeStamp: the time-stamp server gives none.
+        InputError: signing fails.
     """
     import c2pa
 
@@ -170,16 +173,35 @@ def sign(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
         with c2pa.Signer.from_callback(call, algorithm, signer.chain, signer.timestamp_url) as native:
             builder.sign(native, media_type(f"file{ending}"), original, signed)
     except c2pa.C2paError as error:
+        if signer.timestamp_url and not failures and isinstance(error, c2pa.C2paError.Signature):
+            why = one_line(error).replace(signer.timestamp_url, _server(signer))
+            raise NoTimeStamp(f"the time-stamp server {_server(signer)} gives no time stamp: {why}") from error
+        reason = one_line(error)
         if failures:
             reason = f"the signing key fails: {type(failures[0]).__name__}: {one_line(failures[0])}"
-        elif signer.timestamp_url and isinstance(error, c2pa.C2paError.Signature):
-            shown = signer.timestamp_url.rpartition("@")[2]  # without a password
-            why = one_line(error).replace(signer.timestamp_url, shown)
-            reason = f"the time-stamp server {shown} gives no time stamp: {why}"
-        else:
-            reason = one_line(error)
         raise InputError(f"cannot sign {claim.title}: {reason}") from error
     return signed.getvalue()
+
+
+def sign_patiently(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
+    """The same, but what cost minutes to make is not given up at once: a server that gives no stamp is asked again.
+
+    It is for `_PATIENCE` seconds, after longer and longer pauses.
+    """
+    end, pause = time.monotonic() + _PATIENCE, 1
+    while True:
+        try:
+            return sign(data, ending, claim, signer)
+        except NoTimeStamp:
+            if time.monotonic() + pause > end:
+                raise
+        time.sleep(pause)
+        pause *= 2
+
+
+def _server(signer: Signer) -> str:
+    """The address of its time-stamp server, without a password."""
+    return (signer.timestamp_url or "").rpartition("@")[2]
 
 
 def rehearse(signer: Signer) -> None:
@@ -202,6 +224,7 @@ def verify_signed(path: str | os.PathLike, signer: Signer) -> Manifest:
 
     Raises:
         InputError: unless its manifest is intact, fits this very file and is by this signer.
+        NoTimeStamp: it was to have a time stamp, and has none that fits.
     """
     certificates = x509.load_pem_x509_certificates(signer.chain.encode())
     manifest = read_manifest(path, signer.anchor)
@@ -209,6 +232,8 @@ def verify_signed(path: str | os.PathLike, signer: Signer) -> Manifest:
         raise InputError(f"{path} was signed, but does not verify: {'; '.join(manifest.problems) or manifest.state}")
     if manifest.serial_number != str(certificates[0].serial_number):
         raise InputError(f"{path} was signed, but with another certificate")
+    if signer.timestamp_url and not manifest.time:
+        raise NoTimeStamp(f"the time stamp of the server {_server(signer)} does not fit the signature")
     return manifest
 
 

@@ -51,6 +51,7 @@ def release(
 
     Raises:
         Refused: the scan found what must not leave; a report without the pictures is written.
+        NoTimeStamp: the signer's time-stamp server has given none, though it was asked several times.
         InputError: name or folder do not fit (see `media.check_output`), or the file cannot be written or signed.
     """
     path = Path(path)
@@ -79,7 +80,7 @@ def release(
     marked_THWC = mark.embed(frames_THWC, payload, secret)
     with media.complete_or_absent(path) as hidden:
         encoded = media.encode(marked_THWC, fps, ending)
-        hidden.write_bytes(provenance.sign(encoded, ending, claim, signer))
+        hidden.write_bytes(provenance.sign_patiently(encoded, ending, claim, signer))
         provenance.verify_signed(hidden, signer)
         written = len(media.read(hidden)[0])
         if written != len(frames_THWC):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from files import sign, write
 
-from sora_jax.errors import InputError
-from sora_jax.safety import boxes
+from sora_jax.errors import InputError, NoTimeStamp
+from sora_jax.safety import boxes, provenance
 from sora_jax.safety.keys import load_signer
 from sora_jax.safety.manifest import read_manifest
 from sora_jax.safety.provenance import Claim, Source, rehearse, verify_signed
@@ -169,6 +169,53 @@ def test_a_time_stamp_says_when_a_file_was_signed(source, signer, tmp_path):
     (tmp_path / "earlier.mp4").write_bytes(data[:place] + b"1999" + data[place + 4 :])
     changed = read_manifest(tmp_path / "earlier.mp4", signer.anchor)
     assert changed.state == "trusted" and not changed.time and not changed.time_is_trusted
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self):
+        self.pauses = []
+
+    def monotonic(self):
+        return sum(self.pauses)
+
+    def sleep(self, seconds):
+        self.pauses.append(seconds)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="a time-stamp server needs openssl")
+@pytest.mark.parametrize("silent_at, pauses", [((), []), ((1, 2), [1, 2]), (range(99), [1, 2, 4])])
+def test_a_server_that_gives_no_stamp_is_asked_again_for_a_while(
+    source, signer, tmp_path, monkeypatch, silent_at, pauses
+):
+    clock = Clock()
+    monkeypatch.setattr(provenance, "time", clock)
+    with time_stamp_server(tmp_path, silent_at) as url:
+        stamped = replace(signer, timestamp_url=url)
+        if len(silent_at) > 2:
+            with pytest.raises(NoTimeStamp, match="the time-stamp server http://127.0.0.1:.* gives no time stamp"):
+                provenance.sign_patiently(source["png"].read_bytes(), ".png", CLAIM, stamped)
+        else:
+            path = tmp_path / "signed.png"
+            path.write_bytes(provenance.sign_patiently(source["png"].read_bytes(), ".png", CLAIM, stamped))
+            assert verify_signed(path, stamped).time
+    assert clock.pauses == pauses and (tmp_path / "asked").read_text() == str(len(pauses) + 1)
+
+
+def test_a_file_without_the_stamp_that_it_was_to_have_does_not_pass(source, signer, tmp_path):
+    sign(source["png"], tmp_path / "x.png", CLAIM, signer)
+    with pytest.raises(NoTimeStamp, match="the time stamp of the server tsa.example.com does not fit the signature"):
+        verify_signed(tmp_path / "x.png", replace(signer, timestamp_url="https://me:word@tsa.example.com"))
+
+
+def test_a_key_that_fails_is_not_asked_again(source, signer, monkeypatch):
+    monkeypatch.setattr(provenance, "time", Clock())
+    calls = []
+    broken = replace(signer, sign=lambda _: calls.append(1) or 1 / 0, timestamp_url="http://127.0.0.1:9")
+    with pytest.raises(InputError, match="the signing key fails: ZeroDivisionError"):
+        provenance.sign_patiently(source["png"].read_bytes(), ".png", CLAIM, broken)
+    assert len(calls) == 1
 
 
 def test_a_file_by_another_signer_is_not_taken_for_ours(source, signer, tmp_path, monkeypatch):

@@ -2,9 +2,10 @@
 
 import contextlib
 import http.server
+import itertools
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -30,8 +31,12 @@ ess_cert_id_alg = sha256
 
 
 @contextlib.contextmanager
-def time_stamp_server(folder: Path) -> Iterator[str]:
-    """Its address, while it runs; `root.pem` in the folder is its root certificate."""
+def time_stamp_server(folder: Path, silent_at: Container[int] = ()) -> Iterator[str]:
+    """Its address, while it runs; `root.pem` in the folder is its root certificate.
+
+    Queries are counted from 1 on, in the file `asked`: to those in `silent_at` it gives no stamp.
+    """
+    number = itertools.count(1)
     root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     root, leaf = (certificates.name(part, "tests") for part in ("time root", "time stamps"))
     start = datetime.now(UTC) - timedelta(days=1)
@@ -60,6 +65,10 @@ def time_stamp_server(folder: Path) -> Iterator[str]:
         def do_POST(self) -> None:
             query = folder / "query.tsq"
             query.write_bytes(self.rfile.read(int(self.headers["Content-Length"])))
+            asked = next(number)
+            (folder / "asked").write_text(str(asked))
+            if asked in silent_at:
+                return self.send_error(503)
             command = ["openssl", "ts", "-reply", "-config", folder / "settings.cnf", "-queryfile", query]
             answer = subprocess.run(command, capture_output=True, check=True).stdout
             self.send_response(200)
