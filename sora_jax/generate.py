@@ -235,7 +235,7 @@ class Generator:
             prompt=prompt,
             seed=request.seeds[number],
             mesh=",".join(f"{axis}={n}" for axis, n in self.mesh.shape.items() if n > 1) if self.mesh else "",
-            checks={"prompt": {"policy_sha256": request.policy.digest, "allowed": True}},
+            checks=request.checks,
             ingredients=request.ingredients,
             frames_sha256=frames_digest(frames_THWC),
         )

@@ -7,7 +7,7 @@ a `Request` is made, whoever makes it.
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,7 @@ class Request:
     last_image: np.ndarray | None = None
     ingredients: tuple[Source, ...] = ()  # the pictures, for the manifests of what is made of them
     policy: Policy = field(default_factory=load_policy)
+    checks: Mapping[str, Any] = field(init=False)  # of all this, for the same manifests
 
     @property
     def windows(self) -> int:
@@ -73,12 +74,19 @@ class Request:
                 picture.flags.writeable = False
                 object.__setattr__(self, name, picture)
         check_texts([self.negative_prompt], "negative prompt")
+        allowed = {"policy_sha256": self.policy.digest, "allowed": True}
         admit(self.prompts, self.policy)
+        checks: dict[str, Any] = {"prompt": allowed}
         if self.negative_prompt and self.is_guided and self.guidance_low < 1:  # at low levels that leads towards it
             admit([self.negative_prompt], self.policy, "negative prompt")
+            checks["negative_prompt"] = allowed
         for name, picture in (("image", self.image), ("last_image", self.last_image)):
-            if picture is not None and not scan(picture[None]).passed:
-                raise Refused(f"the frame scan does not let {name} pass")
+            if picture is not None:
+                found = scan(picture[None])
+                if not found.passed:
+                    raise Refused(f"the frame scan does not let {name} pass")
+                checks[name] = [found.report]
+        object.__setattr__(self, "checks", checks)
 
 
 def admit(prompts: Sequence[str], policy: Policy, name: str = "prompt") -> None:

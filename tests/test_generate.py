@@ -169,6 +169,11 @@ def test_what_is_made_of_pictures_says_so_and_needs_their_files_no_longer(tiny_c
         ("image.png", "parentOf"),
         ("last_image.png", "inputTo"),
     ]
+    checks = manifest.generation["checks"]
+    assert sorted(checks) == ["frames", "image", "last_image", "mark", "prompt"]
+    for name in ("image", "last_image"):
+        ((found, of_frames),) = zip(checks[name], checks["frames"], strict=True)
+        assert found.keys() == of_frames.keys() and found["passed"] and found["frames_scanned"] == 1
 
 
 def test_a_last_picture_is_a_group_of_its_own(tiny_config, tiny_params):

@@ -168,7 +168,7 @@ def _of_manifest(manifest: Manifest, roots: Set[str]) -> list[str]:
 def _of_generation(manifest: Manifest) -> list[str]:
     said = manifest.generation
     if not said:  # by another program
-        return _of_scans(None)
+        return _of_checks({})
     if {BY_MODEL, PARTLY_BY_MODEL} & {*manifest.source_types}:
         seed = f", seed {said['seed']}" if type(said.get("seed")) is int else ""
         model = _quoted(plain(said["model"])) if said.get("model") else "one without a name"
@@ -178,11 +178,30 @@ def _of_generation(manifest: Manifest) -> list[str]:
     else:
         line = "It does not say where its frames come from."
     checks = said.get("checks")
-    return [line, *_of_scans(checks.get("frames") if isinstance(checks, Mapping) else None)]
+    return [line, *_of_checks(checks if isinstance(checks, Mapping) else {})]
 
 
-def _of_scans(said: Any) -> list[str]:
-    """What a manifest says of scans; one of others may say anything, and older ones have a single scan."""
+def _of_checks(checks: Mapping[str, Any]) -> list[str]:
+    """What a manifest says was checked; one of others may say anything."""
+    texts = {name: checks.get(name) for name in ("prompt", "negative_prompt")}
+    passed = [name for name, said in texts.items() if isinstance(said, Mapping) and said.get("allowed") is True]
+    named = " and the ".join(passed).replace("_", " ")
+    lines = [f"It says that the prompt gate let the {named} pass."] if passed else []
+    for name, end in (("image", "starts"), ("last_image", "ends")):
+        lines += _of_scans(checks.get(name), f"the picture that it {end} with")[0]
+    return lines + _of_frames(checks.get("frames"))
+
+
+def _of_frames(said: Any) -> list[str]:
+    lines, kinds = _of_scans(said)
+    if not lines:
+        return ["It says nothing of a scan of its frames, and none is made here."]
+    left = scan.not_scanned_for(kinds)
+    return [*lines, f"Not scanned for, as far as it says: {', '.join(left)}."] if left else lines
+
+
+def _of_scans(said: Any, what: str = "") -> tuple[list[str], list[str]]:
+    """What is said of scans, of frames or of `what`, and what these were for; older files have a single scan."""
     lines, all_kinds = [], []
     for one in [said] if isinstance(said, Mapping) else said if isinstance(said, list) else []:
         kinds = one.get("scans_for") if isinstance(one, Mapping) else None
@@ -191,14 +210,11 @@ def _of_scans(said: Any) -> list[str]:
         all_kinds += kinds
         every = one.get("every")
         counted = type(every) is int and every > 1
-        which = "all frames" if every == 1 else f"at least one in {every} frames" if counted else "frames"
+        frames = "all frames" if every == 1 else f"at least one in {every} frames" if counted else "frames"
         passed = "passed" if one.get("passed") is True else "did not pass"
         named = ", ".join(kind if kind in scan.KINDS else _quoted(plain(kind)) for kind in kinds)
-        lines.append(f"It says that {which} {passed} a scan for {named}.")
-    if not lines:
-        return ["It says nothing of a scan of its frames, and none is made here."]
-    left = scan.not_scanned_for(all_kinds)
-    return [*lines, f"Not scanned for, as far as it says: {', '.join(left)}."] if left else lines
+        lines.append(f"It says that {what or frames} {passed} a scan for {named}.")
+    return lines, all_kinds
 
 
 def _of_mark(words: str, bits: str, manifest: Manifest) -> list[str]:

@@ -323,7 +323,10 @@ def test_no_request_exists_that_was_not_checked():
     # A guidance below one at low noise levels leads towards the negative prompt; below one at all, there is none.
     towards = {**words, "negative_prompt": "Tom Hanks on a bench"}
     for guidances in ({}, {"guidance": -1.0}, {"guidance": 0.5, "guidance_low": 0.5}):
-        Request(prompts=("a red ball",), seeds=(0,), **{**towards, **guidances})
+        assert [*Request(prompts=("a red ball",), seeds=(0,), **{**towards, **guidances}).checks] == ["prompt"]
+    read = Request(prompts=("red",), seeds=(0,), **{**towards, "negative_prompt": "blue", "guidance_low": -1.0})
+    said = {"policy_sha256": load_policy().digest, "allowed": True}
+    assert read.checks == {"prompt": said, "negative_prompt": said}
     with pytest.raises(Refused, match="^negative prompt: "):
         Request(prompts=("a red ball",), seeds=(0,), **{**towards, "guidance_low": -1.0})
     for broken in (dict(prompts=("a \udcff ball",)), dict(prompts=("a ball",), negative_prompt="\udcff")):

@@ -81,6 +81,33 @@ def test_what_a_manifest_says_of_scans_is_quoted_and_not_believed(said, words):
     assert _of_generation(Manifest("trusted")) == [UNSCANNED]  # a manifest of others
 
 
+SCANNED = [{"scans_for": ["violence"], "passed": True, "every": 8}]
+
+
+@pytest.mark.parametrize(
+    "checks, words",
+    [
+        ({"prompt": {"allowed": True}}, ["the prompt gate let the prompt pass."]),
+        (
+            {"prompt": {"allowed": True}, "negative_prompt": {"allowed": True}},
+            ["the prompt gate let the prompt and the negative prompt pass."],
+        ),
+        (
+            {"image": SCANNED, "last_image": SCANNED},
+            [
+                "the picture that it starts with passed a scan for violence.",
+                "the picture that it ends with passed a scan for violence.",
+            ],
+        ),
+        ({"prompt": {"allowed": "yes"}, "negative_prompt": True, "image": [7], "last_image": "passed"}, []),
+    ],
+)
+def test_what_else_was_checked_is_told(checks, words):
+    """What was looked for in a picture that was given was not looked for in frames."""
+    lines = _of_generation(Manifest("trusted", generation={"checks": checks}))
+    assert lines[1:] == [*(f"It says that {line}" for line in words), UNSCANNED]
+
+
 def test_words_of_a_manifest_cannot_be_taken_for_ours():
     ours = "x. This installation has checked who signed it"
     said = {"model": ours, "seed": "3. " + ours, "checks": {"frames": {"scans_for": [ours], "every": -5}}}
