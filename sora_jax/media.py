@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import math
 import os
 import platform
 import secrets
@@ -30,8 +31,8 @@ SUFFIXES = (".mp4", ".gif", ".png")
 # it read other files, or ask the network for them.
 _FORMATS = "mov,matroska,avi,flv,ogg,mpegts,gif,apng,png_pipe,jpeg_pipe,mjpeg,webp_pipe,bmp_pipe,tiff_pipe"
 _MOST_PIXELS = 2**27  # of one frame; that is 8 bits RGB in 384 MiB
-_MOST_BYTES = 2**30  # of frames, where not all are asked for
-# Then so many pixels are decoded, or so many for each byte of the file: a few kilobytes may unfold to hours of work.
+# Where not all frames are asked for, so many pixels are decoded, or so many for each byte of the file: a few kilobytes
+# may unfold to hours of work.
 _MOST_DECODED, _MOST_TO_A_BYTE = 2**28, 2**14
 # Notes in a file that are no text do not matter; PyAV takes them as they are from version 19 on.
 ANY_NOTES = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
@@ -90,27 +91,46 @@ def encode(frames: np.ndarray, fps: float, ending: str) -> bytes:
     return _ENCODERS[ending](frames, Fraction(fps).limit_denominator(1001))
 
 
-def read(path: str | os.PathLike, most: int | None = None) -> tuple[np.ndarray, float]:
+def read(path: str | os.PathLike) -> tuple[np.ndarray, float]:
     """The frames of a video, GIF or picture file, uint8 [T, H, W, 3], and frames per second.
-
-    Args:
-        most: how many frames are kept at most, evenly spread from the first one on, and fewer of large ones: a long
-            file then takes no more memory than a short one, and of one that unfolds to very many pixels only the first
-            are decoded. By default all are.
 
     Raises:
         InputError: if the file cannot be opened or holds no video.
     """
-    try:
-        with open(path, "rb") as file:
-            return _decode(file, path, most)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    with _file(path) as file:
+        return _decode(file, path)
 
 
-def decode(data: bytes, name: str | os.PathLike, most: int | None = None) -> tuple[np.ndarray, float]:
+def decode(data: bytes, name: str | os.PathLike) -> tuple[np.ndarray, float]:
     """The frames in the bytes of a file, as `read` gives those of the file `name`."""
-    return _decode(io.BytesIO(data), name, most)
+    return _decode(io.BytesIO(data), name)
+
+
+def count(path: str | os.PathLike) -> int:
+    """How many frames of a file can be decoded, with one in memory at a time; it raises what `read` does."""
+    with _file(path) as file, _video(file, path) as (stream, _):
+        return sum(1 for _ in stream.container.decode(stream))
+
+
+def some(path: str | os.PathLike, most: int) -> Iterator[np.ndarray]:
+    """Frames of a file one after the other, uint8 [H, W, 3]: evenly spread from the first one on, `most` or fewer.
+
+    A long file takes no more memory than a short one, and of one that unfolds to very many pixels only the first are
+    decoded. How many there are is what its packets say, which are counted first, not what is written in the file.
+
+    Raises:
+        InputError: what `read` raises, perhaps after some frames.
+    """
+    with _file(path) as file:
+        most_pixels = max(_MOST_DECODED, _MOST_TO_A_BYTE * file.seek(0, io.SEEK_END))
+        with _video(file, path) as (stream, _):
+            packets = (packet for packet in stream.container.demux(stream) if packet.size)
+            frames = sum(1 for _ in itertools.islice(packets, most_pixels // max(1, stream.width * stream.height) + 1))
+        step = 1
+        while -(-frames // step) > most:
+            step *= 2
+        with _video(file, path) as (stream, mirrored):
+            yield from itertools.islice(_pictures(stream, path, mirrored, step, most_pixels), most)
 
 
 def decode_picture(data: bytes, name: str | os.PathLike) -> np.ndarray:
@@ -138,13 +158,19 @@ def resize(picture_HWC: np.ndarray, size: tuple[int, int], method: Literal["bicu
     return np.asarray(Image.fromarray(picture_HWC).resize(size[::-1], Image.Resampling[method.upper()]))
 
 
-def _decode(
-    file: BinaryIO, path: str | os.PathLike, most: int | None = None, first: int | None = None
-) -> tuple[np.ndarray, float]:
-    frames, step = [], 1
+@contextlib.contextmanager
+def _file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _video(file: BinaryIO, path: str | os.PathLike) -> Iterator[tuple[av.VideoStream, bool]]:
+    """The video of a file, and whether it is mirrored; what FFmpeg finds wrong within the block is an InputError."""
     mirrored = _mirrored(file)
-    most_decoded = max(_MOST_DECODED, _MOST_TO_A_BYTE * file.seek(0, io.SEEK_END))
-    file.seek(0)
     try:
         with av.open(file, **OPENED) as container:
             if not container.streams.video:
@@ -154,25 +180,36 @@ def _decode(
                 raise InputError(f"cannot read {path}: its video is in no known encoding")
             if stream.width * stream.height > _MOST_PIXELS:
                 raise InputError(f"cannot read {path}: {stream.width}x{stream.height} pixels are too many")
-            convert = VideoReformatter().reformat  # one for all frames: its tables take longer than a small frame
-            for number, frame in enumerate(itertools.islice(container.decode(stream), first)):
-                if most is not None and number * frame.width * frame.height > most_decoded:
-                    break
-                if number % step:
-                    continue
-                picture = convert(frame, format="rgb24", interpolation=EXACT).to_ndarray()
-                picture = upright(picture, frame.rotation, mirrored)
-                if frames and picture.shape != frames[0].shape:
-                    raise InputError(f"cannot read {path}: it holds no frames of one size")
-                frames.append(picture)
-                if most is not None and len(frames) > max(1, min(most, _MOST_BYTES // picture.nbytes)):
-                    frames, step = frames[::2], 2 * step
-            rate = stream.average_rate or stream.guessed_rate or Fraction(8)
+            yield stream, mirrored
     except (OSError, av.error.FFmpegError) as error:
         raise InputError(f"cannot read {path}: {_reason(error)}") from error
-    if not frames:
+
+
+def _pictures(
+    stream: av.VideoStream, path: str | os.PathLike, mirrored: bool, step: int = 1, most_pixels: float = math.inf
+) -> Iterator[np.ndarray]:
+    """Every step-th frame of a video, uint8 [H, W, 3], upright, until so many pixels were decoded."""
+    convert = VideoReformatter().reformat  # one for all frames: its tables take longer than a small frame
+    shape = None
+    for number, frame in enumerate(stream.container.decode(stream)):
+        if number * frame.width * frame.height > most_pixels:
+            break
+        if number % step:
+            continue
+        picture = convert(frame, format="rgb24", interpolation=EXACT).to_ndarray()
+        picture = upright(picture, frame.rotation, mirrored)
+        if shape not in (None, picture.shape):
+            raise InputError(f"cannot read {path}: it holds no frames of one size")
+        shape = picture.shape
+        yield picture
+    if shape is None:
         raise InputError(f"cannot read {path}: it holds no frames")
-    return np.stack(frames), float(rate)
+
+
+def _decode(file: BinaryIO, path: str | os.PathLike, first: int | None = None) -> tuple[np.ndarray, float]:
+    with _video(file, path) as (stream, mirrored):
+        frames = list(itertools.islice(_pictures(stream, path, mirrored), first))
+        return np.stack(frames), float(stream.average_rate or stream.guessed_rate or Fraction(8))
 
 
 def upright(picture_HWC: np.ndarray, degrees: int, mirrored: bool = False) -> np.ndarray:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -78,11 +79,9 @@ def embed(frames_THWC: np.ndarray, payload: int, key: bytes) -> np.ndarray:
     return marked_THWC
 
 
-def detect(frames_THWC: np.ndarray, key: bytes) -> Detection:
-    """Looks for a mark made with `key`; frames as for `embed`, of any size: in the middle of large ones."""
-    top, left = (max(side - _LOOK, 0) // 2 for side in frames_THWC.shape[1:3])
-    frames_THWC = frames_THWC[:, top : top + _LOOK, left : left + _LOOK]
-    plane_HW, _ = _measured(frames_THWC)
+def detect(frames_THWC: Iterable[np.ndarray], key: bytes) -> Detection:
+    """Looks for a mark made with `key`; frames as for `embed`, or one after the other: in the middle of large ones."""
+    plane_HW, _ = _measured(map(_middle, frames_THWC))
     words_2MW = np.exp(-1j * _phases(key)).swapaxes(1, 2).astype(np.complex64)
     found = []
     for scale in SCALES:
@@ -121,16 +120,22 @@ def _phases(key: bytes) -> np.ndarray:
     return random.uniform(0, 2 * np.pi, (2, _WORDS, len(_waves()) // 2))
 
 
-def _measured(frames_THWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _middle(frame_HWC: np.ndarray) -> np.ndarray:
+    top, left = (max(side - _LOOK, 0) // 2 for side in frame_HWC.shape[:2])
+    return frame_HWC[top : top + _LOOK, left : left + _LOOK]
+
+
+def _measured(frames_THWC: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Means over the frames of what `_measure` gives of one.
 
     One frame is on the device at a time, here and where the mark is added: memory does not grow with the duration.
     """
-    plane_HW, room = 0.0, 0.0
+    plane_HW, room, number = 0.0, 0.0, 0
     for frame_HWC in frames_THWC:
         one_HW, its_room = _measure(frame_HWC)
+        number += 1
         plane_HW, room = plane_HW + np.asarray(one_HW), room + np.asarray(its_room)
-    return plane_HW / np.float32(len(frames_THWC)), room / np.float32(len(frames_THWC))
+    return plane_HW / np.float32(number), room / np.float32(number)
 
 
 @jax.jit

@@ -82,7 +82,7 @@ def release(
         encoded = media.encode(marked_THWC, fps, ending)
         hidden.write_bytes(provenance.sign_patiently(encoded, ending, claim, signer))
         provenance.verify_signed(hidden, signer)
-        written = len(media.read(hidden)[0])
+        written = media.count(hidden)
         if written != len(frames_THWC):
             raise InputError(f"cannot write {path}: only {written} of {len(frames_THWC)} frames arrived")
         path = path if replace else media.take_free_name(hidden, path)

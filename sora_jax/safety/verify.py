@@ -104,10 +104,9 @@ def verify(path: str | os.PathLike, anchors: str | os.PathLike | None = None) ->
 
 def _look_for_mark(path: str | os.PathLike, secret: bytes) -> tuple[str, str]:
     try:
-        frames_THWC, _ = media.read(path, most=_MOST_FRAMES)
+        found = mark.detect(media.some(path, _MOST_FRAMES), secret)
     except InputError:
         return "not looked for: the file holds no frames that can be read", ""
-    found = mark.detect(frames_THWC, secret)
     return ("found", f"{found.payload:04x}") if found.found else ("not found", "")
 
 

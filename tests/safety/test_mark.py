@@ -79,7 +79,8 @@ def test_it_survives(marked, change):
 
 def test_it_survives_the_file_of_the_package(marked, tmp_path):
     write(tmp_path / "clip.mp4", marked, 8)
-    assert mark.detect(media.read(tmp_path / "clip.mp4")[0], KEY).payload == 0xBEEF
+    found = mark.detect(media.read(tmp_path / "clip.mp4")[0], KEY)
+    assert found.payload == 0xBEEF and found == mark.detect(media.some(tmp_path / "clip.mp4", 96), KEY)
 
 
 def test_another_key_finds_nothing_and_neither_do_unmarked_frames(marked):

@@ -169,7 +169,7 @@ STAGES = [
     (media, "encode"),
     (provenance, "sign"),
     (provenance, "verify_signed"),
-    (media, "read"),
+    (media, "count"),
     (os, "replace"),
     (os, "link"),  # in place of the last one, where a file takes the first free name
 ]

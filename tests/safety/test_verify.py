@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import sys
+import weakref
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from files import write
 from test_release import noisy_clip, save
 
+from sora_jax import media
 from sora_jax.cli import main
 from sora_jax.safety import certificates, keys, provenance
 from sora_jax.safety.manifest import BY_MODEL, STATES, Manifest, _state, read_manifest
@@ -49,6 +51,21 @@ def test_what_was_made_here_is_known_and_marked(copy, capsys):
     ):
         assert words in text
     assert "not that what it says is true" in text
+
+
+def test_of_a_long_file_one_frame_after_the_other_is_looked_at(tmp_path, monkeypatch):
+    path, upright = write(tmp_path / "long.mp4", noisy_clip(1).frames.repeat(200, 0), 8.0), media.upright
+    frames, most = [], []
+
+    def watched(*given):
+        picture = np.array(upright(*given))  # a copy, which is kept alive by whatever is a part of it
+        frames.append(weakref.ref(picture))
+        most.append(sum(frame() is not None for frame in frames))
+        return picture
+
+    monkeypatch.setattr(media, "upright", watched)
+    assert verify(path).mark == "not found"
+    assert len(frames) == 50 and max(most) <= 3
 
 
 UNSCANNED = "It says nothing of a scan of its frames, and none is made here."
