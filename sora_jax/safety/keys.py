@@ -41,14 +41,12 @@ class Signer:
         algorithm: es256, es384, es512, ps256 or ed25519.
         sign: the signature of bytes; for es* the two numbers r and s in equal lengths (IEEE P1363).
         timestamp_url: address of an RFC 3161 time-stamp server, or None.
-        local: whether the installation made the key for itself.
     """
 
     chain: str = field(repr=False)
     algorithm: str
     sign: Callable[[bytes], bytes] = field(repr=False)
     timestamp_url: str | None = None
-    local: bool = False
 
     @property
     def anchor(self) -> str:
@@ -106,7 +104,7 @@ def load_signer(
     sign = partial(_sign, public, callback or partial(_sign_with, private))
     if callback is not None:
         _check_callback(sign, public, where)
-    return Signer(certificates.pem(chain), algorithm, sign, timestamp_url, local=cert is None)
+    return Signer(certificates.pem(chain), algorithm, sign, timestamp_url)
 
 
 def local_anchor() -> str:

@@ -20,7 +20,6 @@ from cryptography.x509.oid import NameOID
 from sora_jax.errors import InputError
 from sora_jax.safety import boxes
 
-STATES = ("trusted", "valid", "rejected", "tampered", "none", "unreadable")
 GENERATION = "org.sora-jax.generation"
 LEFT_OUT = "left_out_boxes_sha256"  # in our assertion: the digest of the boxes that the C2PA hash leaves out
 # Source types (IPTC) of what a generative model made, and of what it made in part.

@@ -53,13 +53,13 @@ class Category:
         name: the code in verdicts.
         description: one line for people.
         enabled: whether it is looked for at all.
-        threshold: 0 to 1; the semantic layer refuses from this score on. For the package's own categories the score
+        threshold: 0 to 1; the layer of meaning refuses from this score on. For the package's own categories the score
             is the probability of the category against harmless; for others the similarity to the nearest example.
         phrases: what the rules refuse.
-        hints: words of harm that have harmless senses. They refuse nothing, but make the semantic layer readier to, in
-            the package's own categories.
+        hints: words of harm that have harmless senses. They refuse nothing, but make the layer of meaning readier to,
+            in the package's own categories.
         allow: what rules and hints overlook in this category.
-        examples: prompts of a new category, for the semantic layer.
+        examples: prompts of a new category, for the layer of meaning.
     """
 
     name: str

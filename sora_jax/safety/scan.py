@@ -52,7 +52,7 @@ class ScanResult:
         passed: whether the worst frame is below the threshold.
         worst_score, worst_frame: of the frame that decides.
         frames_scanned: how many frames were looked at.
-        every, change: at least every so many and the last, and what differed by so much, see `scan`.
+        every, change: at least every so many and the last, and what differed by so much: `EVERY` and `CHANGE`.
         scanner, scans_for: see `Scanner`.
         threshold: a score from here on does not pass.
     """
@@ -79,34 +79,19 @@ def not_scanned_for(kinds: Iterable[str]) -> list[str]:
     return [kind for kind in KINDS if kind not in looked_for]
 
 
-def scan(
-    frames_THWC: np.ndarray,
-    scanner: Scanner | None = None,
-    threshold: float = THRESHOLD,
-    every: int = EVERY,
-    change: float = CHANGE,
-) -> ScanResult:
+def scan(frames_THWC: np.ndarray, scanner: Scanner | None = None) -> ScanResult:
     """Looks at the first frame, at least every n-th, those that differ, and the last; the worst decides.
 
     Args:
         frames_THWC: uint8 [T, H, W, 3], RGB.
         scanner: by default open_nsfw.
-        threshold: 0 to 1; a score from here on does not pass.
-        every: n, at least 1: no frame is farther from the last one looked at.
-        change: 0 to 255: nor does one differ from it by more, in the mean over pixels (some of them) and colours.
 
     Raises:
-        InputError: a number out of range; or the scanner is missing or damaged, or does not give a score in [0, 1]
-            for each frame: nothing passes that was not scanned.
+        InputError: the scanner is missing or damaged, or does not give a score in [0, 1] for each frame: nothing
+            passes that was not scanned.
     """
-    if every < 1:
-        raise InputError(f"the frame scan looks at every n-th frame, n at least 1, not {every}")
-    if not 0 <= threshold <= 1:
-        raise InputError(f"the threshold of the frame scan must be from 0 to 1, not {threshold}")
-    if not 0 <= change <= 255:
-        raise InputError(f"the change that the frame scan looks at must be from 0 to 255, not {change}")
     scanner = scanner or default_scanner()
-    chosen = _chosen(frames_THWC, every, change)
+    chosen = _chosen(frames_THWC)
     try:
         scores = np.asarray(scanner.scores(frames_THWC[chosen]), np.float64)
     except Exception as error:  # whatever it is, these frames were not scanned
@@ -116,26 +101,26 @@ def scan(
     worst = int(np.argmax(scores))
     score = float(scores[worst])
     return ScanResult(
-        passed=score < threshold,
+        passed=score < THRESHOLD,
         worst_score=round(score, 4),
         worst_frame=chosen[worst],
         frames_scanned=len(chosen),
-        every=every,
-        change=change,
+        every=EVERY,
+        change=CHANGE,
         scanner=scanner.name,
         scans_for=tuple(scanner.scans_for),
-        threshold=threshold,
+        threshold=THRESHOLD,
     )
 
 
-def _chosen(frames_THWC: np.ndarray, every: int, change: float) -> list[int]:
-    """The numbers of the frames to look at, in order; see `scan`."""
+def _chosen(frames_THWC: np.ndarray) -> list[int]:
+    """The numbers of the frames to look at, in order: see `scan`, `EVERY` and `CHANGE`."""
     rows, columns = frames_THWC.shape[1:3]
     small_THWC = frames_THWC[:, :: -(-rows // _PIXELS), :: -(-columns // _PIXELS)].astype(np.int16)
     chosen = [0]
     for number in range(1, len(frames_THWC)):
         last = chosen[-1]
-        if number - last >= every or np.abs(small_THWC[number] - small_THWC[last]).mean() > change:
+        if number - last >= EVERY or np.abs(small_THWC[number] - small_THWC[last]).mean() > CHANGE:
             chosen.append(number)
     return sorted({*chosen, len(frames_THWC) - 1})
 

@@ -493,7 +493,7 @@ def test_lookalike_letters_hide_nothing_in_other_languages_of_latin_letters(gate
 
 
 def test_a_hint_refuses_nothing_by_itself(tmp_path, gate):
-    """It tells between what the semantic layer is not sure of."""
+    """It tells between what the layer of meaning is not sure of."""
     near = "a sniper on a roof"
     far = "a bowl of lemons on a table"
     hinted = load_gate(policy(tmp_path, "[categories.violence]\nhints = ['roof', 'lemons']"))

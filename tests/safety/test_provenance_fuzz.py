@@ -11,8 +11,8 @@ import pytest
 from sora_jax import media
 from sora_jax.errors import InputError
 from sora_jax.safety.keys import load_signer
-from sora_jax.safety.manifest import STATES, read_manifest
-from sora_jax.safety.verify import verify
+from sora_jax.safety.manifest import read_manifest
+from sora_jax.safety.verify import EXIT_CODES, verify
 
 sys.path.append(str(Path(__file__).parents[2] / "experiments"))
 import provenance_matrix as matrix  # noqa: E402
@@ -66,7 +66,7 @@ def fuzz(folder, signer, number, seed):
     for name, data in files.items():
         (folder / name).write_bytes(data)
         before[name] = tampering.look(folder / name)
-    found = dict.fromkeys(STATES, 0)
+    found = dict.fromkeys(EXIT_CODES, 0)
     for count, (name, data) in enumerate(mutants(files, number, seed)):
         path = folder / name
         path.write_bytes(data)
