@@ -105,7 +105,10 @@ class EncoderBlock(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids (B, L) int32, padded with 0, to features (B, L, D) float32 that are zero at the padding."""
+    """Token ids (B, L) int32, padded with 0, to features (B, L, D) float32 that are zero at the padding.
+
+    Only zeros at the end of a row are padding: a prompt may hold the token itself, and it is read like others.
+    """
 
     config: TextConfig
     dtype: Any = jnp.float32
@@ -115,7 +118,7 @@ class T5Encoder(nn.Module):
         config = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "width"))
         table = self.param("embedding", init, (config.vocabulary_size, config.width))
-        mask_BL = ids_BL != PAD
+        mask_BL = jax.lax.cummax(ids_BL, axis=1, reverse=True) != PAD  # true of what anything but padding follows
         shared = PositionBias(config, name="positions")(ids_BL.shape[1]) if config.shared_positions else None
         blocks = nn.scan(
             EncoderBlock,

@@ -33,8 +33,8 @@ from diffusers import (  # noqa: E402
     WanTransformer3DModel,
 )
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
+from transformers import PreTrainedTokenizerFast, T5TokenizerFast, UMT5EncoderModel  # noqa: E402
 
 import sora_jax  # noqa: E402
 from sora_jax import sampler  # noqa: E402
@@ -196,6 +196,18 @@ def test_text_encoder(folder_and_pipeline, generator, random):
     assert difference(found, expected) < TOLERANCE
 
 
+def test_features_of_prompts(folder_and_pipeline, generator):
+    """Of each one as long as theirs are, whatever special tokens it holds."""
+    prompts = ["a red ball", "", "a red <pad> ball", "<pad>", "wall <pad>", "a </s> ball <unk> <pad><pad> wall"]
+    prompts += ["a <extra_id_0> ball", "&lt;pad&gt; ball", "<pad> " * 600]
+    with torch.no_grad():
+        expected, _ = folder_and_pipeline[1].encode_prompt(prompts, None, False, max_sequence_length=512)
+    ids = generator.tokenizer(prompts, 512)
+    found = T5Encoder(generator.config.text).apply({"params": generator.params["text"]}, ids)
+    np.testing.assert_array_equal(found.any(axis=-1), expected.any(dim=-1))
+    assert difference(found, expected) < TOLERANCE
+
+
 def test_image_encoder(folder_and_pipeline, generator, random, kind):
     if kind not in make.SEEING:
         assert generator.config.vision is None
@@ -216,24 +228,23 @@ def test_tokenizer(random, tmp_path):
     pieces += ["\u2581a", "\u2581the", "\u2581re", "ed", "ball", "\u2581ball", "\u2581caf", "ing", "oll"]
     scores = [(piece, -float(random.uniform(2, 12))) for piece in pieces]
     unigram = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scores], unk_id=2))
+    unigram.normalizer = normalizers.Strip(left=False)  # before special tokens too
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    theirs = PreTrainedTokenizerFast(tokenizer_object=unigram, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    theirs.save_pretrained(tmp_path)
-    prompts = [
-        "",
-        "a red ball",
-        "  two\tspaces \n",
-        "the café",
-        "the cafÃ© rolling",
-        "&amp;amp; a &lt;ball&gt;",
-        "中国 \u200b☃",
-    ]
-    prompts += ["“quoted” — dash", "ﬁne ball", "a " * 40]
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special["additional_special_tokens"] = ["<extra_id_0>", "<extra_id_1>"]
+    PreTrainedTokenizerFast(tokenizer_object=unigram, **special).save_pretrained(tmp_path)
+    prompts = ["", "a red ball", "  two\tspaces \n", "the café", "the cafÃ© rolling", "&amp;amp; a &lt;ball&gt;"]
+    prompts += ["中国 \u200b☃", "“quoted” — dash", "ﬁne ball", "a " * 40]
+    prompts += ["a <pad> ball", "<pad>", "the ball<pad> <pad>", "&lt;pad&gt; < pad > <PAD>", "<pad> " * 40]
+    prompts += ["</s> ball </s>", "a <unk>ball", "<extra_id_0> ball<extra_id_1>", "<extra_id_9>"]
     prompts += ["".join(chr(code) for code in random.integers(32, 0x3000, 12)) for _ in range(50)]
-    options = {"padding": "max_length", "max_length": 24, "truncation": True, "return_tensors": "np"}
-    expected = theirs([prompt_clean(prompt) for prompt in prompts], **options)["input_ids"]
-    np.testing.assert_array_equal(FileTokenizer(tmp_path / "tokenizer.json", 10**6)(prompts, 24), expected)
+    found = FileTokenizer(tmp_path / "tokenizer.json", 10**6)(prompts, 24)
+    for theirs in (PreTrainedTokenizerFast, T5TokenizerFast):  # Wan's folders name the latter
+        options = {"padding": "max_length", "max_length": 24, "truncation": True, "return_tensors": "np"}
+        read = theirs.from_pretrained(tmp_path, extra_ids=2)
+        expected = read([prompt_clean(prompt) for prompt in prompts], **options)["input_ids"]
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("chunks", [0, 2])

@@ -9,6 +9,7 @@ from flax.core import meta
 
 from sora_jax.text import T5Encoder, TextConfig, tokenize
 from sora_jax.text.t5 import position_buckets
+from sora_jax.text.tokenizer import PAD
 
 CONFIG = TextConfig(259, width=8, heads=2, head_width=6, feed_forward=16, layers=2, length=12, max_distance=20)
 PROMPTS = ["a red ball", "up"]  # 11 and 3 tokens with the end
@@ -36,6 +37,16 @@ def test_features_at_the_padding_are_zero(encode):
     features = encode(tokenize(PROMPTS, 12))
     assert not features[0, 11:].any() and not features[1, 3:].any()
     assert features[0, :11].any(axis=-1).all() and features[1, :3].any(axis=-1).all()
+
+
+def test_the_padding_token_is_read_where_others_follow_it(encode):
+    """Prompts may hold it, and only the end of a row is padding: so do the public implementations have it."""
+    ids_BL = tokenize(PROMPTS, 12)
+    ids_BL[0, 4] = PAD
+    features, other = encode(ids_BL), encode(np.delete(ids_BL, 4, axis=1))
+    assert features[0, :11].any(axis=-1).all() and not features[0, 11:].any()
+    assert np.abs(features[0, 3] - other[0, 3]).max() > 1e-3  # its neighbours see it
+    np.testing.assert_array_equal(features[1], encode(tokenize(PROMPTS, 12))[1])
 
 
 def test_rows_of_a_batch_do_not_see_one_another(encode):
