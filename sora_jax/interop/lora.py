@@ -12,7 +12,8 @@ Other trainers put other prefixes before these names, or several. Beside the mat
 the bias with the same scale (.lora_B.bias), and whole differences of weights (.diff), of biases (.diff_b) and of the
 tables of modulation (.diff_m, or .modulation.diff), and all of them are added. diffusers (as of 0.42) leaves some out:
 those of norms, as the files that have any have zeros there; those of tables; those of whole weights other than the last
-layer's; and those of the modulation's bias in files that do not change its weight.
+layer's; and those of biases outside the blocks and the last layer, without matrices beside them (it refuses files with
+such ones of the layers of text and time).
 """
 
 import dataclasses
@@ -52,6 +53,20 @@ class _Term(NamedTuple):
         arrays = (self.file.read(name).astype(np.float64) for name in self.names)
         # Those of a convolution have more axes than two.
         return self.scale * reduce(np.matmul, (array.reshape(len(array), -1) for array in arrays)).reshape(shape)
+
+
+class _Alphas(NamedTuple):
+    """What a file's metadata say of alpha: that of all layers (`lora_alpha`), those by name, and what divides them."""
+
+    named: dict[str, float]
+    by_root: bool
+
+    def of(self, layer: str, rank: int) -> float:
+        """As in peft, the first that is the layer's name or its end counts, or with ^ the name alone; else the rank."""
+        for name, alpha in self.named.items():
+            if layer == name.removeprefix("^") or layer.endswith(f".{name}"):
+                return alpha
+        return self.named.get("lora_alpha", rank)
 
 
 _ROLES = {
@@ -191,13 +206,13 @@ def _read(file: TensorFile, low: bool) -> dict[str, list[_Term]]:
         roles[role] = name
     if not found:
         raise InputError(f"{path} holds no low-rank adaptation")
-    alpha, by_root = _scaling(file, mine)
+    alphas = _alphas(file, mine)
     changes = defaultdict(list)
     for module, roles in found.items():
         weight = module if module.endswith(_TABLES) else f"{module}.weight"
         bias = f"{module}.bias"
         if roles.keys() & {"down", "up", "bias", "alpha"}:
-            scale = _scale(file, module, roles, alpha, by_root)
+            scale = _scale(file, module, roles, alphas)
             changes[weight].append(_Term(file, scale, (roles["up"], roles["down"])))
             if "bias" in roles:
                 changes[bias].append(_Term(file, scale, (roles["bias"],)))
@@ -207,45 +222,43 @@ def _read(file: TensorFile, low: bool) -> dict[str, list[_Term]]:
     return changes
 
 
-def _scale(file: TensorFile, module: str, roles: dict[str, str], alpha: float | None, by_root: bool) -> float:
-    """Of the product of a layer's matrices; `alpha` counts where the layer has none of its own."""
+def _scale(file: TensorFile, module: str, roles: dict[str, str], alphas: _Alphas) -> float:
+    """Of the product of a layer's matrices; the metadata's `alphas` count where the file has none beside them."""
     down, up = (file.shapes.get(roles.get(role), ()) for role in ("down", "up"))
     if len(down) < 2 or len(up) < 2 or not down[0] == math.prod(up[1:]) > 0:
         has = ", ".join(f"{role} {list(file.shapes[name])}" for role, name in roles.items())
         raise InputError(f"{file.path}: {module} needs a lower and an upper matrix of one rank above 0; it has {has}")
+    rank = down[0]
     if name := roles.get("alpha"):
         if math.prod(file.shapes[name]) != 1:
             raise InputError(f"{file.path}: {name} has the shape {list(file.shapes[name])}; it must be one number")
         alpha = float(file.read(name).item())
-    rank = down[0]
-    return (rank if alpha is None else alpha) / (rank**0.5 if by_root else rank)
+    else:
+        alpha = alphas.of(_PREFIX.sub("", roles["down"], count=1).partition(".lora_")[0], rank)
+    return alpha / (rank**0.5 if alphas.by_root else rank)
 
 
-def _scaling(file: TensorFile, part: str) -> tuple[float | None, bool]:
-    """Alpha where the file's metadata have one for all layers, and whether it is divided by the rank's root.
-
-    Files for pipelines with two transformers have those of each; what has no such prefix is for both. peft writes a
-    file of its own for them.
-    """
+def _alphas(file: TensorFile, part: str) -> _Alphas:
+    """Those of one part, where the metadata are of parts; peft writes a file of its own for them."""
     path, beside = file.path, file.path.with_name("adapter_config.json")
     try:
         if path.name == "adapter_model.safetensors" and beside.exists():
             path, config = beside, read_json(beside)
         else:
             config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
-        other = next(one for one in _PARTS if one != part)
-        mine = sorted(config, key=lambda name: name.startswith(part))  # the last of a name counts
-        if any(name.startswith(part) for name in config):
-            mine = [name for name in mine if not name.startswith(other)]
-        values = {name.rpartition(".")[2]: config[name] for name in mine}
-        alpha = None if values.get("lora_alpha") is None else float(values["lora_alpha"])
-        if alpha is not None and not math.isfinite(alpha):
-            raise ValueError(f"lora_alpha is {alpha}")
-    except (ValueError, TypeError, AttributeError) as error:
+        prefix = next((one for one in (part, *_PARTS) if any(name.startswith(one) for name in config)), "")
+        values = {name.removeprefix(prefix): value for name, value in config.items() if name.startswith(prefix)}
+        named = {"lora_alpha": values.get("lora_alpha"), **(values.get("alpha_pattern") or {})}
+        named = {name: float(alpha) for name, alpha in named.items() if alpha is not None}
+        for name in named:
+            if not math.isfinite(named[name]):
+                raise ValueError(f"{name} is {named[name]}")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: its metadata are damaged: {one_line(error)}") from error
-    if values.get("alpha_pattern"):
-        raise InputError(f"{path}: an alpha for each layer in the metadata cannot be read")
-    return alpha, bool(values.get("use_rslora"))
+    for name in named:
+        if not re.fullmatch(r"\^?[\w.]+", name):  # peft takes any regular expression; matching one may never end
+            raise InputError(f"{path}: alpha_pattern has {name!r}; only names of layers and their ends can be read")
+    return _Alphas(named, bool(values.get("use_rslora")))
 
 
 def _split(path: Path, name: str) -> tuple[str, str]:

@@ -133,11 +133,11 @@ def test_an_adaptation_that_is_not_finite_is_named(matrices, tmp_path):
         safetensors.numpy.save_file({**tensors, f"{name}.alpha": np.array(alpha, np.float32)}, path)
         with pytest.raises(InputError, match=r"style.safetensors.* not finite"):
             sora_jax.load(GOLDEN / "t2v", lora={path: 1.0})
-    adapter = json.dumps({"transformer.lora_alpha": float("nan")})
     tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    safetensors.numpy.save_file(tensors, path, metadata={"lora_adapter_metadata": adapter})
-    with pytest.raises(InputError, match="its metadata are damaged: lora_alpha is nan"):
-        sora_jax.load(GOLDEN / "t2v", lora={path: 1.0})
+    for adapter, why in (('{"transformer.lora_alpha": NaN}', "lora_alpha is nan"), ("[" * 10**5, "recursion")):
+        safetensors.numpy.save_file(tensors, path, metadata={"lora_adapter_metadata": adapter})
+        with pytest.raises(InputError, match=f"its metadata are damaged: .*{why}"):
+            sora_jax.load(GOLDEN / "t2v", lora={path: 1.0})
 
 
 def test_the_command_merges_a_file_into_each_transformer(matrices, tmp_path):
@@ -252,12 +252,48 @@ def test_pefts_own_folder_has_alpha_in_a_file_beside(by_root, tmp_path):
     tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     added = {"blocks.0.attn1.to_q.weight": 16 / (RANK**0.5 if by_root else RANK) * up @ down}
     merges(tmp_path / "adapter_model.safetensors", GOLDEN / "t2v", tensors, added, tmp_path)
-    beside.write_text('{"lora_alpha": 16, "alpha_pattern": {"to_q": 4}}')
-    with pytest.raises(InputError, match="adapter_config.json: an alpha for each layer"):
-        sora_jax.load(GOLDEN / "t2v", lora={tmp_path / "adapter_model.safetensors": 1.0})
-    beside.write_text("[]")
-    with pytest.raises(InputError, match="adapter_config.json is damaged"):
-        sora_jax.load(GOLDEN / "t2v", lora={tmp_path / "adapter_model.safetensors": 1.0})
+    for text, error in (
+        ("[]", "adapter_config.json is damaged"),
+        ('{"alpha_pattern": {"(.*)*": 4}}', r"alpha_pattern has '\(\.\*\)\*'; only names of layers and their ends"),
+        ('{"alpha_pattern": {"to_q": NaN}}', "its metadata are damaged: to_q is nan"),
+        ('{"alpha_pattern": ["to_q"]}', "its metadata are damaged"),
+    ):
+        beside.write_text(text)
+        with pytest.raises(InputError, match=error):
+            sora_jax.load(GOLDEN / "t2v", lora={tmp_path / "adapter_model.safetensors": 1.0})
+
+
+def test_alphas_of_single_layers_in_the_metadata(tmp_path):
+    """By the names that the file has, or their ends; the first that fits counts, and one with ^ fits no end."""
+    names = {
+        "blocks.0.self_attn.q": ("blocks.0.attn1.to_q", 3),
+        "blocks.1.self_attn.q": ("blocks.1.attn1.to_q", 5),
+        "blocks.1.cross_attn.q": ("blocks.1.attn2.to_q", 7),
+        "blocks.2.self_attn.k": ("blocks.2.attn1.to_k", 16),
+    }
+    patterns = {"^self_attn.k": 1, "elf_attn.k": 1, "^blocks.0.self_attn.q": 3, "self_attn.q": 5, "q": 7}
+    config = {"lora_alpha": 16, "alpha_pattern": patterns}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors, added = {}, {}
+    for name, (published, alpha) in names.items():
+        down, up = normal((RANK, 32), (32, RANK))
+        tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+        added[f"{published}.weight"] = alpha / RANK * up @ down
+    merges(tmp_path / "adapter_model.safetensors", GOLDEN / "t2v", tensors, added, tmp_path)
+
+
+@pytest.mark.parametrize("part, alpha", [("transformer", 8), ("transformer_2", 2)])
+def test_metadata_of_the_other_transformer_count_where_there_are_no_others(part, alpha, tmp_path):
+    """As files of diffusers are used for either transformer, but those with parts for both have metadata of both."""
+    down, up = normal((RANK, 32), (48, RANK))
+    name = f"{part}.blocks.0.ffn.net.0.proj"
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    told = {"transformer.lora_alpha": 8, "text_encoder.lora_alpha": 64, f"{part}.lora_alpha": alpha}
+    metadata = {"lora_adapter_metadata": json.dumps(told)}
+    safetensors.numpy.save_file(tensors, path := tmp_path / "style.safetensors", metadata=metadata)
+    plain, merged = (sora_jax.load(GOLDEN / "a14b", lora_low=files) for files in (None, {path: 1.0}))
+    kernels = [g.params["dit_low"]["blocks"]["up"]["kernel"][0] for g in (merged, plain)]
+    np.testing.assert_allclose(kernels[0] - kernels[1], alpha / RANK * (up @ down).T, atol=1e-5)
 
 
 def test_a_bias_has_the_scale_of_its_matrices(tmp_path):
