@@ -346,36 +346,160 @@ def test_published_sizes(model, tmp_path):
     assert read(tmp_path / "0.json") == read(tmp_path / "1.json")
 
 
-@pytest.mark.parametrize("layout", ["peft", "wan"])
-def test_adaptations(layout, tmp_path):
-    """A pipeline with a loaded LoRA, at a scale, and ours with it merged."""
+# Layers that adaptations change: the published name, and Wan's own.
+LAYERS = {
+    f"blocks.{layer}.{published}": f"blocks.{layer}.{wan}"
+    for layer in range(3)
+    for published, wan in (
+        *((f"attn1.to_{x}", f"self_attn.{x}") for x in "qkv"),
+        *((f"attn2.to_{x}", f"cross_attn.{x}") for x in "qkv"),
+        *((f"attn2.add_{x}_proj", f"cross_attn.{x}_img") for x in "kv"),
+        *((f"attn{n}.to_out.0", f"{kind}_attn.o") for n, kind in ((1, "self"), (2, "cross"))),
+        *((f"ffn.net.{part}", f"ffn.{part[0]}") for part in ("0.proj", "2")),
+    )
+}
+LAYERS |= {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "proj_out": "head.head",
+}
+LAYOUTS = {
+    "peft": ("transformer.{published}", "lora_A", "lora_B"),
+    "wan": ("diffusion_model.{wan}", "lora_down", "lora_up"),
+    "wan-AB": ("diffusion_model.{wan}", "lora_A", "lora_B"),
+    "musubi": ("lora_unet_{flat}", "lora_down", "lora_up"),
+}
+
+
+def small(random, shape):
+    return (0.3 * random.normal(size=shape)).astype(np.float32)
+
+
+def adaptation(layout, random, image=False, bias=False):
+    """Tensors of several ranks for all layers that diffusers reads in a layout, with an alpha where it reads one."""
+    prefix, down, up = LAYOUTS[layout]
+    shapes, found = dict(make.transformer(4, image=20).named_parameters()), {}
+    for number, (published, wan) in enumerate(LAYERS.items()):
+        in_blocks = published.startswith("blocks")
+        if ("add_" in published or "image_" in published) > image or (layout == "musubi" and not in_blocks):
+            continue
+        name = prefix.format(published=published, wan=wan, flat=wan.replace(".", "_"))
+        (rows, columns), rank = shapes[f"{published}.weight"].shape, 2 + number % 3
+        found[f"{name}.{down}.weight"] = small(random, (rank, columns))
+        found[f"{name}.{up}.weight"] = small(random, (rows, rank))
+        if up == "lora_up" and in_blocks:
+            found[f"{name}.alpha"] = np.array(1 + number % 4, np.float32)
+        if bias and layout != "musubi":
+            found[f"{name}.diff_b" if "{wan}" in prefix else f"{name}.lora_B.bias"] = small(random, rows)
+    return found
+
+
+@pytest.fixture
+def compare(tmp_path):
+    """Compares our parameters, with files of adaptations, with what diffusers makes of them by fusing the same files.
+
+    `parts` has the scales of each transformer's files by their numbers, `also` what we alone add.
+    """
     pytest.importorskip("peft")
     torch.manual_seed(0)
-    made = make.pipeline("t2v")
-    made.save_pretrained(tmp_path / "model")
-    random, found = np.random.default_rng(0), {}
-    modules = {f"blocks.{i}.attn1.to_{x}": f"blocks.{i}.self_attn.{x}" for i in range(3) for x in "qkv"}
-    modules |= {f"blocks.{i}.ffn.net.2": f"blocks.{i}.ffn.2" for i in range(3)}
-    for module, wan in modules.items():
-        rows, columns = made.transformer.get_submodule(module).weight.shape
-        down, up = (random.normal(size=s).astype(np.float32) for s in ((4, columns), (rows, 4)))
-        prefix = f"transformer.{module}" if layout == "peft" else f"diffusion_model.{wan}"
-        names = ("lora_A", "lora_B") if layout == "peft" else ("lora_down", "lora_up")
-        found |= {f"{prefix}.{names[0]}.weight": 0.2 * down, f"{prefix}.{names[1]}.weight": 0.2 * up}
-        if layout == "wan":
-            found[f"{prefix}.alpha"] = np.array(2.0, np.float32)
-    safetensors.numpy.save_file(found, tmp_path / "style.safetensors")
-    made.load_lora_weights(str(tmp_path), weight_name="style.safetensors", adapter_name="style")
-    made.set_adapters(["style"], [0.7])
-    latents, levels = random.normal(size=(1, 3, 4, 4, 4)).astype(np.float32), np.full((1, 3), 500)
-    text = random.normal(size=(1, 512, 24)).astype(np.float32)
-    expected = make.run_dit(made.transformer, latents, levels, text)
-    generator = sora_jax.load(tmp_path / "model", lora={tmp_path / "style.safetensors": 0.7})
-    apply = DiT(generator.config.dit).apply
-    found = apply({"params": generator.params["dit"]}, latents, np.float32(levels / 1000), text)
-    assert difference(found, expected) < TOLERANCE
-    plain = apply({"params": sora_jax.load(tmp_path / "model").params["dit"]}, latents, np.float32(levels / 1000), text)
-    assert difference(plain, expected) > 0.01
+
+    def load(made, part, path, own_prefix):
+        source = {"weight_name": path.name, "adapter_name": path.stem}
+        if own_prefix:  # has to be asked for
+            getattr(made, part).load_lora_adapter(path.parent, prefix=part, **source)
+        else:
+            made.load_lora_weights(path.parent, load_into_transformer_2=part == "transformer_2", **source)
+
+    def run(kind, styles, parts, also=None, own_prefix=False, **written):
+        made = make.pipeline(kind)
+        made.save_pretrained(tmp_path / "plain")
+        paths = [tmp_path / f"style{number}.safetensors" for number in range(len(styles))]
+        for path, tensors in zip(paths, styles, strict=True):
+            safetensors.numpy.save_file(tensors, path, **written)
+        scales = {part: {paths[number]: scale for number, scale in parts[part].items()} for part in parts}
+        for part in parts:
+            for path in scales[part]:
+                load(made, part, path, own_prefix)
+            getattr(made, part).set_adapters([path.stem for path in scales[part]], list(scales[part].values()))
+        made.fuse_lora(components=list(parts))
+        made.unload_lora_weights()
+        for name, added in (also or {}).items():
+            made.transformer.get_parameter(name).data += torch.tensor(added)
+        made.save_pretrained(tmp_path / "fused")
+        expected, plain = (sora_jax.load(tmp_path / name).params for name in ("fused", "plain"))
+        files = {"lora": scales.get("transformer"), "lora_low": scales.get("transformer_2")}
+        found = sora_jax.load(tmp_path / "plain", **files).params
+        apart = jax.tree.map(difference, found, expected)
+        assert max(jax.tree.leaves(apart)) < TOLERANCE, apart
+        for ours, part in (("dit", "transformer"), ("dit_low", "transformer_2")):
+            changes = jax.tree.leaves(jax.tree.map(difference, plain.get(ours), found.get(ours)))
+            assert max(changes, default=0) > 0.1 if part in parts else not any(changes)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "i2v-a14b"])
+@pytest.mark.parametrize("layout", ["peft", "wan", "wan-AB", "musubi"])
+def test_adaptations(kind, layout, random, compare):
+    """Two at once, one of them for models that see images: "i2v" is one, "i2v-a14b" does without what is for them."""
+    one = adaptation(layout, random, image=kind in make.FROM_IMAGE, bias=True)
+    compare(kind, [one, adaptation(layout, random)], {"transformer": {0: 0.7, 1: -0.4}})
+
+
+@pytest.mark.parametrize("layout", ["peft", "wan", "musubi"])
+def test_adaptations_of_the_second_transformer(layout, random, compare):
+    files = [adaptation(layout, random) for _ in range(2)]
+    compare("a14b", files, {"transformer": {0: 1.0}, "transformer_2": {1: 0.6, 0: 0.3}})
+
+
+@pytest.mark.parametrize("parts", [["transformer", "transformer_2"], ["transformer_2"]])
+def test_adaptations_of_both_transformers_in_a_file(parts, random, compare):
+    both = {f"{part}.{name.partition('.')[2]}": x for part in parts for name, x in adaptation("peft", random).items()}
+    compare("a14b", [both], {part: {0: 0.6} for part in parts}, own_prefix=True)
+
+
+@pytest.mark.parametrize("by_root", [False, True])
+def test_adaptations_with_alpha_in_the_metadata(by_root, random, compare):
+    tensors = adaptation("peft", random, bias=True)
+    ranks = {name[12:-14]: x.shape[1] for name, x in tensors.items() if name.endswith("lora_B.weight")}
+    told = {"r": 4, "lora_alpha": 5, "rank_pattern": {f"^{name}": rank for name, rank in ranks.items()}}
+    told |= {"target_modules": list(ranks), "use_rslora": by_root, "lora_bias": True}
+    told["alpha_pattern"] = {"^blocks.0.attn1.to_q": 3, "attn1.to_q": 7, "to_q": 2, "net.2": 1.5, "q": 9}
+    told = json.dumps({f"transformer.{name}": value for name, value in told.items()})
+    compare("t2v", [tensors], {"transformer": {0: 0.7}}, metadata={"lora_adapter_metadata": told})
+
+
+def test_adaptations_with_whole_differences(random, compare):
+    """Those of biases in the blocks and of the last layer are added by both, the others by us alone."""
+    tensors = adaptation("wan", random, image=True)
+    alone = ("head.head", "time_projection.1", "img_emb.proj.1")  # no matrices beside them
+    tensors = {name: x for name, x in tensors.items() if not any(layer in name for layer in alone)}
+    left_out = {
+        "blocks.0.self_attn.norm_k.diff": "blocks.0.attn1.norm_k.weight",
+        "blocks.1.norm3.diff": "blocks.1.norm2.weight",
+        "blocks.1.norm3.diff_b": "blocks.1.norm2.bias",
+        "blocks.2.cross_attn.norm_k_img.diff": "blocks.2.attn2.norm_added_k.weight",
+        "img_emb.proj.0.diff_b": "condition_embedder.image_embedder.norm1.bias",
+        "blocks.1.diff_m": "blocks.1.scale_shift_table",
+        "head.modulation.diff": "scale_shift_table",
+        "blocks.2.self_attn.q.diff": "blocks.2.attn1.to_q.weight",
+        "patch_embedding.diff": "patch_embedding.weight",
+        "patch_embedding.diff_b": "patch_embedding.bias",
+        "time_projection.1.diff_b": "condition_embedder.time_proj.bias",
+        "img_emb.proj.1.diff_b": "condition_embedder.image_embedder.ff.net.0.proj.bias",
+    }
+    added = {"blocks.1.self_attn.k.diff_b": "blocks.1.attn1.to_k.bias"}
+    added |= {"head.head.diff": "proj_out.weight", "head.head.diff_b": "proj_out.bias"}
+    shapes = {name: x.shape for name, x in make.pipeline("i2v").transformer.named_parameters()}
+    whole = {name: small(random, shapes[published]) for name, published in (left_out | added).items()}
+    also = {published: np.float32(0.7) * whole[name] for name, published in left_out.items()}
+    tensors |= {f"diffusion_model.{name}": x for name, x in whole.items()}
+    compare("i2v", [tensors], {"transformer": {0: 0.7}}, also)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("float32", TOLERANCE), ("bfloat16", 0.03)])
