@@ -149,13 +149,19 @@ def _in_turn(config: ModelConfig, shape: tuple[int, ...]) -> bool:
     return B * F * Y * X // math.prod(config.dit.patch) >= _MANY and (mesh.empty or mesh.size == 1)
 
 
-def codec_options(platform: str) -> dict[str, float] | None:
+def codec_options(platform: str) -> dict[str, float | bool] | None:
     """Compiler options for `encode` and `decode`.
 
     By default the TPU's compiler takes minutes over their convolutions, seven times as long as with half of that effort
     less. What it makes then should run a quarter longer; next to all steps of the sampler that is hardly anything.
+
+    The CPU's by default copies the state where it could stay: decoding 256x256 with Wan 2.1 takes 0.62 GiB of memory
+    beside parameters and state without these copies, and 0.84 with them.
     """
-    return {"exec_time_optimization_effort": -0.5} if platform == "tpu" else None
+    return {
+        "tpu": {"exec_time_optimization_effort": -0.5},
+        "cpu": {"xla_cpu_copy_insertion_use_region_analysis": True},
+    }.get(platform)
 
 
 def decode(config: ModelConfig, params: Any, state: dict, latents_BFYXZ: jax.Array, first: bool):
