@@ -663,6 +663,7 @@ def test_a_refused_prompt_makes_nothing_and_is_not_repeated(tmp_path, monkeypatc
         ("round19", 3, 0),
         ("round20", 3, 8),
         ("round21", 20, 8),
+        ("round22", 5, 9),
     ],
 )
 def test_other_writers_prompts_are_read_no_worse_than_the_documents_say(gate, name, passing, refused):
