@@ -189,9 +189,8 @@ def ours(folder: Path, setting: Setting) -> Side:
     text = jax.jit(partial(pipeline.encode_text, config, dtype))
     dit = jax.jit(lambda p, *args: DiT(config.dit, dtype).apply({"params": p}, *args))
     options = pipeline.codec_options(setting.on)
-    code = partial(jax.jit, static_argnums=(3, 4), donate_argnums=1, compiler_options=options)(
-        partial(piece, Codec(config.codec))
-    )
+    run = partial(piece, Codec(config.codec))
+    code = jax.jit(run, static_argnums=(3, 4), donate_argnums=1, compiler_options=options)
     level = jnp.full(x["latents"].shape[:2], 0.5)
 
     def in_pieces(video, ends, method):

@@ -22,7 +22,7 @@ class Refused(Exception):
 
 
 class HostLost(Exception):
-    """Another process of this run is gone, and something that was computed with it has failed.
+    """Another process of this run has failed, or is gone and something that was computed with it has failed.
 
     Where nothing fails but only waits, as on TPUs, JAX ends the process by itself after some silence of the other.
     """

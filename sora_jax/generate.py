@@ -235,7 +235,7 @@ class Generator:
             prompt=prompt,
             seed=request.seeds[number],
             mesh=",".join(f"{axis}={n}" for axis, n in self.mesh.shape.items() if n > 1) if self.mesh else "",
-            checks=request.checks,
+            checks=dict(request.checks),
             ingredients=request.ingredients,
             frames_sha256=frames_digest(frames_THWC),
         )

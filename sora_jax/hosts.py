@@ -21,6 +21,7 @@ from sora_jax.errors import HostLost, InputError, Refused, one_line
 # Seconds without a sign of life after which JAX ends all processes, and that one which is done waits for the others.
 _HEARTBEAT, _SHUTDOWN = 40, 60
 _LONGEST = 1024  # bytes of a message that goes from one process to the others
+_KINDS = (InputError, Refused)  # of failures that all processes end with alike
 
 # In errors of JAX that would come without any other process.
 _OF_ITS_OWN = ("RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "Mosaic")
@@ -118,17 +119,19 @@ def by_all(work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:  # whatever it is, the others must not wait for this process
         failure = error
-    said = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    kind = next((one for one in _KINDS if isinstance(failure, one)), type(failure)).__name__
+    said = "" if failure is None else f"{kind}: {failure}"
     letters = np.frombuffer(said.encode(errors="replace")[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
     heard = [one.tobytes().rstrip(b"\0").decode(errors="replace") for one in multihost_utils.process_allgather(letters)]
     if failure is not None:
         raise failure
     for number, said in enumerate(heard):
         kind, _, text = said.partition(": ")
-        if kind in ("InputError", "Refused"):
-            raise {"InputError": InputError, "Refused": Refused}[kind](text)
+        for one in _KINDS:
+            if kind == one.__name__:
+                raise one(text)
         if kind:
-            raise InputError(f"process {number} has failed: {said}")
+            raise HostLost(f"process {number} has failed: {said}")
     return result
 
 

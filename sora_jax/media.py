@@ -107,7 +107,7 @@ def decode(data: bytes, name: str | os.PathLike) -> tuple[np.ndarray, float]:
 
 
 def count(path: str | os.PathLike) -> int:
-    """How many frames of a file can be decoded, with one in memory at a time; it raises what `read` does."""
+    """How many frames of a file can be decoded, with one in memory at a time; InputError if it cannot be opened."""
     with _file(path) as file, _video(file, path) as (stream, _):
         return sum(1 for _ in stream.container.decode(stream))
 

@@ -246,8 +246,10 @@ def test_a_server_that_fails_late_costs_a_stamp_and_no_video(generate, capsys, m
     assert said.err.splitlines()[-1].startswith(f"sora-jax: error: 1 of 3 videos: {without}")
 
 
-def test_one_video_that_cannot_be_saved_does_not_cost_the_others(generate, capsys, monkeypatch, tmp_path):
-    outcomes = iter(["rehearsed", "saved", None])
+@pytest.mark.parametrize("recovers", [True, False])
+def test_one_video_that_cannot_be_saved_does_not_cost_the_others(generate, capsys, monkeypatch, recovers):
+    """Unless the next ones cannot be saved either."""
+    outcomes = iter(["rehearsed", "saved", None, "rehearsed" if recovers else None])
 
     def verify(path, signer):
         if next(outcomes) is None:
@@ -259,8 +261,12 @@ def test_one_video_that_cannot_be_saved_does_not_cost_the_others(generate, capsy
     assert generate("a red ball", "--num", "3", "-o", "out") == 2
     said = capsys.readouterr()
     assert said.out.split() == ["out/a-red-ball-seed-0.mp4"]
-    assert sorted(os.listdir("out")) == ["a-red-ball-seed-0.mp4", "withheld-seed-2.json"]
     assert "video 2 of 3 (seed 1): another certificate\n" in said.err
+    if not recovers:
+        assert os.listdir("out") == ["a-red-ball-seed-0.mp4"]
+        assert said.err.endswith("\nsora-jax: error: another certificate\n")
+        return
+    assert sorted(os.listdir("out")) == ["a-red-ball-seed-0.mp4", "withheld-seed-2.json"]
     assert "video 3 of 3 (seed 2): the frame scan withholds a video; out/withheld-seed-2.json says why\n" in said.err
     assert said.err.endswith("sora-jax: error: 2 of 3 videos: another certificate\n")
 

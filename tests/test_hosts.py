@@ -23,7 +23,7 @@ from sora_jax import hosts
 from sora_jax import mesh as mesh_lib
 from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
-from sora_jax.errors import HostLost, InputError
+from sora_jax.errors import HostLost, InputError, NoTimeStamp, Refused
 from sora_jax.interop.presets import PRESETS
 from sora_jax.model_config import abstract_params
 from sora_jax.training import loop
@@ -307,6 +307,35 @@ def test_what_would_fail_alone_is_no_loss_of_a_host(said, kind, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(kind), hosts.watched():
         raise jax.errors.JaxRuntimeError(said)
+
+
+@pytest.mark.parametrize(
+    "failure, kind, said",
+    [
+        (InputError("no such folder"), InputError, "no such folder"),
+        (NoTimeStamp("silent"), InputError, "silent"),
+        (Refused("withheld"), Refused, "withheld"),
+        (BrokenPipeError("closed"), HostLost, "process 0 has failed: BrokenPipeError: closed"),
+    ],
+)
+def test_what_fails_in_one_process_fails_in_the_others(failure, kind, said, monkeypatch):
+    """And none takes for a mistake of the user, after which it may go on, what ends the other."""
+    sent = []
+
+    def gather(letters):
+        sent.append(letters)
+        return np.stack([sent[0], letters])
+
+    def fail():
+        raise failure
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+    with pytest.raises(type(failure)):
+        hosts.by_all(fail)
+    with pytest.raises(kind) as caught:
+        hosts.by_all(lambda: None)
+    assert type(caught.value) is kind and str(caught.value) == said
 
 
 def test_who_was_told_of_others_does_not_train_alone(tmp_path):

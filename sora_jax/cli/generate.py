@@ -210,9 +210,9 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
     )
     for note in generator.notes(request):
         _say(note)
-    problems: list[InputError | Refused] = []
+    problems: list[tuple[type, str]] = []  # not the errors, whose tracebacks hold all frames
 
-    def save(video: Video, prompt: str, seed: int) -> None:
+    def write(video: Video, prompt: str, seed: int) -> None:
         target = task.target
         save_by = partial(
             video.save,
@@ -226,22 +226,32 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
         except NoTimeStamp as error:  # what was made is kept all the same
             path = save_by(signer=replace(signer, timestamp_url=None))
             tqdm.write(str(path))
-            raise InputError(f"{path} is signed, but without a time stamp: {error}") from error
+            raise NoTimeStamp(f"{path} is signed, but without a time stamp: {error}") from error
         tqdm.write(str(path))  # to stdout, past the progress bar
 
+    def save(nth: int, video: Video) -> None:
+        """A problem of one video does not cost the others, but what nothing can be written with ends the run."""
+        prompt, seed = jobs[nth]
+        try:
+            write(video, prompt, seed)
+        except (InputError, Refused) as problem:
+            if len(jobs) == 1:
+                raise
+            kind = Refused if isinstance(problem, Refused) else InputError
+            problems.append((kind, str(problem)))
+            tqdm.write(f"video {nth + 1} of {len(jobs)} (seed {seed}): {problem}", file=sys.stderr)
+            if kind is InputError and not isinstance(problem, NoTimeStamp):
+                output()
+
+    def finish() -> None:
+        if problems:
+            kind, text = next((one for one in problems if one[0] is InputError), problems[0])
+            raise kind(f"{len(problems)} of {len(jobs)} videos: {text}")
+
     with contextlib.closing(generator.run(request, progress=True)) as videos:
-        for number, ((prompt, seed), video) in enumerate(zip(jobs, videos, strict=True), 1):
-            try:
-                hosts.by_first(partial(save, video, prompt, seed))
-            except (InputError, Refused) as problem:
-                if len(jobs) == 1:
-                    raise
-                problems.append(problem)  # the others are made and saved all the same
-                if hosts.is_first():
-                    tqdm.write(f"video {number} of {len(jobs)} (seed {seed}): {problem}", file=sys.stderr)
-    if problems:
-        worst = next((one for one in problems if isinstance(one, InputError)), problems[0])
-        raise type(worst)(f"{len(problems)} of {len(jobs)} videos: {worst}")
+        for nth, video in enumerate(videos):
+            hosts.by_first(partial(save, nth, video))
+    hosts.by_first(finish)
 
 
 def _adaptations(given: list[tuple[str, float]] | None) -> dict[str, float]:

@@ -12,8 +12,8 @@ Other trainers put other prefixes before these names, or several. Beside the mat
 the bias with the same scale (.lora_B.bias), and whole differences of weights (.diff), of biases (.diff_b) and of the
 tables of modulation (.diff_m, or .modulation.diff), and all of them are added. diffusers (as of 0.42) leaves some out:
 those of norms, as the files that have any have zeros there; those of tables; those of whole weights other than the last
-layer's; and those of biases outside the blocks and the last layer, without matrices beside them (it refuses files with
-such ones of the layers of text and time).
+layer's; and those of biases without matrices beside them, of other layers than the blocks' and the last one (of the
+layers of text and time it refuses such files).
 """
 
 import dataclasses
@@ -56,8 +56,9 @@ class _Term(NamedTuple):
 
 
 class _Alphas(NamedTuple):
-    """What a file's metadata say of alpha: that of all layers (`lora_alpha`), those by name, and what divides them."""
+    """What a file's metadata say of alpha: that of all layers (None is their rank), those by name, and what divides."""
 
+    every: float | None
     named: dict[str, float]
     by_root: bool
 
@@ -66,7 +67,7 @@ class _Alphas(NamedTuple):
         for name, alpha in self.named.items():
             if layer == name.removeprefix("^") or layer.endswith(f".{name}"):
                 return alpha
-        return self.named.get("lora_alpha", rank)
+        return rank if self.every is None else self.every
 
 
 _ROLES = {
@@ -248,17 +249,17 @@ def _alphas(file: TensorFile, part: str) -> _Alphas:
             config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
         prefix = next((one for one in (part, *_PARTS) if any(name.startswith(one) for name in config)), "")
         values = {name.removeprefix(prefix): value for name, value in config.items() if name.startswith(prefix)}
-        named = {"lora_alpha": values.get("lora_alpha"), **(values.get("alpha_pattern") or {})}
-        named = {name: float(alpha) for name, alpha in named.items() if alpha is not None}
-        for name in named:
-            if not math.isfinite(named[name]):
-                raise ValueError(f"{name} is {named[name]}")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        every = None if values.get("lora_alpha") is None else float(values["lora_alpha"])
+        named = {name: float(alpha) for name, alpha in (values.get("alpha_pattern") or {}).items()}
+        for name, alpha in {"lora_alpha": every or 0, **named}.items():
+            if not math.isfinite(alpha):
+                raise ValueError(f"{name} is {alpha}")
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{path}: its metadata are damaged: {one_line(error)}") from error
     for name in named:
         if not re.fullmatch(r"\^?[\w.]+", name):  # peft takes any regular expression; matching one may never end
             raise InputError(f"{path}: alpha_pattern has {name!r}; only names of layers and their ends can be read")
-    return _Alphas(named, bool(values.get("use_rslora")))
+    return _Alphas(every, named, bool(values.get("use_rslora")))
 
 
 def _split(path: Path, name: str) -> tuple[str, str]:

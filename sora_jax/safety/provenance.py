@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import os
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -173,10 +174,9 @@ def sign(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
         with c2pa.Signer.from_callback(call, algorithm, signer.chain, signer.timestamp_url) as native:
             builder.sign(native, media_type(f"file{ending}"), original, signed)
     except c2pa.C2paError as error:
+        reason = one_line(re.sub(r"//[^/\s]*@", "//", str(error)))  # without the time-stamp server's password
         if signer.timestamp_url and not failures and isinstance(error, c2pa.C2paError.Signature):
-            why = one_line(error).replace(signer.timestamp_url, _server(signer))
-            raise NoTimeStamp(f"the time-stamp server {_server(signer)} gives no time stamp: {why}") from error
-        reason = one_line(error)
+            raise NoTimeStamp(f"the time-stamp server {_server(signer)} gives no time stamp: {reason}") from error
         if failures:
             reason = f"the signing key fails: {type(failures[0]).__name__}: {one_line(failures[0])}"
         raise InputError(f"cannot sign {claim.title}: {reason}") from error
@@ -186,7 +186,8 @@ def sign(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
 def sign_patiently(data: bytes, ending: str, claim: Claim, signer: Signer) -> bytes:
     """The same, but what cost minutes to make is not given up at once: a server that gives no stamp is asked again.
 
-    It is for `_PATIENCE` seconds, after longer and longer pauses.
+    It is after 1, 2 and 4 seconds, but not later than `_PATIENCE` seconds after the first time: one that is silent for
+    longer is asked once.
     """
     end, pause = time.monotonic() + _PATIENCE, 1
     while True:

@@ -51,7 +51,7 @@ def release(
 
     Raises:
         Refused: the scan found what must not leave; a report without the pictures is written.
-        NoTimeStamp: the signer's time-stamp server has given none, though it was asked several times.
+        NoTimeStamp: the signer's time-stamp server gives none, or one that does not fit.
         InputError: name or folder do not fit (see `media.check_output`), or the file cannot be written or signed.
     """
     path = Path(path)

@@ -134,7 +134,11 @@ def test_an_adaptation_that_is_not_finite_is_named(matrices, tmp_path):
         with pytest.raises(InputError, match=r"style.safetensors.* not finite"):
             sora_jax.load(GOLDEN / "t2v", lora={path: 1.0})
     tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    for adapter, why in (('{"transformer.lora_alpha": NaN}', "lora_alpha is nan"), ("[" * 10**5, "recursion")):
+    for adapter, why in (
+        ('{"transformer.lora_alpha": NaN}', "lora_alpha is nan"),
+        ('{"lora_alpha": 1' + "0" * 400 + "}", "too large"),
+        ("[" * 10**5, "recursion"),
+    ):
         safetensors.numpy.save_file(tensors, path, metadata={"lora_adapter_metadata": adapter})
         with pytest.raises(InputError, match=f"its metadata are damaged: .*{why}"):
             sora_jax.load(GOLDEN / "t2v", lora={path: 1.0})

@@ -203,6 +203,14 @@ def test_a_server_that_gives_no_stamp_is_asked_again_for_a_while(
     assert clock.pauses == pauses and (tmp_path / "asked").read_text() == str(len(pauses) + 1)
 
 
+def test_a_password_of_the_time_stamp_server_is_not_told(source, signer):
+    """Not even the start of one that is too long for a message."""
+    stamped = replace(signer, timestamp_url=f"http://me:{'s' * 300}@127.0.0.1:1")
+    with pytest.raises(NoTimeStamp, match="127.0.0.1:1 gives no time stamp") as caught:
+        provenance.sign(source["png"].read_bytes(), ".png", CLAIM, stamped)
+    assert "sss" not in str(caught.value)
+
+
 def test_a_file_without_the_stamp_that_it_was_to_have_does_not_pass(source, signer, tmp_path):
     sign(source["png"], tmp_path / "x.png", CLAIM, signer)
     with pytest.raises(NoTimeStamp, match="the time stamp of the server tsa.example.com does not fit the signature"):

@@ -181,6 +181,7 @@ def test_a_certificate_that_does_not_hold_is_told_apart_from_a_change(tmp_path, 
     assert "It is unchanged, but its signer's certificate does not hold" in capsys.readouterr().out
     path.write_bytes(tampering.flip(path.read_bytes(), path.stat().st_size - 20))
     assert main(["verify", str(path), "--anchors", str(tmp_path / "anchor.pem")]) in (2, 5)
+    assert EXIT_CODES.keys() == {"trusted", "valid", "tampered", "none", "rejected", "unreadable"}
     assert len({*EXIT_CODES.values()}) == len(EXIT_CODES)
 
 
