@@ -15,7 +15,7 @@ import sora_jax
 from sora_jax import models
 from sora_jax.cli import main
 from sora_jax.cli.config_file import load_config
-from sora_jax.cli.generate import _Target
+from sora_jax.cli.saving import Target
 from sora_jax.errors import InputError
 from sora_jax.generate import Generator
 from sora_jax.safety import keys, provenance, scan
@@ -24,7 +24,7 @@ from sora_jax.safety.provenance import read_manifest
 from sora_jax.video import read_video
 
 sys.path.append(str(Path(__file__).parent / "safety"))
-from time_stamps import time_stamp_server  # noqa: E402
+from time_stamps import needs_openssl, time_stamp_server  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -115,9 +115,9 @@ def test_the_policy_of_an_operator_decides(generate, capsys, tmp_path):
 
 
 def test_names_come_from_prompts():
-    assert str(_Target(None, several=False, frames=1, fps=8.0).path("A red ball!")) == "a-red-ball.png"
-    assert str(_Target("out", several=True, frames=5, fps=8.0).path("../?/..")) == "out/video.mp4"
-    assert len(_Target(None, several=False, frames=5, fps=8.0).path("é" * 300).name.encode()) < 255
+    assert str(Target(None, several=False, frames=1, fps=8.0).path("A red ball!")) == "a-red-ball.png"
+    assert str(Target("out", several=True, frames=5, fps=8.0).path("../?/..")) == "out/video.mp4"
+    assert len(Target(None, several=False, frames=5, fps=8.0).path("é" * 300).name.encode()) < 255
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,6 @@ def test_a_failure_while_writing_leaves_nothing(generate, capsys, monkeypatch, t
     assert not os.listdir(tmp_path)
 
 
-needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="a time-stamp server needs openssl")
-
-
 @needs_openssl
 def test_a_server_that_gives_no_stamp_is_found_before_anything_is_made(generate, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(Generator, "_waited", None)
@@ -269,6 +266,19 @@ def test_one_video_that_cannot_be_saved_does_not_cost_the_others(generate, capsy
     assert sorted(os.listdir("out")) == ["a-red-ball-seed-0.mp4", "withheld-seed-2.json"]
     assert "video 3 of 3 (seed 2): the frame scan withholds a video; out/withheld-seed-2.json says why\n" in said.err
     assert said.err.endswith("sora-jax: error: 2 of 3 videos: another certificate\n")
+
+
+def test_a_folder_in_which_nothing_could_be_saved_is_taken_away(generate, capsys, monkeypatch, tmp_path):
+    outcomes = iter(["rehearsed", None, "rehearsed", None, "rehearsed"])
+
+    def verify(path, signer):
+        if next(outcomes) is None:
+            raise InputError("another certificate")
+
+    monkeypatch.setattr(provenance, "verify_signed", verify)
+    assert generate("a red ball", "--num", "2", "-o", "out") == 2
+    assert capsys.readouterr().err.endswith("sora-jax: error: 2 of 2 videos: another certificate\n")
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,8 @@ MAY_WRITE = {
     },
     "they go through it, as methods of Video": {
         "sora_jax/video.py": ["self.save"],
-        "sora_jax/cli/generate.py": ["video.save"],
+        "sora_jax/cli/generate.py": ["saver.save"],
+        "sora_jax/cli/saving.py": ["video.save"],
         "sora_jax/evaluation/report.py": ["video.save", "picture.save"],
         "sora_jax/training/log.py": ["shown.save", "self._writer.file_writer.add_summary"],
         "experiments/benchmark.py": ["video.save"],

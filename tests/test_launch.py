@@ -1,7 +1,6 @@
 """The launcher: what it would run, word by word, and what it runs here."""
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -20,17 +19,11 @@ from tiny import TINY_CODEC
 from sora_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "experiments"))
+import launch  # noqa: E402
+
 GOLDEN = Path(__file__).parent / "golden_launch"
 CONFIG = ["--config", "configs/worlds_codec.py", "--config.batch=48"]  # which many devices can share
-
-
-@pytest.fixture(scope="module")
-def launch():
-    spec = importlib.util.spec_from_file_location("launch", ROOT / "experiments" / "launch.py")
-    module = sys.modules["launch"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["launch"]
 
 
 @pytest.mark.parametrize(
@@ -42,13 +35,13 @@ def launch():
         + ["--tpu", "tpu-v5p-slice", "--sweep", "config.optimizer.learning_rate=1e-3"],
     }.items(),
 )
-def test_what_would_run_elsewhere(launch, name, arguments, capsys):
+def test_what_would_run_elsewhere(name, arguments, capsys):
     overrides = ["--config.steps=10", "--config.codec.multipliers=(1, 2, 4)"]
     assert launch.main([*CONFIG, "--runs", "/runs", "--dry-run", *arguments, *overrides]) == 0
     assert capsys.readouterr().out == (GOLDEN / f"{name}.txt").read_text()
 
 
-def test_the_manifest_has_the_fields_that_kubernetes_publishes(launch, capsys):
+def test_the_manifest_has_the_fields_that_kubernetes_publishes(capsys):
     """Names and kinds of the fields of JobSet v1alpha2 (its jobset_types.go) and of Kubernetes 1.37 (its OpenAPI)."""
     known = json.loads((GOLDEN / "kubernetes.json").read_text())
 
@@ -70,12 +63,12 @@ def test_the_manifest_has_the_fields_that_kubernetes_publishes(launch, capsys):
     check(manifest, "JobSet")
 
 
-def _job_script(launch, capsys, *arguments):
+def _job_script(capsys, *arguments):
     assert launch.main([*CONFIG, "--on", "slurm", "--runs", "/my runs", "--dry-run", *arguments]) == 0
     return re.search(r"<<'EOF'\n(.*)EOF", capsys.readouterr().out, re.DOTALL)[1]
 
 
-def test_options_are_those_that_slurm_and_gcloud_publish(launch, capsys):
+def test_options_are_those_that_slurm_and_gcloud_publish(capsys):
     """Names and values of the options in the manuals of Slurm 22.05.8 (sbatch.1, srun.1) and in the synopsis of
     https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm/ssh.
     """
@@ -90,7 +83,7 @@ def test_options_are_those_that_slurm_and_gcloud_publish(launch, capsys):
             assert not (choices and equals) or value in choices[1].split("|"), word
 
     settings = ["--nodes", "2", "--gpus-per-node", "8", "--sbatch", "partition=a100", "--sbatch", "exclusive"]
-    script = _job_script(launch, capsys, *settings)
+    script = _job_script(capsys, *settings)
     options = re.findall("^#SBATCH (.*)$", script, re.MULTILINE)
     check("sbatch", options)
     assert "--exclusive" in options and len(options) == 10
@@ -105,13 +98,13 @@ def test_options_are_those_that_slurm_and_gcloud_publish(launch, capsys):
 
 
 @pytest.mark.skipif(not shutil.which("sbatch"), reason="needs Slurm's client, such as Debian's package slurm-client")
-def test_slurm_itself_reads_the_script_as_it_is_meant(launch, capsys, tmp_path):
+def test_slurm_itself_reads_the_script_as_it_is_meant(capsys, tmp_path):
     """sbatch reads all options before it looks for a cluster, and tells what it has read; there is none here."""
     (tmp_path / "slurm.conf").write_text(
         "ClusterName=none\nSlurmctldHost=localhost\nNodeName=localhost\nPartitionName=all Nodes=ALL\n"
     )
     (tmp_path / "job.sh").write_text(
-        _job_script(launch, capsys, "--nodes", "2", "--gpus-per-node", "8", "--sbatch", 'comment=a "b" # \\c')
+        _job_script(capsys, "--nodes", "2", "--gpus-per-node", "8", "--sbatch", 'comment=a "b" # \\c')
     )
     told = subprocess.run(
         ["sbatch", "-vv", "--gpus-per-node=0", tmp_path / "job.sh"],
@@ -135,7 +128,7 @@ def test_slurm_itself_reads_the_script_as_it_is_meant(launch, capsys, tmp_path):
     assert {name: read.get(name) for name in wanted} == wanted, told
 
 
-def test_what_would_run_here(launch, capsys):
+def test_what_would_run_here(capsys):
     assert launch.main([*CONFIG, "--on", "processes=2", "--dry-run"]) == 0
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == "# worlds_codec" and len(lines) == 2 and lines[0].endswith(" &")
@@ -145,12 +138,12 @@ def test_what_would_run_here(launch, capsys):
         assert "-m sora_jax train --config configs/worlds_codec.py --workdir runs/worlds_codec" in line
 
 
-def test_a_mesh_is_passed_on(launch, capsys):
+def test_a_mesh_is_passed_on(capsys):
     assert launch.main([*CONFIG, "--on", "local", "--dry-run", "--mesh", "auto", "--config.steps=3"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("--config.steps=3 --mesh auto")
 
 
-def test_a_sweep_gives_every_combination_a_folder_of_its_own(launch):
+def test_a_sweep_gives_every_combination_a_folder_of_its_own():
     sweep = ["config.optimizer.learning_rate=1e-3,2e-3", "config.codec.width=8", "config.loss.kl=0,1"]
     runs = launch.make_runs(CONFIG[1], sweep, ["--config.steps=5"], "folder")
     assert [run.name for run in runs] == [
@@ -173,7 +166,7 @@ def test_a_sweep_gives_every_combination_a_folder_of_its_own(launch):
     assert run.name == "worlds_dit-config.text.heads=8-config.dit.heads=2"
 
 
-def test_values_of_a_sweep_may_have_commas_in_brackets(launch):
+def test_values_of_a_sweep_may_have_commas_in_brackets():
     assert launch._split("1e-3,2e-3") == ["1e-3", "2e-3"] and launch._split("a") == ["a"]
     assert launch._split("(1, 2),(1,2,4)") == ["(1, 2)", "(1,2,4)"] and launch._split("[1,2],'a,b'") == [
         "[1,2]",
@@ -188,7 +181,7 @@ def test_values_of_a_sweep_may_have_commas_in_brackets(launch):
     ]
 
 
-def test_a_config_can_take_an_argument(launch, tmp_path, monkeypatch):
+def test_a_config_can_take_an_argument(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "check_config", lambda config: None)  # this one is not whole
     path = tmp_path / "sized.py"
     path.write_text("def get_config(size='s'): return dict(task='codec', size=size, batch=1)\n")
@@ -197,13 +190,13 @@ def test_a_config_can_take_an_argument(launch, tmp_path, monkeypatch):
         assert run.name == name and run.arguments[:3] == ["train", "--config", config]
 
 
-def test_names_of_kubernetes_are_short_and_differ(launch):
-    assert launch._kubernetes_name("worlds_codec-seed=1") == "worlds-codec-seed-1"
+def test_names_of_kubernetes_are_short_and_differ():
+    assert launch.kubernetes_name("worlds_codec-seed=1") == "worlds-codec-seed-1"
     for one, other in (("seed=-1", "seed=1"), ("rate=1e-3", "rate=1e+3"), ("name=A", "name=a")):
-        assert launch._kubernetes_name(one) != launch._kubernetes_name(other)
-    names = {launch._kubernetes_name("worlds_dit-" + "learning_rate=1e-3-" * 5 + end) for end in "ab"}
+        assert launch.kubernetes_name(one) != launch.kubernetes_name(other)
+    names = {launch.kubernetes_name("worlds_dit-" + "learning_rate=1e-3-" * 5 + end) for end in "ab"}
     for name in ("\u6a21\u578b", "1b", "=", "-x-"):  # jobs and pods take labels of DNS
-        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", launch._kubernetes_name(name)), name
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", launch.kubernetes_name(name)), name
     assert len(names) == 2 and all(len(name) <= 40 and name.strip("-") == name for name in names)
 
 
@@ -232,7 +225,7 @@ def test_names_of_kubernetes_are_short_and_differ(launch):
         (["--on", "slurm", "--zone", "us-west4-a"], "--zone is for --on tpu-vm, not slurm"),
     ],
 )
-def test_a_mistake_is_one_line(launch, arguments, said, capsys):
+def test_a_mistake_is_one_line(arguments, said, capsys):
     assert launch.main([*CONFIG, "--dry-run", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("launch: error: ") and error.count("\n") == 1 and said in error
@@ -241,23 +234,23 @@ def test_a_mistake_is_one_line(launch, arguments, said, capsys):
 @pytest.mark.parametrize(
     "words", [["--nodes", "0"], ["--gpus-per-node=-2"], ["--chips-per-host", "0"], ["--topology", "0x4"]]
 )
-def test_numbers_that_cannot_be_are_refused(launch, words, capsys):
+def test_numbers_that_cannot_be_are_refused(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         launch.main([*CONFIG, "--dry-run", "--on", "gke", *words])
     assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
 
 
-def test_values_with_spaces_are_quoted_for_slurm(launch, capsys):
+def test_values_with_spaces_are_quoted_for_slurm(capsys):
     assert launch.main([*CONFIG, "--dry-run", "--on", "slurm", "--runs", "my runs", "--sbatch", "comment=a b"]) == 0
     said = capsys.readouterr().out
     assert '#SBATCH --comment="a b"\n' in said and '#SBATCH --output="my runs/' in said
 
 
-def python(launch, script):
+def python(script):
     return launch.Command([sys.executable, "-c", script])
 
 
-def test_what_sbatch_would_read_otherwise_is_quoted(launch, capsys):
+def test_what_sbatch_would_read_otherwise_is_quoted(capsys):
     options = ['comment=say "hi" #1', "comment=it's", "--partition=a100", "exclusive", "mail-user=a@b.c"]
     words = [*CONFIG, "--on", "slurm", "--dry-run", "--runs", "/r/%u \\x", *[f"--sbatch={o}" for o in options]]
     assert launch.main(words) == 0
@@ -273,7 +266,7 @@ def test_what_sbatch_would_read_otherwise_is_quoted(launch, capsys):
         assert f"#SBATCH {line}\n" in said, line
 
 
-def test_a_host_knows_where_its_home_is(launch, capsys):
+def test_a_host_knows_where_its_home_is(capsys):
     words = [*CONFIG, "--on", "tpu-vm=a", "--dry-run", "--folder", "~/my sora", "--python", "~/v/bin/python"]
     assert launch.main(words) == 0
     (command,) = capsys.readouterr().out.splitlines()[1:]
@@ -303,21 +296,21 @@ def test_a_host_knows_where_its_home_is(launch, capsys):
         (["--on", "slurm", "--grace=32768"], "at most 65535 s before the end"),
     ],
 )
-def test_what_could_not_run_is_told_before_it_is_handed_over(launch, words, said, capsys):
+def test_what_could_not_run_is_told_before_it_is_handed_over(words, said, capsys):
     assert launch.main([*CONFIG, "--dry-run", *words]) == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--mesh=auto"], ["--mesh=fsdp=4"], ["--mesh=data=2,fsdp=2"]])
-def test_meshes_that_can_be_are_handed_over(launch, words):
+def test_meshes_that_can_be_are_handed_over(words):
     assert launch.main([*CONFIG, "--dry-run", "--on", "processes=4", *words]) == 0
 
 
-def test_how_processes_end_is_told(launch):
+def test_how_processes_end_is_told():
     start = functools.partial(launch.start, grace=0.5)
-    good, bad = python(launch, ""), python(launch, "raise SystemExit(3)")
-    killed = python(launch, "import os; os.kill(os.getpid(), 9)")
-    endless = python(launch, "while True: pass")
+    good, bad = python(""), python("raise SystemExit(3)")
+    killed = python("import os; os.kill(os.getpid(), 9)")
+    endless = python("while True: pass")
     assert start([good]) is None and start([good, good]) is None
     assert start([bad]) == "exit code 3"
     begin = time.monotonic()
@@ -325,11 +318,11 @@ def test_how_processes_end_is_told(launch):
     assert time.monotonic() - begin < 20
     with pytest.raises(InputError, match="there is no command no-such-tool"):
         start([launch.Command(["no-such-tool"])])
-    reading = python(launch, "import sys; sys.exit(sys.stdin.read() != 'text')")
+    reading = python("import sys; sys.exit(sys.stdin.read() != 'text')")
     assert start([launch.Command(reading.words, "text")]) is None
 
 
-def test_ctrl_c_stops_what_was_started(launch, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_stops_what_was_started(tmp_path, monkeypatch, capsys):
     script = """
 import pathlib, sys, time
 path = pathlib.Path(sys.argv[1])
@@ -360,7 +353,7 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_here_in_one_process_and_in_two(launch, tmp_path, monkeypatch, capfd):
+def test_a_sweep_runs_here_in_one_process_and_in_two(tmp_path, monkeypatch, capfd):
     """Both ways agree; a value that cannot be trained with is told, and does not keep the next from its run."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

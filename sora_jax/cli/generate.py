@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import mimetypes
-import os
-import re
 import sys
-import unicodedata
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sora_jax.cli.saving import Saver, Target
 from sora_jax.cli.words import PROMPTS_HELP, lora, number, prompts_of, size, whole
-from sora_jax.errors import InputError, NoTimeStamp, Refused
+from sora_jax.errors import InputError
 
 if TYPE_CHECKING:  # mistakes are told without waiting for JAX
     from sora_jax.model_config import ModelConfig
@@ -114,7 +110,7 @@ class _Task:
     config: ModelConfig
     request: Request
     mesh: str | None
-    target: _Target
+    target: Target
 
     def said(self, options: argparse.Namespace) -> str:
         """All of it that decides what is sampled."""
@@ -161,7 +157,7 @@ def _prepare(options: argparse.Namespace) -> _Task:
         last_image=options.last_image,
         policy=load_policy(options.policy),
     )
-    target = _Target(
+    target = Target(
         options.output, several=len(jobs) > 1 or bool(options.prompts), frames=request.frames, fps=request.fps
     )
     words = ("auto" if options.hosts else None) if options.mesh is None else options.mesh
@@ -182,21 +178,13 @@ def _prepare(options: argparse.Namespace) -> _Task:
 
 
 def _sample(options: argparse.Namespace, task: _Task) -> None:
-    from tqdm.auto import tqdm
-
     from sora_jax import hosts
     from sora_jax.mesh import parse_mesh
     from sora_jax.models import load
-    from sora_jax.video import Video
 
-    jobs, request = task.jobs, task.request
-
-    def output() -> Any:
-        task.target.check(jobs[0][0])
-        return _signer(options)
-
+    request, saver = task.request, Saver(options, task.target, task.jobs)
     mesh = parse_mesh(task.mesh) if task.mesh else None
-    signer = hosts.by_first(output)
+    hosts.by_first(saver.prepare)
     lora, lora_low = _adaptations(options.lora), _adaptations(options.lora_low)
     generator = load(
         options.model,
@@ -210,48 +198,10 @@ def _sample(options: argparse.Namespace, task: _Task) -> None:
     )
     for note in generator.notes(request):
         _say(note)
-    problems: list[tuple[type, str]] = []  # not the errors, whose tracebacks hold all frames
-
-    def write(video: Video, prompt: str, seed: int) -> None:
-        target = task.target
-        save_by = partial(
-            video.save,
-            target.path(f"{prompt} seed {seed}" if options.num > 1 else prompt),
-            embed_prompt=options.embed_prompt,
-            report=target.report(seed),
-            replace=target.file is not None,
-        )
-        try:
-            path = save_by(signer=signer)
-        except NoTimeStamp as error:  # what was made is kept all the same
-            path = save_by(signer=replace(signer, timestamp_url=None))
-            tqdm.write(str(path))
-            raise NoTimeStamp(f"{path} is signed, but without a time stamp: {error}") from error
-        tqdm.write(str(path))  # to stdout, past the progress bar
-
-    def save(nth: int, video: Video) -> None:
-        """A problem of one video does not cost the others, but what nothing can be written with ends the run."""
-        prompt, seed = jobs[nth]
-        try:
-            write(video, prompt, seed)
-        except (InputError, Refused) as problem:
-            if len(jobs) == 1:
-                raise
-            kind = Refused if isinstance(problem, Refused) else InputError
-            problems.append((kind, str(problem)))
-            tqdm.write(f"video {nth + 1} of {len(jobs)} (seed {seed}): {problem}", file=sys.stderr)
-            if kind is InputError and not isinstance(problem, NoTimeStamp):
-                output()
-
-    def finish() -> None:
-        if problems:
-            kind, text = next((one for one in problems if one[0] is InputError), problems[0])
-            raise kind(f"{len(problems)} of {len(jobs)} videos: {text}")
-
     with contextlib.closing(generator.run(request, progress=True)) as videos:
         for nth, video in enumerate(videos):
-            hosts.by_first(partial(save, nth, video))
-    hosts.by_first(finish)
+            hosts.by_first(partial(saver.save, nth, video))
+    hosts.by_first(saver.finish)
 
 
 def _adaptations(given: list[tuple[str, float]] | None) -> dict[str, float]:
@@ -268,65 +218,3 @@ def _say(line: str) -> None:
 
     if hosts.is_first():
         print(line, file=sys.stderr)
-
-
-def _signer(options: argparse.Namespace) -> Any:
-    """Who signs the files; a key that cannot sign is found before anything is made."""
-    from sora_jax.safety import keys, provenance
-
-    with warnings.catch_warnings(record=True, action="always", category=UserWarning) as notes:
-        try:
-            signer = keys.load_signer(options.signing_cert, options.signing_key, options.timestamp_url)
-            provenance.rehearse(signer)
-            keys.watermark_key()  # also the mark's, which is this installation's, whoever signs
-        finally:  # a key is made only once
-            for note in notes:
-                print(note.message, file=sys.stderr)
-    return signer
-
-
-class _Target:
-    """Where videos go: the one file that was asked for, or names made from prompts in a folder."""
-
-    def __init__(self, output: str | None, several: bool, frames: int, fps: float):
-        self.frames, self.fps, self.made = frames, fps, False
-        several |= bool(output) and output.endswith(("/", os.sep))
-        self.file = Path(output) if output and not several and not Path(output).is_dir() else None
-        self.folder = Path(output or ".")
-        kind, _ = mimetypes.guess_type(self.folder.name)
-        if self.file is None and not self.folder.is_dir() and (kind or "").startswith(("video/", "image/")):
-            raise InputError(f"several videos need a folder, not {output}; give -o the name of a folder")
-
-    def check(self, prompt: str) -> None:
-        """Raises InputError if writing cannot succeed; makes the folder if only that is missing."""
-        from sora_jax.media import check_output, numbered
-
-        path = self.path(prompt)
-        if self.file is None:
-            try:
-                self.made = not self.folder.exists()
-                self.folder.mkdir(exist_ok=True)
-            except OSError as error:
-                raise InputError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-            path = next(one for one in numbered(path) if not one.exists())
-        check_output(path, self.frames, self.fps)
-
-    def tidy(self) -> None:
-        """Takes away the folder that was made, if nothing is in it."""
-        if self.made:
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
-
-    def path(self, title: str) -> Path:
-        """The path of a video; one in the folder gets a number when it is saved, if its name is taken then."""
-        if self.file is not None:
-            return self.file
-        title = unicodedata.normalize("NFC", title.lower())
-        # Signs that belong to a letter are none of their own; the others part words.
-        parted = "".join(c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else "-" for c in title)
-        name = re.sub("-+", "-", parted).strip("-")[:60].strip("-") or "video"
-        return self.folder / f"{name}{'.mp4' if self.frames > 1 else '.png'}"
-
-    def report(self, seed: int) -> Path | None:
-        """Where it is said why a video is withheld: not under a name that is made from the prompt."""
-        return None if self.file else self.folder / f"withheld-seed-{seed}.json"

@@ -1,7 +1,6 @@
 """What is signed, what reading says of it, and that nothing which changes a pixel passes."""
 
 import json
-import shutil
 import socket
 import sys
 from dataclasses import replace
@@ -23,7 +22,7 @@ from sora_jax.safety.verify import verify
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "experiments")]
 import provenance_matrix as matrix  # noqa: E402
 import tampering  # noqa: E402
-from time_stamps import time_stamp_server  # noqa: E402
+from time_stamps import needs_openssl, time_stamp_server  # noqa: E402
 
 CLAIM = Claim(
     origin="model",
@@ -147,7 +146,7 @@ def test_failures_of_signing_are_one_line(source, signer, tmp_path):
         Source.read("/dev/zero", "image")
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="a time-stamp server needs openssl")
+@needs_openssl
 def test_a_time_stamp_says_when_a_file_was_signed(source, signer, tmp_path):
     with time_stamp_server(tmp_path) as url:
         stamped = replace(signer, timestamp_url=url)
@@ -184,7 +183,7 @@ class Clock:
         self.pauses.append(seconds)
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="a time-stamp server needs openssl")
+@needs_openssl
 @pytest.mark.parametrize("silent_at, pauses", [((), []), ((1, 2), [1, 2]), (range(99), [1, 2, 4])])
 def test_a_server_that_gives_no_stamp_is_asked_again_for_a_while(
     source, signer, tmp_path, monkeypatch, silent_at, pauses

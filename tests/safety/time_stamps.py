@@ -3,18 +3,21 @@
 import contextlib
 import http.server
 import itertools
+import shutil
 import subprocess
 import threading
 from collections.abc import Container, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from sora_jax.safety import certificates
 
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="a time-stamp server needs openssl")
 _SETTINGS = """
 [tsa]
 default_tsa = stamps
